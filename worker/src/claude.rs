@@ -1,0 +1,6 @@
+//! The Claude Code CLI as a stream of messages: how it is started, spoken to and understood.
+
+pub mod command;
+pub mod message;
+pub mod process;
+pub mod sandbox;
