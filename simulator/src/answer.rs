@@ -96,7 +96,7 @@ pub(crate) fn to(body: &Value, step: &Step) -> Answer {
         block(
             &mut events,
             content.len(),
-            json!({"type": "text", "text": ""}),
+            &json!({"type": "text", "text": ""}),
             deltas,
         );
         content.push(json!({"type": "text", "text": text}));
