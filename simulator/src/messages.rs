@@ -1,6 +1,7 @@
 //! The Messages API: who asks, which scenario, which step; then the answer.
 
 use std::future::pending;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -40,7 +41,11 @@ pub(crate) async fn answer(server: &Server, head: &Parts, body: &Bytes, reset: R
         .run
         .unwrap_or_else(|| header("x-claude-code-session-id").to_owned());
     let is_turn = path == "/v1/messages" && !conversation::is_auxiliary(&asked);
-    let scenario = server.scenarios.get(&choice.scenario);
+    // A side request doesn't hold the job's prompt, so a marker there can't be seen here.
+    let scenario = server
+        .scenarios
+        .get(&choice.scenario)
+        .or_else(|| (!is_turn).then(Arc::default));
 
     let n = match &scenario {
         Some(scenario) if is_turn && credential_kind != CredentialKind::None => match scenario.pick {
