@@ -1,1 +1,223 @@
-//! .
+//! How the CLI is started and what is written to its stdin. Pure.
+//!
+//! The flags and variables are one tested set: together they keep a hostile workspace or prompt from running
+//! anything, reading anything outside, or reaching another run. Don't drop one alone.
+
+use super::message::Init;
+use serde_json::{Value, json};
+use shared::money::MicroUsd;
+use std::path::{Path, PathBuf};
+use uuid::Uuid;
+
+/// The message of a run that takes over from one that was cut off. The conversation that it resumes already holds
+/// the task, and perhaps a part of the work.
+pub const INTERRUPTED: &str = "The run of my last message was interrupted before it could finish. \
+     Some of its work may be done already. \
+     First check what is done, then finish what is missing, and don't repeat what is complete.";
+
+/// Tools that are never offered. What most of them start would happen after the answer, when the run has ended; the
+/// first two talk to other sessions of the same user.
+const NEVER: [&str; 7] = [
+    "SendMessage",
+    "ListAgents",
+    "CronCreate",
+    "CronDelete",
+    "CronList",
+    "ScheduleWakeup",
+    "RemoteTrigger",
+];
+
+/// One run of the CLI.
+#[derive(Clone, Debug)]
+pub struct RunSpec {
+    /// The Claude session of this run; a new one for each attempt, so that a late writer can't touch another's.
+    pub claude_session_id: Uuid,
+    /// The session whose conversation it continues. It is copied, not written to.
+    pub resume: Option<Uuid>,
+    /// The id of the message; the CLI drops a second message with the same id.
+    pub message_id: Uuid,
+    /// The model: an alias (`sonnet`) or a full name.
+    pub model: String,
+    /// `low medium high xhigh max`; none leaves it to the CLI.
+    pub effort: Option<String>,
+    /// `default acceptEdits plan dontAsk auto bypassPermissions`.
+    pub permission_mode: String,
+    /// Turns of the main conversation; none for no limit. The CLI doesn't bind subagents by it.
+    pub max_turns: Option<u32>,
+    /// The CLI's own cap. It is looked at after each answer, so it may be overrun by one.
+    pub max_cost: MicroUsd,
+    /// A file that replaces the CLI's system prompt, as the CLI sees it. A file because an argument holds 128 KB.
+    pub system_prompt_file: Option<PathBuf>,
+    /// The schema of the structured output. At most 64 KiB as JSON.
+    pub json_schema: Option<Value>,
+    /// Rules that allow tools: `Bash`, `Bash(git *)`.
+    pub allowed_tools: Vec<String>,
+    /// Rules that forbid tools; a bare name takes the tool away.
+    pub disallowed_tools: Vec<String>,
+    /// What the model is told.
+    pub prompt: String,
+}
+
+/// Places, as the CLI sees them.
+#[derive(Clone, Debug)]
+pub struct CliPaths {
+    /// Its home, kept from run to run of a session.
+    pub home: PathBuf,
+    /// A directory for temporary files of this run alone.
+    pub tmp: PathBuf,
+    /// The socket of its gateway, the only way to the API.
+    pub gateway_socket: PathBuf,
+}
+
+/// The CLI's arguments.
+///
+/// Every value is joined to its flag: a value that begins with a dash can't become a flag, and flags that take
+/// several values can't swallow what follows. The prompt isn't among them: arguments are visible and bounded.
+pub fn arguments(spec: &RunSpec) -> Vec<String> {
+    let mut arguments: Vec<String> = [
+        "-p",
+        "--input-format=stream-json",
+        "--output-format=stream-json",
+        "--verbose",
+        "--include-partial-messages",
+        // Nothing that lies in the workspace or the home is a setting, a hook, a server or a plugin.
+        "--setting-sources=",
+        "--strict-mcp-config",
+        // The whole CLI runs in a sandbox, so its own for Bash alone stays off.
+        r#"--settings={"crossSessionInbound":"refuse","sandbox":{"enabled":false}}"#,
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let mut flag = |name: &str, value: &str| arguments.push(format!("--{name}={value}"));
+
+    flag("session-id", &spec.claude_session_id.to_string());
+    flag("model", &spec.model);
+    flag("permission-mode", &spec.permission_mode);
+    flag("max-budget-usd", &dollars(spec.max_cost));
+    if let Some(effort) = &spec.effort {
+        flag("effort", effort);
+    }
+    if let Some(turns) = spec.max_turns {
+        flag("max-turns", &turns.to_string());
+    }
+    if !spec.allowed_tools.is_empty() {
+        flag("allowedTools", &spec.allowed_tools.join(","));
+    }
+    let disallowed = spec.disallowed_tools.iter().map(String::as_str).chain(NEVER);
+    flag("disallowedTools", &disallowed.collect::<Vec<_>>().join(","));
+    if let Some(schema) = &spec.json_schema {
+        flag("json-schema", &schema.to_string());
+    }
+    if let Some(file) = &spec.system_prompt_file {
+        flag("system-prompt-file", &file.to_string_lossy());
+    }
+    if let Some(session) = spec.resume {
+        flag("resume", &session.to_string());
+        // The first run's system prompt would be kept otherwise, whatever this one says.
+        flag("system-prompt-snapshot", "off");
+        arguments.push("--fork-session".to_owned());
+    }
+    arguments
+}
+
+/// The CLI's whole environment: it must get nothing else. `dummy` is the name and value of a credential that only the
+/// run's gateway takes; `run_marker` names the run to whoever looks for its processes.
+pub fn environment(paths: &CliPaths, dummy: (&str, &str), run_marker: &str) -> Vec<(String, String)> {
+    let path = |path: &Path| path.to_string_lossy().into_owned();
+    let tmp = path(&paths.tmp);
+    let variables = [
+        ("PATH", "/usr/local/bin:/usr/bin:/bin".to_owned()),
+        ("LANG", "C.UTF-8".to_owned()),
+        ("SHELL", "/bin/bash".to_owned()),
+        ("HOME", path(&paths.home)),
+        ("CLAUDE_CONFIG_DIR", path(&paths.home.join(".claude"))),
+        // The CLI puts sockets and the outputs of tools below these, where another run could find them.
+        ("TMPDIR", tmp.clone()),
+        ("CLAUDE_CODE_TMPDIR", tmp.clone()),
+        ("XDG_RUNTIME_DIR", tmp),
+        ("ANTHROPIC_BASE_URL", "http://gateway".to_owned()),
+        ("ANTHROPIC_UNIX_SOCKET", path(&paths.gateway_socket)),
+        (dummy.0, dummy.1.to_owned()),
+        // Waiting for the API happens in the queue, where it costs no slot.
+        ("CLAUDE_CODE_MAX_RETRIES", "2".to_owned()),
+        ("API_TIMEOUT_MS", "120000".to_owned()),
+        ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1".to_owned()),
+        ("DISABLE_AUTOUPDATER", "1".to_owned()),
+        // An `@path` in a prompt would put any file into the request, whatever the permission mode.
+        ("CLAUDE_CODE_DISABLE_ATTACHMENTS", "1".to_owned()),
+        // Git settings of a workspace can name a program to run.
+        ("CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS", "1".to_owned()),
+        ("GIT_CONFIG_COUNT", "1".to_owned()),
+        ("GIT_CONFIG_KEY_0", "core.fsmonitor".to_owned()),
+        ("GIT_CONFIG_VALUE_0", "false".to_owned()),
+        ("CLAUDE_CODE_DISABLE_AUTO_MEMORY", "1".to_owned()),
+        // The first result would come before the work is done.
+        ("CLAUDE_CODE_DISABLE_BACKGROUND_TASKS", "1".to_owned()),
+        ("CLAUDE_QUEUE_RUN", run_marker.to_owned()),
+    ];
+    variables.map(|(name, value)| (name.to_owned(), value)).to_vec()
+}
+
+/// The line that gives the CLI its task, with its end. JSON, so no byte of the prompt can be a line of its own: other
+/// types of lines run commands and write history.
+pub fn user_line(spec: &RunSpec) -> String {
+    line(&json!({
+        "type": "user",
+        "message": {"role": "user", "content": [{"type": "text", "text": as_text(&spec.prompt)}]},
+        "uuid": spec.message_id.to_string(),
+    }))
+}
+
+/// The line that ends the turn. The CLI answers, and its result line follows within a moment in every state.
+pub fn interrupt_line(request_id: &str) -> String {
+    control_line(request_id, "interrupt")
+}
+
+/// The line that asks for usage and cost so far. Free, and answered while a tool runs.
+pub fn usage_line(request_id: &str) -> String {
+    control_line(request_id, "get_usage")
+}
+
+/// Why a run must be stopped at its first line: the CLI isn't set up as the arguments say, so it can't be trusted to
+/// keep to the rest of them. None when all is well.
+pub fn surprise(spec: &RunSpec, init: &Init) -> Option<String> {
+    let mode = init.permission_mode.as_deref()?;
+    // Less than was asked for is harmless; only what lifts all checks isn't.
+    if mode == "bypassPermissions" && spec.permission_mode != mode {
+        return Some(format!(
+            "it started in permission mode {mode} instead of {}",
+            spec.permission_mode
+        ));
+    }
+    let servers = &init.mcp_servers;
+    (!servers.is_empty()).then(|| {
+        format!(
+            "it started MCP servers that nobody asked for: {}",
+            servers.join(", ")
+        )
+    })
+}
+
+/// The prompt so that the model gets it: a text that begins with a slash is a command of the CLI otherwise, and some
+/// of those change its settings. A leading space makes it text.
+fn as_text(prompt: &str) -> String {
+    if prompt.trim_start().starts_with('/') {
+        format!(" {prompt}")
+    } else {
+        prompt.to_owned()
+    }
+}
+
+fn control_line(request_id: &str, subtype: &str) -> String {
+    line(&json!({"type": "control_request", "request_id": request_id, "request": {"subtype": subtype}}))
+}
+
+fn line(value: &Value) -> String {
+    format!("{value}\n")
+}
+
+/// Dollars as a plain decimal number.
+fn dollars(amount: MicroUsd) -> String {
+    let micros = amount.0.max(0);
+    format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000)
+}

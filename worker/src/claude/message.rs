@@ -1,1 +1,360 @@
-//! .
+//! One line of the CLI's stdout becomes a [`Message`]. Pure, and it never fails: the CLI's output is only partly
+//! documented and grows with every release, so what isn't understood is [`Message::Other`] and nothing is required.
+//!
+//! Lines are told apart by their `type` member, never by their beginning: the order of members isn't fixed.
+
+mod repair;
+mod result;
+mod usage;
+
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+pub use result::{ModelUsage, ResultLine};
+pub use usage::Usage;
+
+/// What one line of stdout says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    /// The CLI accepted a user message and is about to ask the model; once for every message it is sent.
+    Init(Init),
+    /// The model said or did something. One for each content block of an answer, all with one message id.
+    Assistant(Assistant),
+    /// Tools answered. Also what a subagent was asked, and notes of the CLI, which hold no tool results.
+    User(User),
+    /// A piece of an answer's text while it streams; the whole text comes as [`Message::Assistant`] afterwards.
+    Delta(Delta),
+    /// Tokens of one request so far.
+    Usage(RequestUsage),
+    /// A request to the API failed and will be sent again.
+    ApiRetry(ApiRetry),
+    /// What a subscription account has left; comes only with an OAuth credential.
+    RateLimit(RateLimit),
+    /// The answer to a user message: the verdict of the run, if it has no origin.
+    Result(Box<ResultLine>),
+    /// The answer to a control request.
+    ControlResponse(ControlResponse),
+    /// Anything else: progress, hooks, types of later releases, and what isn't JSON.
+    Other,
+}
+
+/// The start of a turn.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Init {
+    /// The Claude session.
+    pub session_id: Option<String>,
+    /// The model in use, in full (`claude-sonnet-5-5`).
+    pub model: Option<String>,
+    /// The permission mode in use.
+    pub permission_mode: Option<String>,
+    /// The CLI's version (`2.1.331`).
+    pub version: Option<String>,
+    /// Where the CLI found its key: `ANTHROPIC_API_KEY`, `none` for OAuth, and others.
+    pub api_key_source: Option<String>,
+    /// The names of the tools.
+    pub tools: Vec<String>,
+    /// The names of the MCP servers.
+    pub mcp_servers: Vec<String>,
+}
+
+/// A block of an answer of the model, or an error of the API in the form of one.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Assistant {
+    /// The message's id. Several lines share it, and each repeats the usage: count it once.
+    pub message_id: Option<String>,
+    /// The model; `<synthetic>` when the CLI wrote the text itself.
+    pub model: Option<String>,
+    /// The tool call whose subagent this comes from; none for the main conversation.
+    pub parent: Option<String>,
+    /// What it says and does, in order.
+    pub blocks: Vec<Block>,
+    /// The kind of failure when this stands for an error of the API (`authentication_failed`, `rate_limit` …).
+    pub error: Option<String>,
+    /// Tokens at the start of the answer; the output isn't counted yet.
+    pub usage: Usage,
+}
+
+/// A part of an answer. Thinking isn't kept.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Block {
+    /// Text for the reader.
+    Text(String),
+    /// A call of a tool.
+    ToolUse {
+        /// Its id, which the tool's answer repeats.
+        id: String,
+        /// The tool's name.
+        name: String,
+        /// The arguments, as the model gave them.
+        input: Value,
+    },
+}
+
+/// The other side of the conversation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct User {
+    /// The tool call whose subagent this goes to; none for the main conversation.
+    pub parent: Option<String>,
+    /// The answers of tools.
+    pub tool_results: Vec<ToolResult>,
+}
+
+/// What a tool answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ToolResult {
+    /// The call that this answers.
+    pub tool_use_id: String,
+    /// Whether the tool failed or wasn't permitted.
+    pub is_error: bool,
+    /// The answer's text; other content is named in brackets (`[image]`).
+    pub content: String,
+}
+
+/// A piece of text while it streams.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Delta {
+    /// The tool call whose subagent this comes from; none for the main conversation.
+    pub parent: Option<String>,
+    /// The piece.
+    pub text: String,
+}
+
+/// Tokens of one request, from its stream. Counters never fall within a request: the last line holds the final ones.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RequestUsage {
+    /// The message's id. Releases before 2.1.331 give it only where the message starts; a line without it belongs
+    /// to the message that started last for the same `parent`.
+    pub message_id: Option<String>,
+    /// The tool call whose subagent asks; none for the main conversation.
+    pub parent: Option<String>,
+    /// The model; known where the message starts.
+    pub model: Option<String>,
+    /// What was counted so far.
+    pub usage: Usage,
+}
+
+/// A failed request that is about to be repeated.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ApiRetry {
+    /// 1 for the first repetition.
+    pub attempt: u64,
+    /// How many there will be.
+    pub max_retries: u64,
+    /// The HTTP status; none when there was no answer.
+    pub status: Option<u16>,
+    /// The CLI's word for it (`overloaded`, `rate_limit`, `server_error`, `unknown` …).
+    pub error: Option<String>,
+}
+
+/// What a subscription account has left.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RateLimit {
+    /// `allowed`, `allowed_warning` or `rejected`.
+    pub status: Option<String>,
+    /// When the window ends, in seconds since 1970. None when the rejection isn't the account's usage limit.
+    pub resets_at: Option<i64>,
+    /// `five_hour`, `seven_day` …
+    pub kind: Option<String>,
+}
+
+impl RateLimit {
+    /// Whether a request was refused because of this.
+    pub fn is_rejected(&self) -> bool {
+        self.status.as_deref() == Some("rejected")
+    }
+}
+
+/// The answer to a control request.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ControlResponse {
+    /// The id of the request.
+    pub request_id: String,
+    /// What went wrong; none when the request succeeded.
+    pub error: Option<String>,
+    /// The answer; `null` when there is none.
+    pub response: Value,
+}
+
+impl ControlResponse {
+    /// Usage and cost by model, when this answers `get_usage`. They are sums over the process and, in a resumed
+    /// session, over the runs before it.
+    pub fn model_usage(&self) -> Option<BTreeMap<String, ModelUsage>> {
+        self.response
+            .get("session")?
+            .get("model_usage")
+            .map(result::model_usage)
+    }
+}
+
+impl Message {
+    /// Reads a line. Never fails and never panics, whatever the bytes.
+    ///
+    /// Invalid UTF-8 and halves of surrogate pairs become U+FFFD (the CLI cuts a tool's output between two UTF-16
+    /// units). A line that nests deeper than 128 levels is [`Message::Other`].
+    pub fn parse(line: &[u8]) -> Self {
+        let Some(line) = repair::json(line) else {
+            return Self::Other;
+        };
+        match text(&line, "type").as_deref() {
+            Some("assistant") => Self::Assistant(assistant(&line)),
+            Some("user") => Self::User(user(&line)),
+            Some("result") => Self::Result(Box::new(ResultLine::read(line))),
+            Some("stream_event") => stream_event(&line),
+            Some("rate_limit_event") => Self::RateLimit(rate_limit(&line["rate_limit_info"])),
+            Some("control_response") => Self::ControlResponse(control_response(&line["response"])),
+            Some("system") => match text(&line, "subtype").as_deref() {
+                Some("init") => Self::Init(init(&line)),
+                Some("api_retry") => Self::ApiRetry(api_retry(&line)),
+                _ => Self::Other,
+            },
+            _ => Self::Other,
+        }
+    }
+}
+
+fn init(line: &Value) -> Init {
+    Init {
+        session_id: text(line, "session_id"),
+        model: text(line, "model"),
+        permission_mode: text(line, "permissionMode"),
+        version: text(line, "claude_code_version"),
+        api_key_source: text(line, "apiKeySource"),
+        tools: items(&line["tools"])
+            .filter_map(|tool| tool.as_str().map(str::to_owned))
+            .collect(),
+        mcp_servers: items(&line["mcp_servers"])
+            .filter_map(|server| text(server, "name"))
+            .collect(),
+    }
+}
+
+fn assistant(line: &Value) -> Assistant {
+    let message = &line["message"];
+    Assistant {
+        message_id: text(message, "id"),
+        model: text(message, "model"),
+        parent: text(line, "parent_tool_use_id"),
+        blocks: items(&message["content"]).filter_map(block).collect(),
+        error: text(line, "error"),
+        usage: Usage::read(&message["usage"]),
+    }
+}
+
+fn block(block: &Value) -> Option<Block> {
+    match block["type"].as_str()? {
+        "text" => text(block, "text")
+            .filter(|text| !text.is_empty())
+            .map(Block::Text),
+        "tool_use" => Some(Block::ToolUse {
+            id: text(block, "id").unwrap_or_default(),
+            name: text(block, "name").unwrap_or_default(),
+            input: block["input"].clone(),
+        }),
+        _ => None,
+    }
+}
+
+fn user(line: &Value) -> User {
+    let tool_results = items(&line["message"]["content"])
+        .filter(|block| block["type"] == "tool_result")
+        .map(|block| ToolResult {
+            tool_use_id: text(block, "tool_use_id").unwrap_or_default(),
+            is_error: block["is_error"] == true,
+            content: tool_result_text(&block["content"]),
+        })
+        .collect();
+    User {
+        parent: text(line, "parent_tool_use_id"),
+        tool_results,
+    }
+}
+
+/// A tool's answer is a text or a list of blocks.
+fn tool_result_text(content: &Value) -> String {
+    if let Some(text) = content.as_str() {
+        return text.to_owned();
+    }
+    let parts = items(content).map(|block| match (block["text"].as_str(), block["type"].as_str()) {
+        (Some(text), _) => text.to_owned(),
+        (None, Some(kind)) => format!("[{kind}]"),
+        (None, None) => String::new(),
+    });
+    parts.collect::<Vec<_>>().join("\n")
+}
+
+/// The API's own stream, passed through: only the text and the usage in it matter.
+fn stream_event(line: &Value) -> Message {
+    let event = &line["event"];
+    let parent = text(line, "parent_tool_use_id");
+    match event["type"].as_str() {
+        Some("message_start") => Message::Usage(RequestUsage {
+            message_id: text(&event["message"], "id"),
+            parent,
+            model: text(&event["message"], "model"),
+            usage: Usage::read(&event["message"]["usage"]),
+        }),
+        Some("message_delta") => Message::Usage(RequestUsage {
+            message_id: text(line, "api_message_id"),
+            parent,
+            model: None,
+            usage: Usage::read(&event["usage"]),
+        }),
+        Some("content_block_delta") => match text(&event["delta"], "text") {
+            Some(text) => Message::Delta(Delta { parent, text }),
+            None => Message::Other,
+        },
+        _ => Message::Other,
+    }
+}
+
+fn api_retry(line: &Value) -> ApiRetry {
+    ApiRetry {
+        attempt: count(&line["attempt"]),
+        max_retries: count(&line["max_retries"]),
+        status: status(&line["error_status"]),
+        error: text(line, "error"),
+    }
+}
+
+fn rate_limit(info: &Value) -> RateLimit {
+    RateLimit {
+        status: text(info, "status"),
+        resets_at: info["resetsAt"].as_i64(),
+        kind: text(info, "rateLimitType"),
+    }
+}
+
+fn control_response(response: &Value) -> ControlResponse {
+    let error = (response["subtype"] != "success").then(|| text(response, "error").unwrap_or_default());
+    ControlResponse {
+        request_id: text(response, "request_id").unwrap_or_default(),
+        error,
+        response: response["response"].clone(),
+    }
+}
+
+fn items(list: &Value) -> impl Iterator<Item = &Value> {
+    list.as_array().into_iter().flatten()
+}
+
+fn text(object: &Value, member: &str) -> Option<String> {
+    object.get(member)?.as_str().map(str::to_owned)
+}
+
+/// A counter; anything that isn't one is 0. Numbers with a fraction lose it.
+fn count(number: &Value) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a cast of a float saturates"
+    )]
+    number
+        .as_u64()
+        .or_else(|| number.as_f64().map(|number| number as u64))
+        .unwrap_or(0)
+}
+
+/// An HTTP status.
+fn status(number: &Value) -> Option<u16> {
+    number.as_u64().and_then(|number| u16::try_from(number).ok())
+}

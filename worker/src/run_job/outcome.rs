@@ -1,1 +1,360 @@
-//! .
+//! How a run ended → what becomes of its job. Pure: one table, tested on transcripts of the real CLI.
+//!
+//! The verdict is the CLI's result line, never its exit code alone: an error of the API is a "success" with
+//! `is_error`, and an exit with 0 may come without any result.
+
+mod api;
+mod code;
+pub mod cost;
+pub mod price;
+mod sentence;
+
+use crate::claude::message::{ApiRetry, RateLimit, ResultLine};
+use crate::gateway::failure::ApiFailure;
+use sentence::{excerpt, sentence};
+use shared::clock::Timestamp;
+use shared::job::{Ending, Hold};
+use std::time::Duration;
+
+pub use code::ErrorCode;
+pub use cost::Meter;
+
+/// Exit codes by which a shell or the CLI itself says that a signal ended it: HUP, KILL, TERM.
+const KILLED: [i32; 3] = [129, 137, 143];
+
+/// All that is known about the end of a run.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// The first result line without an origin.
+    pub result: Option<Box<ResultLine>>,
+    /// The CLI's exit code.
+    pub exit: Option<i32>,
+    /// The signal that ended the CLI.
+    pub signal: Option<i32>,
+    /// The `error` of the last assistant line that had one.
+    pub last_assistant_error: Option<String>,
+    /// The last request that was sent again.
+    pub last_api_retry: Option<ApiRetry>,
+    /// The last word about the account's limits.
+    pub rate_limit: Option<RateLimit>,
+    /// The last request that failed, as the gateway saw it, unless a later one succeeded.
+    pub observed: Option<ApiFailure>,
+    /// Why this worker ended the run; none when it ended by itself.
+    pub stopped: Option<Stopped>,
+    /// The end of the CLI's stderr.
+    pub stderr_tail: String,
+    /// Whether structured output was asked for.
+    pub schema_wanted: bool,
+    /// The time.
+    pub now: Timestamp,
+}
+
+/// Why a worker ended a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// A cancel was asked for.
+    Cancelled,
+    /// A deadline passed.
+    Timeout {
+        /// Which one.
+        deadline: Deadline,
+        /// How long it is.
+        after: Duration,
+    },
+    /// The worker stops.
+    Shutdown,
+    /// Another worker may hold the job by now.
+    LeaseLost,
+    /// The run's processes took more memory than they may.
+    OutOfMemory,
+    /// The guard around the run died, and the run with it.
+    GuardLost,
+}
+
+/// The deadlines of a run. None of them needs a line to arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deadline {
+    /// From the start to the first line.
+    FirstOutput,
+    /// From one line to the next.
+    Idle,
+    /// From the start to the end.
+    Total,
+}
+
+/// What becomes of the job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is done.
+    Done,
+    /// It failed for good: another attempt would fail in the same way.
+    Failed {
+        /// For programs.
+        code: ErrorCode,
+        /// For people: what was wrong and what to do.
+        message: String,
+    },
+    /// Another attempt may do better.
+    Again {
+        /// For programs, should this have been the last attempt.
+        code: ErrorCode,
+        /// For people, likewise.
+        message: String,
+        /// When to try again.
+        when: When,
+        /// Whether it counts towards the job's attempts.
+        counts: bool,
+    },
+    /// It was cancelled, as was asked for.
+    Cancelled,
+    /// Queued again at once, since only the worker stops. Counts nothing.
+    HandedBack,
+    /// Not this worker's to say any more: nothing may be written.
+    Lost,
+}
+
+/// When another attempt is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// After the usual pause, which grows with the failures, and not before the time that the API named, if any.
+    Backoff {
+        /// That time.
+        not_before: Option<Timestamp>,
+    },
+    /// At this time exactly: the account's usage limit is reset. Until then no run on this account can do anything.
+    At(Timestamp),
+}
+
+impl Verdict {
+    /// The same for storage. `pause_ends` is when the usual pause would end. None when nothing may be written.
+    pub fn into_ending(self, pause_ends: Timestamp) -> Option<Ending> {
+        Some(match self {
+            Self::Done => Ending::Done,
+            Self::Failed { code, message } => Ending::Failed {
+                code: code.as_str().to_owned(),
+                message,
+            },
+            Self::Again {
+                code,
+                message,
+                when,
+                counts,
+            } => {
+                let (run_after, hold) = match when {
+                    When::Backoff { not_before } => (
+                        not_before.map_or(pause_ends, |at| at.max(pause_ends)),
+                        Hold::Delay,
+                    ),
+                    When::At(at) => (at, Hold::UsageLimit),
+                };
+                Ending::Again {
+                    code: code.as_str().to_owned(),
+                    message,
+                    run_after,
+                    hold,
+                    counts,
+                }
+            }
+            Self::Cancelled => Ending::Cancelled,
+            Self::HandedBack => Ending::HandedBack,
+            Self::Lost => return None,
+        })
+    }
+
+    fn failed(code: ErrorCode, message: String) -> Self {
+        Self::Failed { code, message }
+    }
+
+    /// Another attempt after the usual pause.
+    fn again(code: ErrorCode, message: String) -> Self {
+        Self::Again {
+            code,
+            message,
+            when: When::Backoff { not_before: None },
+            counts: true,
+        }
+    }
+}
+
+/// What becomes of the job whose run ended like this.
+///
+/// A run that brought its whole result is done, even if a cancel or a deadline came in the same moment: the work was
+/// paid for and is there. Otherwise the reason for which this worker ended the run counts, and only then what the CLI
+/// says.
+pub fn judge(ended: &Ended) -> Verdict {
+    let complete = ended
+        .result
+        .as_deref()
+        .is_some_and(|result| is_complete(result, ended.schema_wanted));
+    match ended.stopped {
+        Some(Stopped::LeaseLost) => Verdict::Lost,
+        _ if complete => Verdict::Done,
+        Some(Stopped::Cancelled) => Verdict::Cancelled,
+        Some(Stopped::Shutdown) => Verdict::HandedBack,
+        Some(Stopped::Timeout { deadline, after }) => {
+            Verdict::failed(ErrorCode::Timeout, timeout(deadline, after, ended))
+        }
+        Some(Stopped::OutOfMemory) => Verdict::failed(
+            ErrorCode::OutOfMemory,
+            sentence(
+                "The run's processes took more memory than they may",
+                "",
+                "Ask for less at once, or raise the worker's memory limit.",
+            ),
+        ),
+        Some(Stopped::GuardLost) => Verdict::again(
+            ErrorCode::ClaudeKilled,
+            sentence(
+                "The process that guards the run was killed",
+                "",
+                "See the worker's log and submit the job again.",
+            ),
+        ),
+        None => match &ended.result {
+            Some(result) => by_result(result, ended),
+            None => without_result(ended),
+        },
+    }
+}
+
+/// Whether the result is all that was asked for.
+fn is_complete(result: &ResultLine, schema_wanted: bool) -> bool {
+    !result.is_error
+        && result.subtype == "success"
+        && result.terminal_reason.as_deref() != Some("tool_deferred")
+        && (!schema_wanted || result.structured_output.is_some())
+}
+
+fn by_result(result: &ResultLine, ended: &Ended) -> Verdict {
+    let said = excerpt(
+        result
+            .errors
+            .first()
+            .or(result.text.as_ref())
+            .map_or("", String::as_str),
+    );
+    match result.subtype.as_str() {
+        "success" if result.is_error => api::verdict(result, ended),
+        // The model may end its turn without ever filling the schema, and the CLI calls that a success.
+        "success" if result.terminal_reason.as_deref() != Some("tool_deferred") => schema_mismatch(),
+        "error_max_structured_output_retries" => schema_mismatch(),
+        "error_max_turns" => Verdict::failed(
+            ErrorCode::MaxTurns,
+            sentence(
+                "The run used up its turns",
+                &said,
+                "Allow more with `max_turns`, or go on in the same session.",
+            ),
+        ),
+        "error_max_budget_usd" => Verdict::failed(
+            ErrorCode::MaxCost,
+            sentence(
+                "The run reached its cap on cost",
+                &said,
+                "Allow more with `max_cost_usd`, or go on in the same session.",
+            ),
+        ),
+        _ if said.starts_with("No conversation found") => Verdict::again(
+            ErrorCode::SessionNotFound,
+            sentence(
+                "The conversation to continue is gone",
+                &said,
+                "Submit the job to a new session.",
+            ),
+        ),
+        _ => api::refused_credential(ended).unwrap_or_else(|| {
+            Verdict::failed(
+                ErrorCode::ClaudeError,
+                sentence(
+                    "The Claude CLI ended the run early",
+                    if said.is_empty() { &result.subtype } else { &said },
+                    "Submit the job again; if it fails again, see `doctor` and the worker's log.",
+                ),
+            )
+        }),
+    }
+}
+
+fn schema_mismatch() -> Verdict {
+    Verdict::failed(
+        ErrorCode::SchemaMismatch,
+        sentence(
+            "The model gave no answer that fits the schema",
+            "",
+            "Say in the message how to fill it, or make the schema simpler.",
+        ),
+    )
+}
+
+/// No result is a failure whatever the exit code says; exit code 0 exists too.
+fn without_result(ended: &Ended) -> Verdict {
+    if let Some(verdict) = api::refused_credential(ended) {
+        return verdict;
+    }
+    let said = excerpt(
+        ended
+            .stderr_tail
+            .trim_end()
+            .lines()
+            .next_back()
+            .unwrap_or_default(),
+    );
+    let killed_by = ended.signal.or_else(|| {
+        ended
+            .exit
+            .filter(|exit| KILLED.contains(exit))
+            .map(|exit| exit - 128)
+    });
+    if let Some(signal) = killed_by {
+        return Verdict::again(
+            ErrorCode::ClaudeKilled,
+            sentence(
+                &format!("The Claude CLI was killed from outside by signal {signal}"),
+                &said,
+                "Look whether the machine ran out of memory, and submit the job again.",
+            ),
+        );
+    }
+    // The id of the session is new in each attempt, so the next one isn't refused.
+    if said.contains("is already in use") {
+        return Verdict::again(
+            ErrorCode::ClaudeError,
+            sentence(
+                "The Claude CLI refused the session's id",
+                &said,
+                "Submit the job again.",
+            ),
+        );
+    }
+    let exit = ended.exit.map_or_else(
+        || "without an exit code".to_owned(),
+        |exit| format!("with exit code {exit}"),
+    );
+    Verdict::failed(
+        ErrorCode::ClaudeError,
+        sentence(
+            &format!("The Claude CLI ended {exit} and without a result"),
+            &said,
+            "Check the job's settings; `doctor` checks the CLI itself.",
+        ),
+    )
+}
+
+fn timeout(deadline: Deadline, after: Duration, ended: &Ended) -> String {
+    let seconds = after.as_secs();
+    let (problem, advice) = match deadline {
+        Deadline::FirstOutput => (
+            format!("The Claude CLI wrote nothing in its first {seconds} s"),
+            "Look whether the machine is overloaded, and submit the job again.",
+        ),
+        Deadline::Idle => (
+            format!("The run made no progress for {seconds} s"),
+            "Submit the job again; if it waits for a long command, raise JOB_IDLE_SECONDS.",
+        ),
+        Deadline::Total => (
+            format!("The run took longer than {seconds} s"),
+            "Allow more with `timeout_seconds`, or ask for less at once.",
+        ),
+    };
+    sentence(&problem, &api::last_trouble(ended), advice)
+}

@@ -1,0 +1,115 @@
+//! The `result` line.
+
+use super::{Usage, count, items, status, text};
+use serde_json::Value;
+use shared::money::MicroUsd;
+use std::collections::BTreeMap;
+
+/// The end of the answer to a user message. Only the first one without an origin is the verdict of a run; others
+/// come from background work or other sessions.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ResultLine {
+    /// Whether it failed. With `subtype` "success" too: that is how errors of the API arrive.
+    pub is_error: bool,
+    /// `success`, `error_max_turns`, `error_max_budget_usd`, `error_max_structured_output_retries`,
+    /// `error_during_execution`; an open set.
+    pub subtype: String,
+    /// The final answer's text, or the text of an API error.
+    pub text: Option<String>,
+    /// The value that fits the schema that was asked for.
+    pub structured_output: Option<Value>,
+    /// The Claude session.
+    pub session_id: Option<String>,
+    /// Turns, as the CLI counts them: tool results too.
+    pub num_turns: u64,
+    /// Wall time of the turn, in milliseconds.
+    pub duration_ms: u64,
+    /// The CLI's own price of the whole process and, in a resumed session, of the runs before it.
+    pub total_cost: Option<MicroUsd>,
+    /// Tokens of the main conversation in this turn; without subagents.
+    pub usage: Usage,
+    /// Tokens and cost by model, with the scope of `total_cost`.
+    pub model_usage: BTreeMap<String, ModelUsage>,
+    /// Tokens and cost by model since the result line before, of this process alone. None before release 2.1.331.
+    pub model_usage_since_last_result: Option<BTreeMap<String, ModelUsage>>,
+    /// The tool calls that weren't permitted, as the CLI gives them: `{tool_name, tool_use_id, tool_input}`.
+    pub permission_denials: Vec<Value>,
+    /// Why the model stopped: `end_turn`, `tool_use`, `refusal` …
+    pub stop_reason: Option<String>,
+    /// Why the turn ended: `completed`, `api_error`, `max_turns`, `aborted_streaming` …; an open set.
+    pub terminal_reason: Option<String>,
+    /// The HTTP status of the API error that ended the turn; none when there was no answer.
+    pub api_error_status: Option<u16>,
+    /// The CLI's word for that error: `usage_limit_reached`, `connection_failed` …
+    pub api_error: Option<String>,
+    /// The API's word for it: `rate_limit_error`, `billing_error` …
+    pub api_error_type: Option<String>,
+    /// What went wrong, for subtypes other than `success`.
+    pub errors: Vec<String>,
+    /// What made the turn, if it wasn't the user's message: `task-notification`, `peer` …
+    pub origin: Option<Value>,
+    /// The whole line.
+    pub raw: Value,
+}
+
+impl ResultLine {
+    pub(super) fn read(line: Value) -> Self {
+        Self {
+            is_error: line["is_error"] == true,
+            subtype: text(&line, "subtype").unwrap_or_default(),
+            text: text(&line, "result"),
+            structured_output: line.get("structured_output").cloned(),
+            session_id: text(&line, "session_id"),
+            num_turns: count(&line["num_turns"]),
+            duration_ms: count(&line["duration_ms"]),
+            total_cost: line["total_cost_usd"].as_f64().and_then(MicroUsd::from_usd),
+            usage: Usage::read(&line["usage"]),
+            model_usage: model_usage(&line["modelUsage"]),
+            model_usage_since_last_result: line
+                .get("model_usage_since_last_result")
+                .filter(|usage| usage.is_object())
+                .map(model_usage),
+            permission_denials: items(&line["permission_denials"]).cloned().collect(),
+            stop_reason: text(&line, "stop_reason"),
+            terminal_reason: text(&line, "terminal_reason"),
+            api_error_status: status(&line["api_error_status"]),
+            api_error: text(&line, "api_error"),
+            api_error_type: text(&line, "api_error_type"),
+            errors: items(&line["errors"])
+                .filter_map(|error| error.as_str().map(str::to_owned))
+                .collect(),
+            origin: line.get("origin").filter(|origin| !origin.is_null()).cloned(),
+            raw: line,
+        }
+    }
+
+    /// Whether this answers the user's message. The first such line of a run is its verdict.
+    pub fn is_verdict(&self) -> bool {
+        self.origin.is_none()
+    }
+}
+
+/// What one model used and cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModelUsage {
+    /// Tokens and searches.
+    pub usage: Usage,
+    /// The cost by the CLI's own price table, rounded to the nearest micro-dollar. None when the CLI gave no number.
+    pub cost: Option<MicroUsd>,
+}
+
+pub(super) fn model_usage(models: &Value) -> BTreeMap<String, ModelUsage> {
+    let models = models.as_object().into_iter().flatten();
+    models
+        .map(|(model, usage)| {
+            let cost = usage["costUSD"].as_f64().and_then(MicroUsd::from_usd);
+            (
+                model.clone(),
+                ModelUsage {
+                    usage: Usage::read_camel_case(usage),
+                    cost,
+                },
+            )
+        })
+        .collect()
+}

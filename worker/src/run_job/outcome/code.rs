@@ -1,0 +1,83 @@
+//! The words that tell a program how a run failed.
+
+use std::fmt;
+
+/// How a run failed, as clients see it in `error_code`. An open set: later releases may add words, none changes its
+/// meaning. Other parts of the service add `worker_lost`, `expired`, `budget_exceeded` and `internal`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorCode {
+    /// The API failed or couldn't be reached.
+    ApiUnavailable,
+    /// The worker's Anthropic credential is missing, refused or not allowed to do this.
+    AuthError,
+    /// The Anthropic account can't pay.
+    BillingError,
+    /// The CLI failed in a way that has no word of its own.
+    ClaudeError,
+    /// The CLI was killed from outside, or its guard was.
+    ClaudeKilled,
+    /// The API calls the request invalid.
+    InvalidRequest,
+    /// The run reached its cap on cost.
+    MaxCost,
+    /// The answer grew beyond what the model may write.
+    MaxOutputTokens,
+    /// The run reached its number of turns.
+    MaxTurns,
+    /// The model doesn't exist, or not for this account.
+    ModelNotFound,
+    /// The run's processes took more memory than they may.
+    OutOfMemory,
+    /// The API is overloaded.
+    Overloaded,
+    /// The conversation is longer than the model can read.
+    PromptTooLong,
+    /// The API limits the account's requests for a while.
+    RateLimited,
+    /// The model refused.
+    Refusal,
+    /// The request has too many bytes, mostly of images.
+    RequestTooLarge,
+    /// No answer fits the schema that was asked for.
+    SchemaMismatch,
+    /// The Claude session to continue isn't there. The next attempt must not resume it.
+    SessionNotFound,
+    /// A deadline passed.
+    Timeout,
+    /// The account's plan is used up until a known time.
+    UsageLimit,
+}
+
+impl ErrorCode {
+    /// The word on the wire and in the table.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ApiUnavailable => "api_unavailable",
+            Self::AuthError => "auth_error",
+            Self::BillingError => "billing_error",
+            Self::ClaudeError => "claude_error",
+            Self::ClaudeKilled => "claude_killed",
+            Self::InvalidRequest => "invalid_request",
+            Self::MaxCost => "max_cost",
+            Self::MaxOutputTokens => "max_output_tokens",
+            Self::MaxTurns => "max_turns",
+            Self::ModelNotFound => "model_not_found",
+            Self::OutOfMemory => "out_of_memory",
+            Self::Overloaded => "overloaded",
+            Self::PromptTooLong => "prompt_too_long",
+            Self::RateLimited => "rate_limited",
+            Self::Refusal => "refusal",
+            Self::RequestTooLarge => "request_too_large",
+            Self::SchemaMismatch => "schema_mismatch",
+            Self::SessionNotFound => "session_not_found",
+            Self::Timeout => "timeout",
+            Self::UsageLimit => "usage_limit",
+        }
+    }
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
