@@ -1,1 +1,79 @@
-//! x
+//! What a test may use. [`system`] starts the real binaries on a fresh [`database`]; [`client`] speaks HTTP to them;
+//! [`script`] tells the scripted CLI what to do, and [`trace`] what its runs did. [`place`] and [`processes`] see to it
+//! that nothing is left behind.
+
+pub mod client;
+pub mod database;
+pub mod place;
+pub mod processes;
+pub mod script;
+pub mod system;
+pub mod trace;
+
+use std::time::{Duration, Instant};
+
+/// How long a case may take before it counts as stuck.
+const CASE_LIMIT: Duration = Duration::from_mins(2);
+
+/// Runs one case of a test with a deadline, in a runtime of its own.
+pub fn run(case: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let mut case = std::pin::pin!(case);
+        // The case is still alive when this panics, so that its systems see a panic and show their logs.
+        assert!(
+            tokio::time::timeout(CASE_LIMIT, &mut case).await.is_ok(),
+            "the case is stuck after {CASE_LIMIT:?}"
+        );
+    });
+}
+
+/// Makes two tests, `<name>::on_sqlite` and `<name>::on_postgres`, of each function that takes a
+/// [`Db`](database::Db).
+#[macro_export]
+macro_rules! both {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn on_sqlite() {
+                $crate::run(super::$name($crate::database::Db::Sqlite));
+            }
+
+            #[test]
+            fn on_postgres() {
+                $crate::run(super::$name($crate::database::Db::Postgres));
+            }
+        }
+    )+};
+}
+
+/// Makes a test of each async function that takes nothing: for what has nothing to do with the database.
+#[macro_export]
+macro_rules! once {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn once() {
+                $crate::run(super::$name());
+            }
+        }
+    )+};
+}
+
+/// Asks again and again until there is an answer; fails when there is none within `limit`.
+pub async fn eventually<T>(limit: Duration, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    let mut pause = Duration::from_millis(5);
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(begin.elapsed() < limit, "within {limit:?} there was not: {what}");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}

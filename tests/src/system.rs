@@ -1,0 +1,645 @@
+//! The product as a user runs it: its real binaries on a fresh database, started, stopped, killed and watched from
+//! outside. A dropped system ends its processes and fails the test when one of them left a process behind or wrote
+//! a secret into its log; when the test failed, it shows what the processes wrote.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use simulator::Simulator;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::client::Client;
+use crate::database::{Database, Db};
+use crate::{eventually, place, processes, trace};
+
+/// The key that a system's client has unless told otherwise; the second key of every system; its administrator's.
+pub const KEYS: [&str; 3] = ["kit-key-one-f4b1c2", "kit-key-two-a83e90", "kit-key-admin-77d0e5"];
+
+/// The Anthropic credential that the workers hold; it may be seen by the simulator only.
+pub const ANTHROPIC_KEY: &str = "sk-sim-kit-0c5e7a1f93";
+
+/// What a system's workers run as the Claude CLI.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cli {
+    /// The scripted one of this kit; see [`crate::script`].
+    #[default]
+    Fake,
+    /// The real one, against the simulator. One run at a time in a system, two in the whole test binary.
+    Real,
+}
+
+/// What a system is made of; see [`System::builder`].
+#[derive(Debug)]
+pub struct Builder {
+    db: Db,
+    database: Option<Database>,
+    apis: usize,
+    workers: usize,
+    up: bool,
+    cli: Cli,
+    sandbox: bool,
+    env: Vec<(String, String)>,
+}
+
+impl Builder {
+    /// On which kind of database; SQLite unless told.
+    #[must_use]
+    pub fn database(mut self, db: Db) -> Self {
+        self.db = db;
+        self
+    }
+
+    /// On this database instead of a fresh one.
+    #[must_use]
+    pub fn on(mut self, database: Database) -> Self {
+        self.database = Some(database);
+        self
+    }
+
+    /// How many API processes; one unless told.
+    #[must_use]
+    pub fn apis(mut self, count: usize) -> Self {
+        self.apis = count;
+        self
+    }
+
+    /// How many workers; one unless told.
+    #[must_use]
+    pub fn workers(mut self, count: usize) -> Self {
+        self.workers = count;
+        self
+    }
+
+    /// `claude-queue up`, API and worker in one process, instead of separate ones.
+    #[must_use]
+    pub fn up(mut self) -> Self {
+        self.up = true;
+        self
+    }
+
+    /// Which CLI the workers run.
+    #[must_use]
+    pub fn cli(mut self, cli: Cli) -> Self {
+        self.cli = cli;
+        self
+    }
+
+    /// Whether runs are sandboxed; they are, unless told.
+    #[must_use]
+    pub fn sandbox(mut self, enabled: bool) -> Self {
+        self.sandbox = enabled;
+        self
+    }
+
+    /// One more environment variable for all processes; it wins over the kit's own.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Starts everything and waits until it is ready.
+    pub async fn start(self) -> System {
+        let folder = place::folder('s');
+        for name in ["data", "home", "run", "tmp"] {
+            fs::create_dir(folder.join(name)).expect("a new folder");
+        }
+        let database = match self.database {
+            Some(database) => database,
+            None => Database::fresh(self.db, &folder).await,
+        };
+        let (real, simulator, claude) = match self.cli {
+            Cli::Fake => (None, None, place::binary("fake-claude")),
+            Cli::Real => {
+                let permit = REAL_CLIS.acquire().await.expect("the semaphore is never closed");
+                let simulator = Simulator::start(([127, 0, 0, 1], 0).into())
+                    .await
+                    .expect("the simulator starts");
+                (Some(permit), Some(simulator), real_claude())
+            }
+        };
+        let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
+        let mut env: Vec<(String, String)> = [
+            ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin".to_owned()),
+            ("HOME", path("home")),
+            ("TMPDIR", path("tmp")),
+            ("XDG_RUNTIME_DIR", path("run")),
+            ("RUST_BACKTRACE", "1".to_owned()),
+            (place::MARKER, folder.to_string_lossy().into_owned()),
+            ("DATABASE_URL", database.url().to_owned()),
+            ("DATA_DIR", path("data")),
+            ("API_PORT", "0".to_owned()),
+            ("API_KEYS", KEYS[..2].join(",")),
+            ("ADMIN_API_KEYS", KEYS[2].to_owned()),
+            (
+                "SECRET_KEY",
+                "kit-secret-key-which-is-long-enough-0123456789".to_owned(),
+            ),
+            ("RATE_LIMIT_REQUESTS", "1000000".to_owned()),
+            ("RATE_LIMIT_READ_REQUESTS", "1000000".to_owned()),
+            (
+                "WORKER_CONCURRENCY",
+                if real.is_some() { "1" } else { "4" }.to_owned(),
+            ),
+            ("CLAUDE_CLI_PATH", claude.to_string_lossy().into_owned()),
+            ("SANDBOX_ENABLED", self.sandbox.to_string()),
+            ("ANTHROPIC_API_KEY", ANTHROPIC_KEY.to_owned()),
+            // A port that nobody listens on: the scripted CLI calls nobody.
+            (
+                "ANTHROPIC_BASE_URL",
+                simulator
+                    .as_ref()
+                    .map_or("http://127.0.0.1:9".to_owned(), Simulator::url),
+            ),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .to_vec();
+        for (name, value) in self.env {
+            env.retain(|(known, _)| *known != name);
+            env.push((name, value));
+        }
+        let mut system = System {
+            apis: Vec::new(),
+            workers: Vec::new(),
+            folder,
+            database,
+            env,
+            simulator,
+            _real: real,
+        };
+        if self.up {
+            system.add(Kind::Up).await;
+        }
+        // One after the other: the first one migrates, which the others would only wait for.
+        for _ in 0..if self.up { 0 } else { self.apis } {
+            system.add(Kind::Api).await;
+        }
+        for _ in 0..if self.up { 0 } else { self.workers } {
+            system.add(Kind::Worker).await;
+        }
+        system
+    }
+}
+
+/// At most two of the real CLI at once: each needs half a second of one of two cores to start.
+static REAL_CLIS: Semaphore = Semaphore::const_new(2);
+
+/// A running product.
+#[derive(Debug)]
+pub struct System {
+    apis: Vec<Process>,
+    workers: Vec<Process>,
+    folder: PathBuf,
+    database: Database,
+    env: Vec<(String, String)>,
+    simulator: Option<Simulator>,
+    _real: Option<SemaphorePermit<'static>>,
+}
+
+impl System {
+    /// One API process and one worker with the scripted CLI on SQLite, to change at will.
+    pub fn builder() -> Builder {
+        Builder {
+            db: Db::Sqlite,
+            database: None,
+            apis: 1,
+            workers: 1,
+            up: false,
+            cli: Cli::Fake,
+            sandbox: true,
+            env: Vec::new(),
+        }
+    }
+
+    /// One API process and one worker with the scripted CLI.
+    pub async fn start(db: Db) -> Self {
+        Self::builder().database(db).start().await
+    }
+
+    /// A client of the first API process with the first key.
+    pub fn client(&self) -> Client {
+        self.client_of(0)
+    }
+
+    /// A client of an API process with the first key.
+    pub fn client_of(&self, api: usize) -> Client {
+        Client::new(&self.apis[api].url(), Some(KEYS[0]))
+    }
+
+    /// An API process; `claude-queue up` is one.
+    pub fn api(&mut self, index: usize) -> &mut Process {
+        &mut self.apis[index]
+    }
+
+    /// A worker process.
+    pub fn worker(&mut self, index: usize) -> &mut Process {
+        &mut self.workers[index]
+    }
+
+    /// Every process, to pick one at random.
+    pub fn processes(&mut self) -> Vec<&mut Process> {
+        self.apis.iter_mut().chain(&mut self.workers).collect()
+    }
+
+    /// Starts one more API process; its index.
+    pub async fn add_api(&mut self) -> usize {
+        self.add(Kind::Api).await;
+        self.apis.len() - 1
+    }
+
+    /// Starts one more worker; its index.
+    pub async fn add_worker(&mut self) -> usize {
+        self.add(Kind::Worker).await;
+        self.workers.len() - 1
+    }
+
+    /// The database.
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// The Messages API that the real CLI talks to.
+    pub fn simulator(&self) -> &Simulator {
+        self.simulator.as_ref().expect("a system with Cli::Real")
+    }
+
+    /// Where everything of this system lies.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The working directory of a job without a session.
+    pub fn workspace(&self, job: &str) -> PathBuf {
+        self.folder.join("data/jobs").join(job).join("workspace")
+    }
+
+    /// The lives of a job's runs, as its traced scripts wrote them.
+    pub fn lives(&self, job: &str) -> Vec<trace::Life> {
+        trace::read(&self.workspace(job))
+    }
+
+    /// What the processes wrote, everything.
+    pub fn written(&self) -> String {
+        self.apis
+            .iter()
+            .chain(&self.workers)
+            .map(Process::written)
+            .collect()
+    }
+
+    /// The processes of runs: all that belong to this system but for those that the kit itself started.
+    pub fn run_processes(&self) -> Vec<processes::Found> {
+        let own: Vec<i32> = self
+            .apis
+            .iter()
+            .chain(&self.workers)
+            .filter_map(Process::pid)
+            .collect();
+        processes::of_folder(&self.folder)
+            .into_iter()
+            .filter(|found| !own.contains(&found.pid))
+            .collect()
+    }
+
+    /// Waits until no process of a run is left.
+    pub async fn no_run_process_within(&self, limit: Duration) {
+        let mut last = Vec::new();
+        let gone = tokio::time::timeout(limit, async {
+            loop {
+                last = self.run_processes();
+                if last.is_empty() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+        assert!(
+            gone.is_ok(),
+            "after {limit:?} these processes of a run still live: {last:#?}"
+        );
+    }
+
+    async fn add(&mut self, kind: Kind) {
+        let index = match kind {
+            Kind::Worker => self.workers.len(),
+            Kind::Api | Kind::Up => self.apis.len(),
+        };
+        let mut process = Process::new(kind, index + 1, &self.folder, &self.env);
+        process.start().await;
+        match kind {
+            Kind::Worker => self.workers.push(process),
+            Kind::Api | Kind::Up => self.apis.push(process),
+        }
+    }
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        for process in self.apis.iter_mut().chain(&mut self.workers) {
+            process.signal(Signal::CONT);
+            process.kill();
+        }
+        // The guards end what their workers ran; the kit only looks.
+        let begin = Instant::now();
+        let mut left = processes::of_folder(&self.folder);
+        while !left.is_empty() && begin.elapsed() < Duration::from_secs(8) {
+            std::thread::sleep(Duration::from_millis(20));
+            left = processes::of_folder(&self.folder);
+        }
+        processes::end_folder(&self.folder, Duration::from_secs(2));
+        let written = self.written();
+        let leaks = leaks(&written);
+        if std::thread::panicking() {
+            self.show();
+        }
+        let _ = fs::remove_dir_all(&self.folder);
+        if !std::thread::panicking() {
+            assert!(
+                left.is_empty(),
+                "processes outlived their workers by 8 s: {left:#?}"
+            );
+            assert!(leaks.is_empty(), "the logs hold secrets: {leaks:#?}");
+        }
+    }
+}
+
+impl System {
+    #[expect(
+        clippy::print_stderr,
+        reason = "the test harness shows it with the failed test only"
+    )]
+    fn show(&self) {
+        eprintln!("--- {} ({:?})", self.folder.display(), self.database);
+        for process in self.apis.iter().chain(&self.workers) {
+            let written = process.written();
+            let lines: Vec<&str> = written.lines().collect();
+            eprintln!("--- {} wrote {} lines, the last ones:", process.name, lines.len());
+            for line in &lines[lines.len().saturating_sub(80)..] {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
+fn leaks(written: &str) -> Vec<&str> {
+    let secret = |line: &&str| {
+        KEYS.iter()
+            .chain([&ANTHROPIC_KEY])
+            .any(|secret| line.contains(secret))
+    };
+    written.lines().filter(secret).collect()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Api,
+    Worker,
+    Up,
+}
+
+/// One process of the product.
+#[derive(Debug)]
+pub struct Process {
+    kind: Kind,
+    name: String,
+    folder: PathBuf,
+    env: Vec<(String, String)>,
+    child: Option<Child>,
+    /// How much of standard output belongs to earlier starts.
+    old: usize,
+    ready_line: String,
+}
+
+impl Process {
+    fn new(kind: Kind, number: usize, folder: &Path, env: &[(String, String)]) -> Self {
+        let name = match kind {
+            Kind::Api => format!("api-{number}"),
+            Kind::Worker => format!("worker-{number}"),
+            Kind::Up => format!("up-{number}"),
+        };
+        let (folder, env) = (folder.to_owned(), env.to_vec());
+        Self {
+            kind,
+            name,
+            folder,
+            env,
+            child: None,
+            old: 0,
+            ready_line: String::new(),
+        }
+    }
+
+    /// Starts it and waits until it says that it is ready.
+    pub async fn start(&mut self) {
+        self.launch();
+        self.ready().await;
+    }
+
+    /// Starts it without waiting.
+    pub fn launch(&mut self) {
+        assert!(self.child.is_none(), "{} runs already", self.name);
+        let (program, arguments): (_, &[&str]) = match self.kind {
+            Kind::Api => ("claude-queue-api", &[]),
+            Kind::Worker => ("claude-queue-worker", &[]),
+            Kind::Up => ("claude-queue", &["up"]),
+        };
+        self.old = fs::read(self.out()).map_or(0, |bytes| bytes.len());
+        let open = |path: PathBuf| {
+            File::options()
+                .create(true)
+                .append(true)
+                .open(path)
+                .expect("a log file")
+        };
+        let child = Command::new(place::binary(program))
+            .args(arguments)
+            .env_clear()
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .stdout(open(self.out()))
+            .stderr(open(self.log()))
+            .spawn();
+        self.child = Some(child.expect("the binary starts"));
+    }
+
+    /// Waits until it says that it is ready.
+    pub async fn ready(&mut self) {
+        let wanted = match self.kind {
+            Kind::Api | Kind::Up => "listening on http://",
+            Kind::Worker => "worker ready ",
+        };
+        let begin = Instant::now();
+        loop {
+            let written = fs::read(self.out()).unwrap_or_default();
+            let new = String::from_utf8_lossy(&written[self.old.min(written.len())..]).into_owned();
+            // A line counts once it is whole.
+            let mut lines = new
+                .split_inclusive('\n')
+                .filter_map(|line| line.strip_suffix('\n'));
+            if let Some(line) = lines.find_map(|line| line.find(wanted).map(|at| line[at..].to_owned())) {
+                self.ready_line = line;
+                return;
+            }
+            if let Some(status) = self.exited() {
+                panic!(
+                    "{} ended ({status}) instead of getting ready:\n{}",
+                    self.name,
+                    self.written()
+                );
+            }
+            assert!(
+                begin.elapsed() < Duration::from_secs(30),
+                "{} isn't ready after 30 s:\n{}",
+                self.name,
+                self.written()
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Kills it if it runs, and starts it again.
+    pub async fn restart(&mut self) {
+        self.kill();
+        self.start().await;
+    }
+
+    /// Where an API process listens.
+    pub fn url(&self) -> String {
+        let url = self
+            .ready_line
+            .strip_prefix("listening on ")
+            .expect("an API process that was ready");
+        url.trim_end_matches('/').to_owned()
+    }
+
+    /// The id that a worker gave itself.
+    pub fn worker_id(&self) -> &str {
+        self.ready_line
+            .strip_prefix("worker ready ")
+            .expect("a worker that was ready")
+            .trim()
+    }
+
+    /// Its process id while it runs.
+    pub fn pid(&self) -> Option<i32> {
+        self.child
+            .as_ref()
+            .and_then(|child| i32::try_from(child.id()).ok())
+    }
+
+    /// Sends a signal, if it runs.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.pid() {
+            processes::signal(pid, signal);
+        }
+    }
+
+    /// `kill -9`, and its end.
+    pub fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        if let Some(mut child) = self.child.take() {
+            let _ = child.wait();
+        }
+    }
+
+    /// SIGSTOP: it lives, but does nothing.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// SIGTERM; its exit code once it has ended, which it must within `limit`.
+    pub async fn stop(&mut self, limit: Duration) -> Option<i32> {
+        self.signal(Signal::TERM);
+        self.ended(limit).await.code()
+    }
+
+    /// How it ended, which it must within `limit`.
+    pub async fn ended(&mut self, limit: Duration) -> ExitStatus {
+        eventually(limit, &format!("the end of {}", self.name), async || {
+            self.exited()
+        })
+        .await
+    }
+
+    /// What it wrote, standard output first.
+    pub fn written(&self) -> String {
+        let read = |path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+        format!("{}{}", read(self.out()), read(self.log()))
+    }
+
+    fn exited(&mut self) -> Option<ExitStatus> {
+        let status = self.child.as_mut()?.try_wait().expect("our own child");
+        if status.is_some() {
+            self.child = None;
+        }
+        status
+    }
+
+    fn out(&self) -> PathBuf {
+        self.folder.join(format!("{}.out", self.name))
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.join(format!("{}.log", self.name))
+    }
+}
+
+/// What a program that was run to its end said.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// Its exit code; none when a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// Runs a binary of the product with nothing in its environment but what is given (and a path and a home), in a folder
+/// of its own; killed after 30 s.
+pub async fn run(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> Finished {
+    let folder = place::folder('r');
+    let mut command = tokio::process::Command::new(place::binary(name));
+    command
+        .args(arguments)
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("HOME", &folder)
+        .env(place::MARKER, &folder)
+        .envs(env.iter().copied())
+        .current_dir(&folder)
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(Duration::from_secs(30), command.output())
+        .await
+        .unwrap_or_else(|_| panic!("{name} {arguments:?} doesn't end"))
+        .expect("the binary starts");
+    Finished {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// The real CLI's binary, as `make test` installs it.
+pub fn real_claude() -> PathBuf {
+    let link = place::repository().join("tools/claude/node_modules/.bin/claude");
+    // The link leads to the native binary, which a sandbox can be given as the one file that it is.
+    let binary = fs::canonicalize(&link);
+    binary.unwrap_or_else(|error| {
+        panic!(
+            "the real Claude CLI isn't there: run `make test`, or scripts/install-claude.sh ({}: {error})",
+            link.display()
+        )
+    })
+}

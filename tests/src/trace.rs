@@ -1,0 +1,93 @@
+//! What the runs of the scripted CLI wrote about their own lives: who ran when, on one clock for the whole machine.
+//! The proof that two runs of a job, or of a session, never overlapped.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// The name of the file in the working directory of a run.
+pub const FILE: &str = "trace.log";
+
+/// The life of one run, as far as it could write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Life {
+    /// The word that its script gave.
+    pub tag: String,
+    /// Its Claude session id, which no other attempt has.
+    pub session: String,
+    /// Its first sign of life, in nanoseconds of the monotonic clock.
+    pub first: u64,
+    /// Its last one.
+    pub last: u64,
+    /// Whether it wrote that it ends.
+    pub stopped: bool,
+}
+
+/// The monotonic clock, in nanoseconds: the same for every process of the machine.
+pub fn now() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// One line of the file.
+pub fn line(what: &str, tag: &str, session: &str) -> String {
+    format!("{what} {tag} {session} {}\n", now())
+}
+
+/// The lives written into one working directory, in order of their beginning; none when there's no file.
+pub fn read(workspace: &Path) -> Vec<Life> {
+    let text = fs::read_to_string(workspace.join(FILE)).unwrap_or_default();
+    let mut lives: BTreeMap<(&str, &str), Life> = BTreeMap::new();
+    for line in text.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [what, tag, session, time] = words[..] else {
+            continue;
+        };
+        let Ok(time) = time.parse::<u64>() else { continue };
+        let life = lives.entry((tag, session)).or_insert_with(|| Life {
+            tag: tag.to_owned(),
+            session: session.to_owned(),
+            first: time,
+            last: time,
+            stopped: false,
+        });
+        life.last = life.last.max(time);
+        life.stopped |= what == "stop";
+    }
+    let mut lives: Vec<Life> = lives.into_values().collect();
+    lives.sort_by_key(|life| life.first);
+    lives
+}
+
+/// Fails when two lives overlap; says which.
+pub fn assert_one_at_a_time(lives: &[Life]) {
+    for pair in lives.windows(2) {
+        assert!(
+            pair[0].last < pair[1].first,
+            "two runs lived at the same time: {:?} and {:?}",
+            pair[0],
+            pair[1]
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "two runs lived at the same time")]
+    fn an_overlap_is_seen() {
+        let life = |tag: &str, first, last| Life {
+            tag: tag.to_owned(),
+            session: "s".to_owned(),
+            first,
+            last,
+            stopped: true,
+        };
+
+        assert_one_at_a_time(&[life("a", 1, 5), life("b", 6, 9), life("c", 8, 10)]);
+    }
+}
