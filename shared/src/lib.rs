@@ -1,1 +1,16 @@
-//! x
+//! What the API and the worker mean by the same word, and the one way to the database.
+//!
+//! * Values that are right by construction: [`job`], [`event`], [`session`], [`money`], [`id`], [`clock`].
+//! * The database, SQLite or PostgreSQL: [`storage`]. Reads are methods of `Store`, writes are methods of `Tx`.
+//! * What every process needs at its start and end: [`env`], [`telemetry`], [`shutdown`].
+
+pub mod clock;
+pub mod env;
+pub mod event;
+pub mod id;
+pub mod job;
+pub mod money;
+pub mod session;
+pub mod shutdown;
+pub mod storage;
+pub mod telemetry;

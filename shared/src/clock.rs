@@ -1,0 +1,90 @@
+//! The one clock. Times are kept to the microsecond, in UTC.
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
+use std::time::Duration;
+
+/// A point in time: microseconds since 1970-01-01T00:00:00Z.
+///
+/// In the database it is a 64-bit integer on both engines, so comparing two stored times is comparing two
+/// integers; on the wire it is RFC 3339 in UTC with microseconds and the offset written `+00:00`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, sqlx::Type)]
+#[sqlx(transparent)]
+pub struct Timestamp(pub i64);
+
+/// The current time of this machine. Leases don't depend on it; only times that people see, deadlines and
+/// `run_after` do, to the second.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the one place that asks the system for the time"
+)]
+pub fn now() -> Timestamp {
+    Timestamp(Utc::now().timestamp_micros())
+}
+
+impl Timestamp {
+    /// Reads RFC 3339 with any offset. `None` when it isn't that.
+    pub fn parse(text: &str) -> Option<Self> {
+        DateTime::parse_from_rfc3339(text)
+            .ok()
+            .map(|at| Self(at.timestamp_micros()))
+    }
+
+    /// Whole seconds since the epoch, rounded down.
+    pub const fn unix_seconds(self) -> i64 {
+        self.0.div_euclid(1_000_000)
+    }
+
+    /// This time and `duration` more. Saturates at the end of time.
+    #[must_use]
+    pub fn plus(self, duration: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_add(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)),
+        )
+    }
+
+    /// The time from `earlier` to this, or zero when `earlier` is later.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+
+    /// The same time as chrono knows it. Times outside chrono's range become the epoch.
+    pub fn to_utc(self) -> DateTime<Utc> {
+        DateTime::from_timestamp_micros(self.0).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.to_utc().to_rfc3339_opts(SecondsFormat::Micros, false))
+    }
+}
+
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::parse(&text).ok_or_else(|| serde::de::Error::custom("not an RFC 3339 time"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_written_as_the_old_clients_parse_it() {
+        let time = Timestamp(1_779_278_400_123_456);
+        assert_eq!(time.to_string(), "2026-05-20T12:00:00.123456+00:00");
+        assert_eq!(Timestamp::parse(&time.to_string()), Some(time));
+        assert_eq!(Timestamp::parse("2026-05-20T14:00:00.123456+02:00"), Some(time));
+        assert_eq!(Timestamp::parse("yesterday"), None);
+    }
+}

@@ -1,0 +1,197 @@
+//! The environment: every setting is a variable, read here, and a bad one stops the start with its name.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::str::FromStr;
+
+/// A variable has a value that can't be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{variable} {problem}; accepted: {accepted}")]
+pub struct Error {
+    /// The variable's name.
+    pub variable: &'static str,
+    /// What is wrong with its value. Never the value itself, which may be a secret.
+    pub problem: String,
+    /// The accepted form.
+    pub accepted: String,
+}
+
+impl Error {
+    /// The variable `variable` has a `problem`; `accepted` says what would do.
+    pub fn new(variable: &'static str, problem: impl Into<String>, accepted: impl Into<String>) -> Self {
+        Self {
+            variable,
+            problem: problem.into(),
+            accepted: accepted.into(),
+        }
+    }
+}
+
+/// The variables of a process. It remembers which were asked for and with which default, so that a test can hold
+/// `.env.example` against the code.
+#[derive(Default)]
+pub struct Vars {
+    values: HashMap<String, String>,
+    asked: RefCell<BTreeMap<&'static str, String>>,
+}
+
+/// Values may be secrets, so only names are shown.
+impl fmt::Debug for Vars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.values.keys()).finish()
+    }
+}
+
+impl Vars {
+    /// The process's environment, over what a `.env` file in the working directory (or a parent) says.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the one place that reads the environment"
+    )]
+    pub fn from_process() -> Result<Self, Error> {
+        match dotenvy::dotenv() {
+            Ok(_) => {}
+            Err(error) if error.not_found() => {}
+            Err(dotenvy::Error::LineParse(_, column)) => {
+                let problem = format!("has a line that can't be read (at character {column} of the line)");
+                return Err(Error::new(
+                    ".env",
+                    problem,
+                    "NAME=value, one a line; quote values with spaces",
+                ));
+            }
+            Err(error) => {
+                return Err(Error::new(
+                    ".env",
+                    format!("can't be read: {error}"),
+                    "a readable file",
+                ));
+            }
+        }
+        Ok(Self {
+            values: std::env::vars().collect(),
+            asked: RefCell::default(),
+        })
+    }
+
+    /// These variables and no others.
+    pub fn of<const N: usize>(values: [(&str, &str); N]) -> Self {
+        let values = values
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        Self {
+            values,
+            asked: RefCell::default(),
+        }
+    }
+
+    /// Every variable that was asked for so far, with its default ("" = none).
+    pub fn asked(&self) -> BTreeMap<&'static str, String> {
+        self.asked.borrow().clone()
+    }
+
+    /// The text of `name`; unset, empty and blank are all `None`.
+    pub fn text(&self, name: &'static str) -> Option<String> {
+        self.asked.borrow_mut().entry(name).or_default();
+        self.values
+            .get(name)
+            .map(|value| value.trim().to_owned())
+            .filter(|value| !value.is_empty())
+    }
+
+    /// The text of `name`, or `default`.
+    pub fn or(&self, name: &'static str, default: &str) -> Result<String, Error> {
+        self.asked.borrow_mut().insert(name, default.to_owned());
+        Ok(self.text(name).unwrap_or_else(|| default.to_owned()))
+    }
+
+    /// One of `choices`, in lower case, or `default`.
+    pub fn choice(&self, name: &'static str, default: &str, choices: &[&str]) -> Result<String, Error> {
+        let value = self.or(name, default)?;
+        match choices.iter().find(|choice| choice.eq_ignore_ascii_case(&value)) {
+            Some(choice) => Ok((*choice).to_owned()),
+            None => Err(Error::new(name, "has an unknown value", choices.join(" | "))),
+        }
+    }
+
+    /// `true` or `false` (also 1, 0, yes, no, on, off), or `default`.
+    pub fn flag(&self, name: &'static str, default: bool) -> Result<bool, Error> {
+        match self
+            .or(name, if default { "true" } else { "false" })?
+            .to_lowercase()
+            .as_str()
+        {
+            "true" | "1" | "yes" | "on" => Ok(true),
+            "false" | "0" | "no" | "off" => Ok(false),
+            _ => Err(Error::new(name, "isn't a truth value", "true or false")),
+        }
+    }
+
+    /// A number from `low` to `high`, or `default`.
+    pub fn number<T>(&self, name: &'static str, default: T, low: T, high: T) -> Result<T, Error>
+    where
+        T: FromStr + PartialOrd + fmt::Display,
+    {
+        let accepted = format!("a number from {low} to {high}");
+        let text = self.or(name, &default.to_string())?;
+        let number = text
+            .parse::<T>()
+            .map_err(|_| Error::new(name, "isn't such a number", accepted.clone()))?;
+        if number < low || number > high {
+            return Err(Error::new(name, format!("is out of range ({number})"), accepted));
+        }
+        Ok(number)
+    }
+
+    /// A list with commas between its members; blanks around them and empty members are dropped.
+    pub fn list(&self, name: &'static str, default: &str) -> Result<Vec<String>, Error> {
+        let text = self.or(name, default)?;
+        Ok(text
+            .split(',')
+            .map(str::trim)
+            .filter(|item| !item.is_empty())
+            .map(str::to_owned)
+            .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_value_names_the_variable_and_the_accepted_form() {
+        let vars = Vars::of([
+            ("LEASE_SECONDS", "soon"),
+            ("API_PORT", "70000"),
+            ("ENABLE", "perhaps"),
+            ("MODE", "x"),
+        ]);
+
+        let soon = vars.number("LEASE_SECONDS", 30, 1, 3600).unwrap_err();
+        assert_eq!(
+            soon.to_string(),
+            "LEASE_SECONDS isn't such a number; accepted: a number from 1 to 3600"
+        );
+        let port = vars.number::<u32>("API_PORT", 8000, 0, 65_535).unwrap_err();
+        assert_eq!(
+            port.to_string(),
+            "API_PORT is out of range (70000); accepted: a number from 0 to 65535"
+        );
+        assert_eq!(vars.flag("ENABLE", true).unwrap_err().variable, "ENABLE");
+        assert_eq!(
+            vars.choice("MODE", "a", &["a", "b"]).unwrap_err().accepted,
+            "a | b"
+        );
+    }
+
+    #[test]
+    fn unset_empty_and_blank_mean_the_default() {
+        let vars = Vars::of([("EMPTY", ""), ("BLANK", "  ")]);
+        for name in ["EMPTY", "BLANK", "UNSET"] {
+            assert_eq!(vars.number(name, 7, 0, 9), Ok(7));
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! A job: a prompt, how to run it, and what became of it.
+
+pub mod status;
+
+use crate::clock::Timestamp;
+use crate::id::{JobId, KeyId, SessionId};
+use crate::money::MicroUsd;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::time::Duration;
+
+pub use status::JobStatus;
+
+/// Why a queued job may not start yet. Clients must expect more words in later releases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, sqlx::Type)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum Hold {
+    /// An earlier job of its session or concurrency key hasn't ended.
+    Order,
+    /// Its time hasn't come: a delayed start, or the pause before another attempt.
+    Delay,
+    /// The money that is left is reserved by running jobs, or the budget waits for its next period.
+    Budget,
+    /// The Anthropic account has met a usage limit and says when it ends.
+    UsageLimit,
+    /// Somebody paused the queue.
+    Paused,
+}
+
+impl Hold {
+    /// The word on the wire and in the table.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Order => "order",
+            Self::Delay => "delay",
+            Self::Budget => "budget",
+            Self::UsageLimit => "usage_limit",
+            Self::Paused => "paused",
+        }
+    }
+
+    /// The hold of that name; none for the empty text of a ready job.
+    pub fn parse(text: &str) -> Option<Self> {
+        [
+            Self::Order,
+            Self::Delay,
+            Self::Budget,
+            Self::UsageLimit,
+            Self::Paused,
+        ]
+        .into_iter()
+        .find(|hold| hold.as_str() == text)
+    }
+}
+
+/// Whether a person is waiting for the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, sqlx::Type)]
+#[serde(rename_all = "lowercase")]
+#[sqlx(type_name = "text", rename_all = "lowercase")]
+pub enum JobKind {
+    /// Submitted as a job.
+    Job,
+    /// Made by a chat call; hidden from the job lists of a session.
+    Chat,
+}
+
+/// What happens when the worker that runs a job is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, sqlx::Type)]
+#[serde(rename_all = "lowercase")]
+#[sqlx(type_name = "text", rename_all = "lowercase")]
+pub enum OnWorkerLost {
+    /// Another attempt resumes the Claude session, or starts again when there is none to resume.
+    #[default]
+    Resume,
+    /// The job fails with `worker_lost`.
+    Fail,
+}
+
+/// Why a job was cancelled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, sqlx::Type)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum CancelReason {
+    /// Its owner asked for it.
+    User,
+    /// Its `cancel_after` passed.
+    Deadline,
+    /// Its session was deleted.
+    SessionDeleted,
+    /// Its batch was cancelled.
+    Batch,
+    /// The service was shut down for good.
+    Shutdown,
+    /// The client that waited for it went away and had asked for this.
+    ClientDisconnect,
+}
+
+impl CancelReason {
+    /// The word on the wire and in the table.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Deadline => "deadline",
+            Self::SessionDeleted => "session_deleted",
+            Self::Batch => "batch",
+            Self::Shutdown => "shutdown",
+            Self::ClientDisconnect => "client_disconnect",
+        }
+    }
+}
+
+/// The parts of a job's settings that only its run needs; stored as JSON beside the prompt.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RunOptions {
+    /// Replaces the CLI's own system prompt. At most 50,000 characters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// Rules that allow tools, in the CLI's syntax. `None`: the service's default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed_tools: Option<Vec<String>>,
+    /// Rules that forbid tools. `None`: the service's default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disallowed_tools: Option<Vec<String>>,
+    /// The JSON Schema that the structured output must match.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub json_schema: Option<Value>,
+}
+
+/// A job that passed the gate and isn't stored yet.
+#[derive(Clone, Debug)]
+pub struct NewJob {
+    /// Its id.
+    pub job_id: JobId,
+    /// Its owner.
+    pub key_id: KeyId,
+    /// Whether a person is waiting.
+    pub kind: JobKind,
+    /// The prompt: 1 to 1,000,000 characters, not only white space.
+    pub message: String,
+    /// What only the run needs.
+    pub options: RunOptions,
+    /// The session it runs in; `None` is a throw-away workspace.
+    pub session_id: Option<SessionId>,
+    /// Jobs of one owner with the same key run one at a time. Never together with a session.
+    pub concurrency_key: Option<String>,
+    /// Higher runs first. -10 to 10.
+    pub priority: i64,
+    /// Not before this time.
+    pub run_after: Option<Timestamp>,
+    /// Cancelled if it hasn't ended by then.
+    pub deadline_at: Option<Timestamp>,
+    /// Attempts at most, 1 to 5.
+    pub max_attempts: i64,
+    /// What a lost worker means.
+    pub on_worker_lost: OnWorkerLost,
+    /// The model; `None` is the service's default.
+    pub model: Option<String>,
+    /// `low medium high xhigh max`; `None` is the service's default.
+    pub effort: Option<String>,
+    /// The permission mode; `None` is the service's default.
+    pub permission_mode: Option<String>,
+    /// Turns at most; `None` is the service's default.
+    pub max_turns: Option<i64>,
+    /// Seconds an attempt may take; `None` is the service's default.
+    pub timeout_seconds: Option<i64>,
+    /// What one attempt may cost at most.
+    pub max_cost: MicroUsd,
+    /// Where to tell the end of the job.
+    pub webhook_url: Option<String>,
+    /// The client's own name for it.
+    pub custom_id: Option<String>,
+    /// Up to 16 pairs of text, as a JSON object.
+    pub metadata: Value,
+    /// The job that this one repeats.
+    pub retry_of: Option<JobId>,
+    /// When it was accepted.
+    pub created_at: Timestamp,
+}
+
+/// A job as it is stored, without its prompt and result, which are rows of their own.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub struct Job {
+    /// Order of submission over all jobs.
+    pub job_number: i64,
+    /// Its id.
+    pub job_id: JobId,
+    /// Its owner.
+    pub key_id: KeyId,
+    /// Whether a person is waiting.
+    pub kind: JobKind,
+    /// Where it stands.
+    pub status: JobStatus,
+    /// Why it may not start: a [`Hold`]'s word, or empty.
+    pub hold: String,
+    /// Higher runs first.
+    pub priority: i64,
+    /// `s:<session id>` or `k:<concurrency key>`: the jobs of a group run one at a time.
+    pub group_key: Option<String>,
+    /// Its session.
+    pub session_id: Option<SessionId>,
+    /// Not before this time.
+    pub run_after: Option<Timestamp>,
+    /// Cancelled if it hasn't ended by then.
+    pub deadline_at: Option<Timestamp>,
+    /// The number of its latest run; 0 before the first. Never falls: (job, attempt) is the fence of a run.
+    pub attempt: i64,
+    /// Lost workers and retryable errors so far.
+    pub failures: i64,
+    /// Failures that end it.
+    pub max_attempts: i64,
+    /// What a lost worker means.
+    pub on_worker_lost: OnWorkerLost,
+    /// The model asked for.
+    pub model: Option<String>,
+    /// The effort asked for.
+    pub effort: Option<String>,
+    /// The permission mode asked for.
+    pub permission_mode: Option<String>,
+    /// The turns asked for.
+    pub max_turns: Option<i64>,
+    /// The seconds asked for.
+    pub timeout_seconds: Option<i64>,
+    /// What one attempt may cost at most.
+    pub max_cost: MicroUsd,
+    /// Where to tell the end of the job.
+    pub webhook_url: Option<String>,
+    /// The client's own name for it.
+    pub custom_id: Option<String>,
+    /// A JSON object of text pairs.
+    pub metadata: String,
+    /// The job that this one repeats.
+    pub retry_of: Option<JobId>,
+    /// The Claude session of its latest attempt.
+    pub claude_session_id: Option<String>,
+    /// All attempts' cost so far; grows while it runs.
+    pub cost: MicroUsd,
+    /// All attempts' running time, in milliseconds.
+    pub duration_ms: i64,
+    /// Tokens of all attempts so far, as a JSON object.
+    pub usage: Option<String>,
+    /// A sentence for people.
+    pub error: Option<String>,
+    /// A word for programs; an open set.
+    pub error_code: Option<String>,
+    /// When a cancel was asked for while it ran.
+    pub cancel_requested_at: Option<Timestamp>,
+    /// Why it was, or is being, cancelled.
+    pub cancel_reason: Option<CancelReason>,
+    /// When it was accepted.
+    pub created_at: Timestamp,
+    /// When its first attempt began.
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    pub completed_at: Option<Timestamp>,
+    /// The number of its latest event.
+    pub last_event_seq: i64,
+    /// Grows with every change a client can see.
+    pub version: i64,
+    /// Whether prompt, result, events and workspace are gone.
+    pub data_removed: bool,
+}
+
+/// Proof that this process holds the run of a job. Only storage makes one, and only with one can anything be
+/// written about the run; (`job.job_id`, `job.attempt`) is the fence.
+#[derive(Debug)]
+pub struct Lease {
+    /// The job as it was claimed; `attempt` is this run's number.
+    pub job: Job,
+    /// The prompt.
+    pub message: String,
+    /// What only the run needs.
+    pub options: RunOptions,
+    /// What this run may cost: reserved in every budget that applies.
+    pub reserved: MicroUsd,
+    /// The name of its session.
+    pub session_name: Option<String>,
+    /// The Claude sessions that the run may continue, best first; the first whose transcript is there is taken.
+    pub resume: Vec<Resume>,
+}
+
+/// What a run continues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resume {
+    /// The Claude session to resume.
+    pub claude_session_id: String,
+    /// The earlier attempt of this very job that was cut off in it; `None` is the end of its session's last job.
+    pub interrupted: Option<i64>,
+}
+
+/// Tokens, as the Messages API counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TokenUsage {
+    /// Tokens read that no cache held.
+    pub input_tokens: i64,
+    /// Tokens written.
+    pub output_tokens: i64,
+    /// Tokens written to a cache.
+    pub cache_creation_input_tokens: i64,
+    /// Tokens read from a cache.
+    pub cache_read_input_tokens: i64,
+}
+
+impl std::ops::AddAssign for TokenUsage {
+    fn add_assign(&mut self, other: Self) {
+        self.input_tokens += other.input_tokens;
+        self.output_tokens += other.output_tokens;
+        self.cache_creation_input_tokens += other.cache_creation_input_tokens;
+        self.cache_read_input_tokens += other.cache_read_input_tokens;
+    }
+}
+
+/// What one model cost in one attempt: a row of the ledger.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelCost {
+    /// The model, as the CLI names it.
+    pub model: String,
+    /// Its cost.
+    pub cost: MicroUsd,
+    /// Its tokens.
+    pub usage: TokenUsage,
+}
+
+/// What an attempt cost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Spend {
+    /// A row for each model.
+    pub models: Vec<ModelCost>,
+    /// Whether it was rebuilt from what was seen, because the CLI didn't live to say.
+    pub estimated: bool,
+    /// Which price table an estimate used.
+    pub price_version: Option<String>,
+}
+
+impl Spend {
+    /// The sum over the models.
+    pub fn total(&self) -> MicroUsd {
+        self.models.iter().map(|model| model.cost).sum()
+    }
+
+    /// The tokens of all models.
+    pub fn usage(&self) -> TokenUsage {
+        let mut sum = TokenUsage::default();
+        self.models.iter().for_each(|model| sum += model.usage);
+        sum
+    }
+}
+
+/// How a run ended, as its worker reports it.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What becomes of the job.
+    pub ending: Ending,
+    /// The result, also the partial one of a failed or cancelled run: the wire's `Result` object.
+    pub result: Option<Value>,
+    /// What it cost.
+    pub spend: Spend,
+    /// How long it ran.
+    pub duration: Duration,
+    /// Turns, as the CLI counts them.
+    pub turns: i64,
+    /// The Claude session to resume from, when its transcript is there.
+    pub claude_session_id: Option<String>,
+    /// The last 4 KB that the CLI wrote to stderr.
+    pub stderr_tail: String,
+    /// How the process ended: `exit 0`, `signal 9` …
+    pub exit: String,
+}
+
+/// What becomes of a job when a run of it ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Done.
+    Done,
+    /// Failed for good.
+    Failed {
+        /// For programs.
+        code: String,
+        /// For people: what was wrong and what to do.
+        message: String,
+    },
+    /// Cancelled, as was asked for.
+    Cancelled,
+    /// Another attempt may do better.
+    Again {
+        /// For programs, should this have been the last attempt.
+        code: String,
+        /// For people.
+        message: String,
+        /// Not before this time.
+        run_after: Timestamp,
+        /// Why it waits: `Delay` or `UsageLimit`.
+        hold: Hold,
+        /// Whether it counts towards `max_attempts`.
+        counts: bool,
+    },
+    /// The worker stops: queued again at once, no failure.
+    HandedBack,
+}

@@ -1,0 +1,382 @@
+//! Budgets: what may be spent, checked when a job is submitted, reserved when it is claimed, settled when it ends.
+//!
+//! A budget's state of one period is a row; `spent + reserved <= limit` is a condition of every reservation. Claims
+//! are made one at a time and lock the rows they look at, so the condition is exact under any burst.
+
+use super::{Result, Store, Tx, execute, fetch, fetch_locked, read};
+use crate::clock::Timestamp;
+use crate::id::{JobId, KeyId};
+use crate::job::{Job, Spend, TokenUsage};
+use crate::money::MicroUsd;
+use chrono::{Datelike, Days, NaiveTime};
+
+/// Where a period of this name began that holds `now`, in UTC. Weeks begin on Monday; `total` began at 0.
+pub(super) fn period_start(period: &str, now: Timestamp) -> Timestamp {
+    let today = now.to_utc().date_naive();
+    let first = match period {
+        "day" => Some(today),
+        "week" => today.checked_sub_days(Days::new(u64::from(today.weekday().num_days_from_monday()))),
+        "month" => today.with_day(1),
+        _ => None,
+    };
+    Timestamp(first.map_or(0, |day| day.and_time(NaiveTime::MIN).and_utc().timestamp_micros()))
+}
+
+/// A budget that applies to a job, and its state in the current period.
+#[derive(Clone, Debug)]
+pub(super) struct Applicable {
+    scope: String,
+    scope_id: String,
+    limit: MicroUsd,
+    /// Whether jobs wait for the next period instead of failing.
+    waits: bool,
+    period_start: Timestamp,
+    spent: MicroUsd,
+    reserved: MicroUsd,
+}
+
+impl Applicable {
+    /// Whether something is left that isn't reserved.
+    pub(super) fn has_room(&self) -> bool {
+        self.spent + self.reserved < self.limit
+    }
+}
+
+/// What a claim may do about money.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Allowance {
+    /// Reserve this much, in every budget.
+    Reserve(MicroUsd),
+    /// Wait: what is left is only reserved, or the budget holds its jobs until the next period. The key's own
+    /// budget holds its lane, the global one the whole queue.
+    Wait { everybody: bool },
+    /// There is too little left to begin.
+    Exceeded { spent: MicroUsd, limit: MicroUsd },
+}
+
+/// Decides what a run that wants `wanted` may reserve. If it doesn't fit while something is reserved, it waits; if
+/// nothing is, it shrinks to what is left, but not below `least` (or what it wants, if that is less).
+pub(super) fn allow(budgets: &[Applicable], wanted: MicroUsd, least: MicroUsd) -> Allowance {
+    let left = |budget: &Applicable| budget.limit - budget.spent - budget.reserved;
+    let tight: Vec<&Applicable> = budgets.iter().filter(|budget| left(budget) < wanted).collect();
+    let Some(tightest) = tight.iter().min_by_key(|budget| left(budget)) else {
+        return Allowance::Reserve(wanted);
+    };
+    if let Some(waiting) = tight.iter().find(|budget| budget.reserved > MicroUsd::ZERO) {
+        return Allowance::Wait {
+            everybody: waiting.scope == "global",
+        };
+    }
+    if left(tightest) >= least.min(wanted) && left(tightest) > MicroUsd::ZERO {
+        return Allowance::Reserve(left(tightest));
+    }
+    if tightest.waits {
+        return Allowance::Wait {
+            everybody: tightest.scope == "global",
+        };
+    }
+    Allowance::Exceeded {
+        spent: tightest.spent,
+        limit: tightest.limit,
+    }
+}
+
+impl Tx {
+    /// The budgets that apply to this key's jobs, their states locked until the end of the transaction.
+    pub(super) async fn lock_budgets(&mut self, key_id: &KeyId, now: Timestamp) -> Result<Vec<Applicable>> {
+        let budgets = fetch!(
+            self,
+            "read budgets",
+            fetch_all(String, String, MicroUsd, String, String),
+            "select scope, scope_id, limit_amount, period, on_exceeded from budget
+             where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')
+             order by case scope when 'key' then 1 else 2 end",
+            key_id
+        )?;
+        let mut applicable = Vec::with_capacity(budgets.len());
+        for (scope, scope_id, limit, period, on_exceeded) in budgets {
+            let period_start = period_start(&period, now);
+            let (spent, reserved) = self.lock_period(&scope, &scope_id, period_start).await?;
+            applicable.push(Applicable {
+                scope,
+                scope_id,
+                limit,
+                waits: on_exceeded == "hold",
+                period_start,
+                spent,
+                reserved,
+            });
+        }
+        Ok(applicable)
+    }
+
+    async fn lock_period(
+        &mut self,
+        scope: &str,
+        scope_id: &str,
+        start: Timestamp,
+    ) -> Result<(MicroUsd, MicroUsd)> {
+        loop {
+            let row = fetch_locked!(
+                self,
+                "read a budget's state",
+                fetch_optional(MicroUsd, MicroUsd),
+                "select spent, reserved from budget_period where scope = $1 and scope_id = $2 and period_start = $3",
+                scope,
+                scope_id,
+                start
+            )?;
+            if let Some(state) = row {
+                return Ok(state);
+            }
+            execute!(
+                self,
+                "begin a budget's period",
+                "insert into budget_period (scope, scope_id, period_start) values ($1, $2, $3) on conflict do nothing",
+                scope,
+                scope_id,
+                start
+            )?;
+        }
+    }
+
+    /// Reserves the amount for this attempt in all these budgets, whose states are locked.
+    pub(super) async fn reserve(
+        &mut self,
+        job: &Job,
+        budgets: &[Applicable],
+        amount: MicroUsd,
+    ) -> Result<()> {
+        for budget in budgets {
+            execute!(
+                self,
+                "reserve in a budget",
+                "update budget_period set reserved = reserved + $4
+                 where scope = $1 and scope_id = $2 and period_start = $3 and spent + reserved + $4 <= $5",
+                &budget.scope,
+                &budget.scope_id,
+                budget.period_start,
+                amount,
+                budget.limit
+            )?;
+            execute!(
+                self,
+                "reserve in a budget",
+                "insert into reservation (job_id, attempt, scope, scope_id, period_start, amount)
+                 values ($1, $2, $3, $4, $5, $6)",
+                job.job_id,
+                job.attempt,
+                &budget.scope,
+                &budget.scope_id,
+                budget.period_start,
+                amount
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Writes an attempt's cost into the ledger and moves it from reserved to spent, in the periods that it was
+    /// reserved in. The caller holds the job's row and lane, so this happens once for each attempt.
+    pub(super) async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<()> {
+        for model in &spend.models {
+            execute!(
+                self,
+                "write the ledger",
+                "insert into ledger (at, key_id, job_id, attempt, session_id, model, cost, input_tokens, output_tokens,
+                   cache_creation_input_tokens, cache_read_input_tokens, estimated, price_version)
+                 values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+                 on conflict (job_id, attempt, model) do nothing",
+                now,
+                &job.key_id,
+                job.job_id,
+                job.attempt,
+                job.session_id,
+                &model.model,
+                model.cost,
+                model.usage.input_tokens,
+                model.usage.output_tokens,
+                model.usage.cache_creation_input_tokens,
+                model.usage.cache_read_input_tokens,
+                spend.estimated,
+                &spend.price_version
+            )?;
+        }
+        let cost = spend.total();
+        let reserved = fetch!(
+            self,
+            "read reservations",
+            fetch_all(String, String, Timestamp, MicroUsd),
+            "delete from reservation where job_id = $1 and attempt = $2 returning scope, scope_id, period_start, amount",
+            job.job_id,
+            job.attempt
+        )?;
+        // Always the key's budget before the global one, here as in a claim, so that no two wait for each other.
+        let budgets = fetch!(
+            self,
+            "read budgets",
+            fetch_all(String, String, String),
+            "select scope, scope_id, period from budget
+             where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')
+             order by case scope when 'key' then 1 else 2 end",
+            &job.key_id
+        )?;
+        for (scope, scope_id, period) in budgets {
+            let own = reserved.iter().find(|row| row.0 == scope && row.1 == scope_id);
+            // A budget that was set while the attempt ran has nothing reserved for it, but it counts.
+            let (start, amount) =
+                own.map_or((period_start(&period, now), MicroUsd::ZERO), |row| (row.2, row.3));
+            execute!(
+                self,
+                "settle in a budget",
+                "insert into budget_period (scope, scope_id, period_start, spent) values ($1, $2, $3, $5)
+                 on conflict (scope, scope_id, period_start)
+                 do update set spent = budget_period.spent + $5, reserved = budget_period.reserved - $4",
+                &scope,
+                &scope_id,
+                start,
+                amount,
+                cost
+            )?;
+            if scope == "global" {
+                let freed = execute!(
+                    self,
+                    "free the queue",
+                    "update queue set hold = null where hold = 'budget'"
+                )?;
+                if freed > 0 {
+                    self.ring();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the job's settled attempts cost, in money and in tokens.
+    pub(super) async fn settled(&mut self, job_id: JobId) -> Result<(MicroUsd, TokenUsage)> {
+        let (cost, input_tokens, output_tokens, cache_creation_input_tokens, cache_read_input_tokens) = fetch!(
+            self,
+            "add up the ledger",
+            fetch_one(MicroUsd, i64, i64, i64, i64),
+            "select cast(coalesce(sum(cost), 0) as bigint), cast(coalesce(sum(input_tokens), 0) as bigint),
+               cast(coalesce(sum(output_tokens), 0) as bigint),
+               cast(coalesce(sum(cache_creation_input_tokens), 0) as bigint),
+               cast(coalesce(sum(cache_read_input_tokens), 0) as bigint)
+             from ledger where job_id = $1",
+            job_id
+        )?;
+        let usage = TokenUsage {
+            input_tokens,
+            output_tokens,
+            cache_creation_input_tokens,
+            cache_read_input_tokens,
+        };
+        Ok((cost, usage))
+    }
+}
+
+impl Store {
+    /// Sets the budget that a key has by default (`CLAUDE_MAX_COST_PER_USER`, all time), unless a person set one.
+    pub async fn put_default_budget(&self, key_id: &KeyId, limit: MicroUsd, now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        execute!(
+            tx,
+            "set a default budget",
+            "insert into budget (scope, scope_id, limit_amount, period, alert_thresholds, on_exceeded, origin, updated_at)
+             values ('key', $1, $2, 'total', '[80,100]', 'reject', 'default', $3)
+             on conflict (scope, scope_id) do update set
+               limit_amount = excluded.limit_amount, version = budget.version + 1, updated_at = excluded.updated_at
+             where budget.origin = 'default' and budget.limit_amount <> excluded.limit_amount",
+            key_id,
+            limit,
+            now
+        )?;
+        tx.commit().await
+    }
+
+    /// The budget of this key, or the global one, that has no money left: spent and limit.
+    pub async fn spent_budget(&self, key_id: &KeyId, now: Timestamp) -> Result<Option<(MicroUsd, MicroUsd)>> {
+        let budgets = read!(
+            self,
+            "read budgets",
+            fetch_all(String, String, MicroUsd, String),
+            "select scope, scope_id, limit_amount, period from budget
+             where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')",
+            key_id
+        )?;
+        for (scope, scope_id, limit, period) in budgets {
+            let row = read!(
+                self,
+                "read a budget's state",
+                fetch_optional(MicroUsd,),
+                "select spent from budget_period where scope = $1 and scope_id = $2 and period_start = $3",
+                scope,
+                scope_id,
+                period_start(&period, now)
+            )?;
+            let spent = row.map_or(MicroUsd::ZERO, |row| row.0);
+            if spent >= limit {
+                return Ok(Some((spent, limit)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(scope: &str, limit: i64, spent: i64, reserved: i64) -> Applicable {
+        Applicable {
+            scope: scope.to_owned(),
+            scope_id: String::new(),
+            limit: MicroUsd(limit),
+            waits: false,
+            period_start: Timestamp(0),
+            spent: MicroUsd(spent),
+            reserved: MicroUsd(reserved),
+        }
+    }
+
+    #[test]
+    fn a_run_reserves_waits_shrinks_or_fails() {
+        let allow = |budgets: &[Applicable]| allow(budgets, MicroUsd(100), MicroUsd(5));
+        assert_eq!(allow(&[]), Allowance::Reserve(MicroUsd(100)), "no budget");
+        assert_eq!(
+            allow(&[budget("key", 100, 0, 0)]),
+            Allowance::Reserve(MicroUsd(100)),
+            "just fits"
+        );
+        assert_eq!(
+            allow(&[budget("key", 199, 0, 100)]),
+            Allowance::Wait { everybody: false },
+            "only reserved"
+        );
+        assert_eq!(
+            allow(&[budget("key", 140, 100, 0)]),
+            Allowance::Reserve(MicroUsd(40)),
+            "shrinks"
+        );
+        let exceeded = Allowance::Exceeded {
+            spent: MicroUsd(96),
+            limit: MicroUsd(100),
+        };
+        assert_eq!(allow(&[budget("key", 100, 96, 0)]), exceeded, "below the least");
+        let both = [budget("key", 1000, 0, 0), budget("global", 120, 0, 60)];
+        assert_eq!(
+            allow(&both),
+            Allowance::Wait { everybody: true },
+            "the tightest decides"
+        );
+    }
+
+    #[test]
+    fn periods_begin_at_midnight_on_monday_and_on_the_first() {
+        let now = Timestamp::parse("2026-11-26T15:04:05Z").unwrap();
+        let start = |period| super::period_start(period, now).to_string();
+        assert_eq!(start("total"), "1970-01-01T00:00:00.000000+00:00");
+        assert_eq!(start("day"), "2026-11-26T00:00:00.000000+00:00");
+        assert_eq!(start("week"), "2026-11-23T00:00:00.000000+00:00");
+        assert_eq!(start("month"), "2026-11-01T00:00:00.000000+00:00");
+    }
+}

@@ -1,0 +1,283 @@
+//! The claim: which job runs next. Highest priority first; within a priority keys take turns; within a key the
+//! oldest. Claims are made one at a time, so caps, turns and budgets are exact.
+
+use super::budget::Allowance;
+use super::{Error, Result, Store, Tx, execute, fetch, read};
+use crate::clock::Timestamp;
+use crate::event::{EventType, NewEvent};
+use crate::id::{KeyId, WorkerId};
+use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume};
+use crate::money::MicroUsd;
+use serde_json::json;
+
+/// Who claims, and how it spends.
+#[derive(Clone, Debug)]
+pub struct Claimant {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// The version of its CLI, for the record.
+    pub cli_version: String,
+    /// A run begins with no less money than this (or than it wants, if that is less).
+    pub least_reserve: MicroUsd,
+}
+
+/// What a claim found.
+#[derive(Debug)]
+pub enum Claim {
+    /// A job to run; it is this worker's now.
+    Run(Box<Lease>),
+    /// A job that could not run was ended, or a hint was wrong: look again.
+    Again,
+    /// Nothing to do.
+    Nothing,
+}
+
+/// The highest priority among a lane's ready jobs; `$1` is the key.
+macro_rules! head {
+    () => {
+        "(select max(priority) from job where key_id = $1 and status = 'queued' and hold = '')"
+    };
+}
+
+/// Corrects a hint that is too low.
+pub(super) const RAISE: &str = concat!(
+    "update lane set top = ",
+    head!(),
+    " where key_id = $1 and coalesce(",
+    head!(),
+    ", -99) > coalesce(top, -99)"
+);
+
+impl Store {
+    /// Claims the best runnable job for this worker.
+    pub async fn claim(&self, claimant: &Claimant, now: Timestamp) -> Result<Claim> {
+        // Most looks find nothing; they needn't wait for the lock.
+        let any = read!(
+            self,
+            "look for a runnable job",
+            fetch_optional(i64,),
+            "select cast(1 as bigint) from lane
+             where top is not null and hold is null and running < max_running
+               and not exists (select 1 from queue where paused or hold is not null)
+             limit 1"
+        )?;
+        if any.is_none() {
+            return Ok(Claim::Nothing);
+        }
+        let mut tx = self.begin().await?;
+        tx.lock_claims().await?;
+        let Some(key_id) = tx.take_turn().await? else {
+            tx.rollback().await?;
+            return Ok(Claim::Nothing);
+        };
+        let claim = match tx.head_of(&key_id).await? {
+            Some(job) => tx.begin_attempt(job, claimant, now).await?,
+            None => {
+                tx.give_back_turn(&key_id).await?;
+                Claim::Again
+            }
+        };
+        tx.commit().await?;
+        Ok(claim)
+    }
+}
+
+impl Tx {
+    async fn take_turn(&mut self) -> Result<Option<KeyId>> {
+        let lane = fetch!(
+            self,
+            "take a turn",
+            fetch_optional(KeyId,),
+            "update lane set running = running + 1, turn = (select max(turn) + 1 from lane)
+             where hold is null and running < max_running and key_id = (
+               select key_id from lane
+               where top is not null and hold is null and running < max_running
+                 and not exists (select 1 from queue where paused or hold is not null)
+               order by top desc, turn limit 1)
+             returning key_id"
+        )?;
+        Ok(lane.map(|lane| lane.0))
+    }
+
+    async fn head_of(&mut self, key_id: &KeyId) -> Result<Option<Job>> {
+        fetch!(
+            self,
+            "find the lane's first job",
+            fetch_optional Job,
+            "select * from job where key_id = $1 and status = 'queued' and hold = ''
+             order by priority desc, job_number limit 1",
+            key_id
+        )
+    }
+
+    /// The turn led to no run.
+    async fn give_back_turn(&mut self, key_id: &KeyId) -> Result<()> {
+        execute!(
+            self,
+            "give a turn back",
+            "update lane set running = running - 1 where key_id = $1",
+            key_id
+        )?;
+        self.lower(key_id).await
+    }
+
+    /// Corrects a hint that is too high.
+    async fn lower(&mut self, key_id: &KeyId) -> Result<()> {
+        let rows = execute!(
+            self,
+            "lower a lane's hint",
+            concat!(
+                "update lane set top = ",
+                head!(),
+                " where key_id = $1 and top is distinct from ",
+                head!()
+            ),
+            key_id
+        )?;
+        if rows > 0 {
+            self.lowered.push(key_id.clone());
+        }
+        Ok(())
+    }
+
+    async fn begin_attempt(&mut self, job: Job, claimant: &Claimant, now: Timestamp) -> Result<Claim> {
+        let budgets = self.lock_budgets(&job.key_id, now).await?;
+        let overdue = job.deadline_at.is_some_and(|at| at <= now);
+        let reserved = match super::budget::allow(&budgets, job.max_cost, claimant.least_reserve) {
+            _ if overdue => {
+                self.end_waiting(job.job_id, &Ending::Cancelled, CancelReason::Deadline, now)
+                    .await?;
+                self.give_back_turn(&job.key_id).await?;
+                return Ok(Claim::Again);
+            }
+            Allowance::Reserve(amount) => amount,
+            Allowance::Wait { everybody } => {
+                self.hold_for_budget(&job.key_id, everybody).await?;
+                self.give_back_turn(&job.key_id).await?;
+                return Ok(Claim::Again);
+            }
+            Allowance::Exceeded { spent, limit } => {
+                let ending = Ending::Failed {
+                    code: "budget_exceeded".to_owned(),
+                    message: format!(
+                        "The budget is used up: {spent} of {limit} spent. Raise it, or wait for its next period, and \
+                         submit the job again."
+                    ),
+                };
+                self.end_waiting(job.job_id, &ending, CancelReason::User, now)
+                    .await?;
+                self.give_back_turn(&job.key_id).await?;
+                return Ok(Claim::Again);
+            }
+        };
+        let claude_session_id = uuid::Uuid::new_v4().to_string();
+        let resume = self.resumable(&job).await?;
+        let claimed = fetch!(
+            self,
+            "claim a job",
+            fetch_one Job,
+            "update job set status = 'running', attempt = attempt + 1, lease_owner = $2, renewals = 0,
+               claude_session_id = $3, run_after = null, started_at = coalesce(started_at, $4), version = version + 1
+             where job_id = $1 returning *",
+            job.job_id,
+            claimant.worker_id,
+            &claude_session_id,
+            now
+        )?;
+        self.reserve(&claimed, &budgets, reserved).await?;
+        execute!(
+            self,
+            "begin an attempt",
+            "insert into attempt (job_id, attempt, worker_id, claude_session_id, cli_version, reserved, started_at)
+             values ($1, $2, $3, $4, $5, $6, $7)",
+            claimed.job_id,
+            claimed.attempt,
+            claimant.worker_id,
+            &claude_session_id,
+            &claimant.cli_version,
+            reserved,
+            now
+        )?;
+        let running = json!({ "status": JobStatus::Running, "attempt": claimed.attempt });
+        self.finish_events(&claimed, &[NewEvent::new(EventType::Status, running)], now)
+            .await?;
+        self.lower(&claimed.key_id).await?;
+        let (message, options, session_name) = fetch!(
+            self,
+            "read a prompt",
+            fetch_one(String, String, Option<String>),
+            "select prompt.message, prompt.options, session.name from prompt
+             left join session on session.session_id = $2
+             where prompt.job_id = $1",
+            claimed.job_id,
+            claimed.session_id
+        )?;
+        let options = serde_json::from_str(&options)
+            .map_err(|error| Error::during("read a prompt")(error.to_string()))?;
+        let job = Job {
+            last_event_seq: claimed.last_event_seq + 1,
+            ..claimed
+        };
+        Ok(Claim::Run(Box::new(Lease {
+            job,
+            message,
+            options,
+            reserved,
+            session_name,
+            resume,
+        })))
+    }
+
+    /// The Claude sessions that the next run might continue, best first: this job's earlier attempts, then what its
+    /// session's last job left.
+    async fn resumable(&mut self, job: &Job) -> Result<Vec<Resume>> {
+        let attempts = fetch!(
+            self,
+            "read earlier attempts",
+            fetch_all(i64, String),
+            "select attempt, claude_session_id from attempt where job_id = $1 order by attempt desc",
+            job.job_id
+        )?;
+        let mut resumable: Vec<Resume> = attempts
+            .into_iter()
+            .map(|(attempt, claude_session_id)| Resume {
+                claude_session_id,
+                interrupted: Some(attempt),
+            })
+            .collect();
+        if let Some(session_id) = job.session_id {
+            let session = fetch!(
+                self,
+                "read a session",
+                fetch_optional(Option<String>),
+                "select claude_session_id from session where session_id = $1",
+                session_id
+            )?;
+            let left = session.and_then(|row| row.0);
+            resumable.extend(left.map(|claude_session_id| Resume {
+                claude_session_id,
+                interrupted: None,
+            }));
+        }
+        Ok(resumable)
+    }
+
+    async fn hold_for_budget(&mut self, key_id: &KeyId, everybody: bool) -> Result<()> {
+        if everybody {
+            execute!(
+                self,
+                "hold the queue",
+                "update queue set hold = 'budget' where hold is null"
+            )
+            .map(drop)
+        } else {
+            execute!(
+                self,
+                "hold a lane",
+                "update lane set hold = 'budget' where key_id = $1 and hold is null",
+                key_id
+            )
+            .map(drop)
+        }
+    }
+}

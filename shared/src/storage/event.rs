@@ -1,0 +1,57 @@
+//! Events: appended by whoever holds the job's row, read by number.
+
+use super::{Error, Result, Store, Tx, TxDb, read};
+use crate::clock::Timestamp;
+use crate::event::{Event, NewEvent};
+use crate::id::JobId;
+use sqlx::{Postgres, QueryBuilder, Sqlite};
+
+impl Tx {
+    /// Appends events after number `last`; gives the number of the newest. The caller holds the job's row.
+    pub(super) async fn append_events(
+        &mut self,
+        job_id: JobId,
+        last: i64,
+        events: &[NewEvent],
+        at: Timestamp,
+    ) -> Result<i64> {
+        if events.is_empty() {
+            return Ok(last);
+        }
+        macro_rules! insert {
+            ($db:ty, $tx:expr) => {{
+                let mut query =
+                    QueryBuilder::<$db>::new("insert into event (job_id, seq, event_type, at, data) ");
+                query.push_values(events.iter().zip(last + 1..), |mut row, (event, seq)| {
+                    row.push_bind(job_id)
+                        .push_bind(seq)
+                        .push_bind(event.event_type);
+                    row.push_bind(at).push_bind(event.data.to_string());
+                });
+                query.build().execute(&mut **$tx).await.map(drop)
+            }};
+        }
+        match &mut self.db {
+            TxDb::Sqlite(tx) => insert!(Sqlite, tx),
+            TxDb::Postgres(tx) => insert!(Postgres, tx),
+        }
+        .map_err(Error::during("store events"))?;
+        self.touch(job_id);
+        Ok(last + i64::try_from(events.len()).unwrap_or(i64::MAX))
+    }
+}
+
+impl Store {
+    /// Up to `limit` events of the job with numbers above `after`, in order.
+    pub async fn events_after(&self, job_id: JobId, after: i64, limit: i64) -> Result<Vec<Event>> {
+        read!(
+            self,
+            "read events",
+            fetch_all Event,
+            "select job_id, seq, event_type, at, data from event where job_id = $1 and seq > $2 order by seq limit $3",
+            job_id,
+            after,
+            limit
+        )
+    }
+}

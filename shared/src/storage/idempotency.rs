@@ -1,0 +1,78 @@
+//! Idempotency keys: a record is written in the transaction that does the work, so that a client that lost the
+//! answer and asks again gets the same answer and not a second job.
+
+use super::{Result, Tx, execute, fetch};
+use crate::clock::Timestamp;
+use crate::id::{JobId, KeyId};
+
+/// An answer kept for a client that asks again.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub struct IdempotencyRecord {
+    /// Whose.
+    pub key_id: KeyId,
+    /// Method and path, with the path's parameters.
+    pub route: String,
+    /// The client's key.
+    pub idempotency_key: String,
+    /// SHA-256 of the request in canonical form, in hex.
+    pub fingerprint: String,
+    /// The job that the request made.
+    pub job_id: Option<JobId>,
+    /// The HTTP status of the answer.
+    pub status: i64,
+    /// The answer's `data`, as JSON text.
+    pub body: String,
+    /// When.
+    pub created_at: Timestamp,
+}
+
+/// Whether a request is the first with its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remembered {
+    /// It is; the record is part of this transaction.
+    First,
+    /// It isn't; this is the record of the first. Nothing was written.
+    Before(Box<IdempotencyRecord>),
+}
+
+impl Tx {
+    /// Remembers an answer, unless there is one for this key already that was made after `expired_before`.
+    pub async fn remember(
+        &mut self,
+        record: &IdempotencyRecord,
+        expired_before: Timestamp,
+    ) -> Result<Remembered> {
+        let rows = execute!(
+            self,
+            "remember an idempotency key",
+            "insert into idempotency (key_id, route, idempotency_key, fingerprint, job_id, status, body, created_at)
+             values ($1, $2, $3, $4, $5, $6, $7, $8)
+             on conflict (key_id, route, idempotency_key) do update set
+               fingerprint = excluded.fingerprint, job_id = excluded.job_id, status = excluded.status,
+               body = excluded.body, created_at = excluded.created_at
+             where idempotency.created_at < $9",
+            &record.key_id,
+            &record.route,
+            &record.idempotency_key,
+            &record.fingerprint,
+            record.job_id,
+            record.status,
+            &record.body,
+            record.created_at,
+            expired_before
+        )?;
+        if rows > 0 {
+            return Ok(Remembered::First);
+        }
+        let before = fetch!(
+            self,
+            "read an idempotency key",
+            fetch_one IdempotencyRecord,
+            "select * from idempotency where key_id = $1 and route = $2 and idempotency_key = $3",
+            &record.key_id,
+            &record.route,
+            &record.idempotency_key
+        )?;
+        Ok(Remembered::Before(Box::new(before)))
+    }
+}

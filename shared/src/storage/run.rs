@@ -1,0 +1,439 @@
+//! What the holder of a lease may write: events, renewals, the end. Everything is guarded by (job, attempt), so a
+//! worker that lost its lease writes nothing.
+
+use super::{Error, Result, Store, Tx, execute, fetch, fetch_locked};
+use crate::clock::Timestamp;
+use crate::event::{EventType, NewEvent};
+use crate::id::JobId;
+use crate::job::{
+    CancelReason, Ending, Hold, Job, JobStatus, Lease, OnWorkerLost, Report, Spend, TokenUsage,
+};
+use serde_json::{Value, json};
+
+/// What a worker learns when it writes about its run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// Go on.
+    Continue,
+    /// Somebody wants it cancelled.
+    Cancel(CancelReason),
+    /// The lease is gone: end the run, write nothing.
+    Lost,
+}
+
+/// What came of finishing a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The job has this status now.
+    Became(JobStatus),
+    /// The lease was gone; nothing was written.
+    Lost,
+}
+
+impl Store {
+    /// Renews the lease, stores events and the cost so far, and learns whether to go on. Costs one transaction.
+    pub async fn record(
+        &self,
+        lease: &Lease,
+        events: &[NewEvent],
+        spend: Option<&Spend>,
+        now: Timestamp,
+    ) -> Result<Signal> {
+        let mut tx = self.begin().await?;
+        let signal = tx.record(lease, events, spend, now).await?;
+        tx.commit().await?;
+        Ok(signal)
+    }
+
+    /// Ends a run: the result, the cost, the status, all in one transaction.
+    pub async fn finish(&self, lease: &Lease, report: &Report, now: Timestamp) -> Result<Finish> {
+        let mut tx = self.begin().await?;
+        let job = &lease.job;
+        tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
+        let Some(job) = tx.lock_running(job.job_id, job.attempt).await? else {
+            tx.rollback().await?;
+            return Ok(Finish::Lost);
+        };
+        let status = tx.end_run(&job, report, "", now).await?;
+        tx.commit().await?;
+        Ok(Finish::Became(status))
+    }
+
+    /// Takes the lease of a run that hasn't been renewed since `renewals` was read, and decides what becomes of the
+    /// job. `false` when it was renewed or ended meanwhile.
+    pub async fn take_lost(&self, job: &Job, attempt: i64, renewals: i64, now: Timestamp) -> Result<bool> {
+        let mut tx = self.begin().await?;
+        tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
+        let current = tx.lock_running(job.job_id, attempt).await?;
+        let same = match &current {
+            Some(job) => tx.renewals(job.job_id).await? == renewals,
+            None => false,
+        };
+        let Some(job) = current.filter(|_| same) else {
+            tx.rollback().await?;
+            return Ok(false);
+        };
+        let report = tx.report_of_lost(&job, now).await?;
+        tx.end_run(&job, &report, "lost", now).await?;
+        tx.commit().await?;
+        Ok(true)
+    }
+}
+
+impl Tx {
+    async fn record(
+        &mut self,
+        lease: &Lease,
+        events: &[NewEvent],
+        spend: Option<&Spend>,
+        now: Timestamp,
+    ) -> Result<Signal> {
+        let job = &lease.job;
+        let count = i64::try_from(events.len()).unwrap_or(i64::MAX);
+        let cost = spend.map(|spend| job.cost + spend.total());
+        let usage = spend.map(|spend| usage_so_far(job, spend));
+        let row = fetch!(
+            self,
+            "renew a lease",
+            fetch_optional (i64, Option<CancelReason>),
+            "update job set renewals = renewals + 1, last_event_seq = last_event_seq + $3,
+               version = version + case when $3 > 0 then 1 else 0 end,
+               cost = coalesce($4, cost), usage = coalesce($5, usage)
+             where job_id = $1 and attempt = $2 and status = 'running'
+             returning last_event_seq, case when cancel_requested_at is null then null else cancel_reason end",
+            job.job_id,
+            job.attempt,
+            count,
+            cost,
+            usage
+        )?;
+        let Some((seq, cancel)) = row else {
+            return Ok(Signal::Lost);
+        };
+        self.append_events(job.job_id, seq - count, events, now).await?;
+        if let Some(spend) = spend {
+            execute!(
+                self,
+                "keep the cost so far",
+                "update attempt set spend = $3, cost = $4 where job_id = $1 and attempt = $2",
+                job.job_id,
+                job.attempt,
+                serde_json::to_string(spend)
+                    .map_err(|error| Error::during("keep the cost so far")(error.to_string()))?,
+                spend.total()
+            )?;
+        }
+        Ok(cancel.map_or(Signal::Continue, Signal::Cancel))
+    }
+
+    async fn lock_running(&mut self, job_id: JobId, attempt: i64) -> Result<Option<Job>> {
+        fetch_locked!(
+            self,
+            "find a run",
+            fetch_optional Job,
+            "select * from job where job_id = $1 and attempt = $2 and status = 'running'",
+            job_id,
+            attempt
+        )
+    }
+
+    async fn renewals(&mut self, job_id: JobId) -> Result<i64> {
+        fetch!(
+            self,
+            "read a lease",
+            fetch_one(i64,),
+            "select renewals from job where job_id = $1",
+            job_id
+        )
+        .map(|row| row.0)
+    }
+
+    /// What is known of a run whose worker is gone.
+    async fn report_of_lost(&mut self, job: &Job, now: Timestamp) -> Result<Report> {
+        let (spend, started_at) = fetch!(
+            self,
+            "read an attempt",
+            fetch_one(Option<String>, Timestamp),
+            "select spend, started_at from attempt where job_id = $1 and attempt = $2",
+            job.job_id,
+            job.attempt
+        )?;
+        let spend: Option<Spend> = spend.and_then(|text| serde_json::from_str(&text).ok());
+        let (code, message) = ("worker_lost".to_owned(), lost_message(job));
+        let ending = match job.on_worker_lost {
+            OnWorkerLost::Resume => Ending::Again {
+                code,
+                message,
+                run_after: now,
+                hold: Hold::Delay,
+                counts: true,
+            },
+            OnWorkerLost::Fail => Ending::Failed { code, message },
+        };
+        Ok(Report {
+            ending,
+            result: None,
+            spend: Spend {
+                estimated: true,
+                ..spend.unwrap_or_default()
+            },
+            duration: now.since(started_at),
+            turns: 0,
+            claude_session_id: None,
+            stderr_tail: String::new(),
+            exit: "its worker was lost".to_owned(),
+        })
+    }
+
+    /// Ends the run of a job whose row and group are locked. `lost` names the attempt's end when its worker didn't.
+    async fn end_run(&mut self, job: &Job, report: &Report, lost: &str, now: Timestamp) -> Result<JobStatus> {
+        let next = Next::of(job, report, now);
+        let duration_ms = i64::try_from(report.duration.as_millis()).unwrap_or(i64::MAX);
+        let completed_at = next.status.is_final().then_some(now);
+        execute!(
+            self,
+            "end a run",
+            "update job set status = $2, hold = $3, run_after = $4, failures = $5, error = $6, error_code = $7,
+               cancel_reason = $8, completed_at = $9, duration_ms = duration_ms + $10, lease_owner = null,
+               version = version + 1
+             where job_id = $1 and attempt = $11 and status = 'running'",
+            job.job_id,
+            next.status,
+            next.hold,
+            next.run_after,
+            next.failures,
+            &next.error,
+            &next.error_code,
+            next.cancel_reason,
+            completed_at,
+            duration_ms,
+            job.attempt
+        )?;
+        let lane = fetch!(
+            self,
+            "free a lane's slot",
+            fetch_optional(Option<i64>),
+            "update lane set running = running - 1, hold = case when hold = 'budget' then null else hold end
+             where key_id = $1 returning top",
+            &job.key_id
+        )?;
+        if lane.is_some_and(|lane| lane.0.is_some()) {
+            self.ring();
+        }
+        if next.status.is_final() {
+            self.free_group(job, now).await?;
+        } else if next.hold.is_empty() {
+            self.became_ready(&job.key_id, job.priority);
+        }
+        self.settle(job, &report.spend, now).await?;
+        let (cost, usage) = self.settled(job.job_id).await?;
+        execute!(
+            self,
+            "add up a job's cost",
+            "update job set cost = $2, usage = $3 where job_id = $1",
+            job.job_id,
+            cost,
+            usage_text(usage)
+        )?;
+        execute!(
+            self,
+            "end an attempt",
+            "update attempt set ended_at = $3, ending = $4, error_code = $5, cost = $6, turns = $7, exit = $8,
+               stderr_tail = $9, spend = null
+             where job_id = $1 and attempt = $2",
+            job.job_id,
+            job.attempt,
+            now,
+            if lost.is_empty() { next.attempt_ending } else { lost },
+            &next.error_code,
+            report.spend.total(),
+            report.turns,
+            &report.exit,
+            report.stderr_tail.replace('\0', "\u{fffd}")
+        )?;
+        if let Some(result) = &report.result {
+            execute!(
+                self,
+                "store a result",
+                "insert into result (job_id, result) values ($1, $2)
+                 on conflict (job_id) do update set result = excluded.result",
+                job.job_id,
+                result.to_string()
+            )?;
+        }
+        if let Some(session_id) = job.session_id {
+            execute!(
+                self,
+                "bring the session up to date",
+                "update session set total_cost = total_cost + $2, total_turns = total_turns + $3, updated_at = $4,
+                   claude_session_id = coalesce($5, claude_session_id)
+                 where session_id = $1",
+                session_id,
+                report.spend.total(),
+                report.turns,
+                now,
+                report.claude_session_id.as_ref().filter(|_| next.status.is_final())
+            )?;
+        }
+        self.finish_events(job, &next.events(job, report, now), now)
+            .await?;
+        Ok(next.status)
+    }
+
+    /// A slot should look, although no job became ready in this transaction.
+    pub(super) fn ring(&mut self) {
+        self.rings = true;
+    }
+}
+
+/// What becomes of a job when a run of it ends: decided once, then written.
+struct Next {
+    status: JobStatus,
+    hold: &'static str,
+    run_after: Option<Timestamp>,
+    failures: i64,
+    error: Option<String>,
+    error_code: Option<String>,
+    cancel_reason: Option<CancelReason>,
+    attempt_ending: &'static str,
+}
+
+impl Next {
+    fn of(job: &Job, report: &Report, now: Timestamp) -> Self {
+        let next = Self::of_done(job);
+        let failed = |failures, code: &str, message: &str| Self {
+            status: JobStatus::Failed,
+            failures,
+            error: Some(message.to_owned()),
+            error_code: Some(code.to_owned()),
+            attempt_ending: "failed",
+            ..Self::of_done(job)
+        };
+        // Another attempt of a job that somebody wants cancelled would be one too many.
+        let unwanted = job.cancel_requested_at.is_some();
+        match &report.ending {
+            Ending::Done => next,
+            Ending::Failed { code, message } => failed(job.failures, code, message),
+            Ending::Again { .. } | Ending::HandedBack if unwanted => Self::cancelled(job),
+            Ending::Cancelled => Self::cancelled(job),
+            Ending::HandedBack => Self {
+                status: JobStatus::Queued,
+                attempt_ending: "handed_back",
+                ..next
+            },
+            Ending::Again {
+                code,
+                message,
+                run_after,
+                hold,
+                counts,
+            } => {
+                let failures = job.failures + i64::from(*counts);
+                if failures >= job.max_attempts {
+                    return failed(failures, code, message);
+                }
+                let later = *run_after > now;
+                Self {
+                    status: JobStatus::Queued,
+                    hold: if later { hold.as_str() } else { "" },
+                    run_after: later.then_some(*run_after),
+                    failures,
+                    // Kept on the attempt; the job itself hasn't failed.
+                    error_code: None,
+                    attempt_ending: "retry",
+                    ..next
+                }
+            }
+        }
+    }
+
+    fn of_done(job: &Job) -> Self {
+        Self {
+            status: JobStatus::Done,
+            hold: "",
+            run_after: None,
+            failures: job.failures,
+            error: None,
+            error_code: None,
+            cancel_reason: None,
+            attempt_ending: "done",
+        }
+    }
+
+    fn cancelled(job: &Job) -> Self {
+        Self {
+            status: JobStatus::Cancelled,
+            cancel_reason: Some(job.cancel_reason.unwrap_or(CancelReason::User)),
+            attempt_ending: "cancelled",
+            ..Self::of_done(job)
+        }
+    }
+
+    /// The events that say so; the last one of a final status carries the result.
+    fn events(&self, job: &Job, report: &Report, now: Timestamp) -> Vec<NewEvent> {
+        let with_result = |mut data: Value| {
+            if let (Some(data), Some(result)) = (data.as_object_mut(), &report.result) {
+                data.insert("result".to_owned(), result.clone());
+            }
+            data
+        };
+        match self.status {
+            JobStatus::Done => vec![NewEvent::new(
+                EventType::Done,
+                report.result.clone().unwrap_or_else(|| json!({})),
+            )],
+            JobStatus::Failed => {
+                let data = json!({ "error": self.error, "code": self.error_code });
+                vec![NewEvent::new(EventType::Error, with_result(data))]
+            }
+            JobStatus::Cancelled => {
+                let data = json!({ "reason": self.cancel_reason.map(CancelReason::as_str) });
+                vec![NewEvent::new(EventType::Cancelled, with_result(data))]
+            }
+            JobStatus::Queued | JobStatus::Running => {
+                let mut events = Vec::new();
+                let mut queued = json!({ "status": self.status, "attempt": job.attempt });
+                if let Ending::Again { code, .. } = &report.ending {
+                    let delay = self.run_after.map_or(0, |at| at.since(now).as_millis());
+                    let data = json!({ "attempt": job.attempt + 1, "delay_ms": delay, "error_code": code });
+                    events.push(NewEvent::new(EventType::Retry, data));
+                    queued["reason"] = json!(code);
+                } else {
+                    queued["reason"] = json!("shutdown");
+                }
+                events.push(NewEvent::new(EventType::Status, queued));
+                events
+            }
+        }
+    }
+}
+
+fn lost_message(job: &Job) -> String {
+    match job.on_worker_lost {
+        OnWorkerLost::Fail => {
+            "The worker that ran the job was lost, and the job asked not to be run again. Check what \
+                               it has done before you submit it again."
+                .to_owned()
+        }
+        OnWorkerLost::Resume => format!(
+            "The worker that ran the job was lost, {} times in all. If the job itself ends its worker (memory, disk), \
+             make it smaller; else submit it again.",
+            job.failures + 1
+        ),
+    }
+}
+
+fn usage_text(usage: TokenUsage) -> String {
+    serde_json::to_string(&usage).unwrap_or_default()
+}
+
+/// The tokens of the earlier attempts and of this one. `job` is as it was claimed.
+fn usage_so_far(job: &Job, spend: &Spend) -> String {
+    let mut usage = spend.usage();
+    usage += job
+        .usage
+        .as_deref()
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or_default();
+    usage_text(usage)
+}

@@ -1,0 +1,104 @@
+//! Which database: what `DATABASE_URL` says, in our spelling or in the Python service's.
+
+use crate::env::{Error, Vars};
+use std::path::PathBuf;
+
+/// Where the database is.
+#[derive(Clone, PartialEq, Eq)]
+pub enum DatabaseUrl {
+    /// A SQLite file.
+    Sqlite(PathBuf),
+    /// A PostgreSQL server, as a `postgres://` URL. It may hold a password.
+    Postgres(String),
+}
+
+/// The password, if there is one, isn't shown.
+impl std::fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sqlite(path) => write!(f, "sqlite://{}", path.display()),
+            Self::Postgres(url) => match (url.find("://"), url.rfind('@')) {
+                (Some(scheme), Some(at)) => write!(f, "{}://…{}", &url[..scheme], &url[at..]),
+                _ => f.write_str("postgres://…"),
+            },
+        }
+    }
+}
+
+const ACCEPTED: &str =
+    "sqlite://PATH (or sqlite+aiosqlite:///PATH), postgres://… (or postgresql+asyncpg://…)";
+
+impl DatabaseUrl {
+    /// `DATABASE_URL`, by default a SQLite file in `./data`.
+    pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        let text = vars.or("DATABASE_URL", "sqlite://data/claude-queue.db")?;
+        Self::parse(&text)
+            .ok_or_else(|| Error::new("DATABASE_URL", "isn't a database this service knows", ACCEPTED))
+    }
+
+    /// Reads a URL in any accepted spelling.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (scheme, rest) = text.split_once(':')?;
+        match scheme {
+            "postgres"
+            | "postgresql"
+            | "postgresql+asyncpg"
+            | "postgresql+psycopg"
+            | "postgresql+psycopg2" => rest
+                .starts_with("//")
+                .then(|| Self::Postgres(format!("postgres:{rest}"))),
+            // SQLAlchemy writes three slashes before a relative path and four before an absolute one.
+            "sqlite+aiosqlite" | "sqlite+pysqlite" => rest.strip_prefix("///").and_then(file),
+            "sqlite" => match rest.strip_prefix("///") {
+                Some(path) if path.starts_with('/') => file(path),
+                _ => file(rest.strip_prefix("//").unwrap_or(rest)),
+            },
+            _ => None,
+        }
+    }
+}
+
+fn file(path: &str) -> Option<DatabaseUrl> {
+    let path = path.split('?').next().unwrap_or(path);
+    // A database in memory can't be shared by processes and would lose what it accepted.
+    (!path.is_empty() && !path.contains(":memory:")).then(|| DatabaseUrl::Sqlite(PathBuf::from(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_spellings_name_the_same_database() {
+        for (text, path) in [
+            ("sqlite://data/q.db", "data/q.db"),
+            ("sqlite:data/q.db", "data/q.db"),
+            ("sqlite:///var/q.db", "/var/q.db"),
+            ("sqlite+aiosqlite:///data/q.db", "data/q.db"),
+            ("sqlite+aiosqlite:////var/q.db", "/var/q.db"),
+        ] {
+            assert_eq!(
+                DatabaseUrl::parse(text),
+                Some(DatabaseUrl::Sqlite(path.into())),
+                "{text}"
+            );
+        }
+        let asyncpg = DatabaseUrl::parse("postgresql+asyncpg://me:secret@db/q").unwrap();
+        assert_eq!(asyncpg, DatabaseUrl::Postgres("postgres://me:secret@db/q".into()));
+        assert_eq!(format!("{asyncpg:?}"), "postgres://…@db/q");
+    }
+
+    #[test]
+    fn other_databases_are_refused() {
+        for text in [
+            "",
+            "mysql://x/y",
+            "sqlite::memory:",
+            "sqlite+aiosqlite://",
+            "data/q.db",
+            "postgres:db",
+        ] {
+            assert_eq!(DatabaseUrl::parse(text), None, "{text}");
+        }
+    }
+}

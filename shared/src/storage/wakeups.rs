@@ -1,0 +1,220 @@
+//! "Something was committed": from any process to whoever waits in this one. A wake-up is a hint, never data.
+//!
+//! PostgreSQL says it by `NOTIFY`, sent with the commit. On SQLite one connection asks `pragma data_version`, which
+//! changes with every commit of any other connection, and then reads which jobs have new events. Beneath both,
+//! everyone who waits also looks now and then by himself.
+
+use super::{Error, Result, Store};
+use crate::id::JobId;
+use sqlx::postgres::PgListener;
+use sqlx::{ConnectOptions, SqliteConnection};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// The channel that notifications travel on.
+pub(super) const CHANNEL: &str = "claude_queue";
+
+/// The notification that says: a slot should look. All others are job ids.
+pub(super) const RING: &str = "ring";
+
+/// Where to wait for changes that any process commits. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct Wakeups(Arc<Hub>);
+
+#[derive(Debug)]
+struct Hub {
+    jobs: Mutex<HashMap<JobId, watch::Sender<()>>>,
+    slots: watch::Sender<()>,
+}
+
+/// Waits for changes of one job.
+#[derive(Debug)]
+pub struct JobWakeup {
+    hub: Arc<Hub>,
+    job_id: JobId,
+    changes: watch::Receiver<()>,
+}
+
+impl JobWakeup {
+    /// Waits until something was committed about the job since the last call (or since this was made), or for 2 s:
+    /// a wake-up can be lost, so its receiver looks by itself too.
+    pub async fn changed(&mut self) {
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.changes.changed()).await;
+    }
+}
+
+impl Drop for JobWakeup {
+    fn drop(&mut self) {
+        let mut jobs = self.hub.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        // This receiver is still counted.
+        if jobs
+            .get(&self.job_id)
+            .is_some_and(|sender| sender.receiver_count() <= 1)
+        {
+            jobs.remove(&self.job_id);
+        }
+    }
+}
+
+impl Wakeups {
+    /// Listens from now on, until `stop`. `every`: how often a SQLite file is asked; 10 ms where jobs are run,
+    /// 25 ms where they are only watched. The listening outlives outages of the database.
+    pub fn listen(store: &Store, every: Duration, stop: CancellationToken) -> Self {
+        let hub = Arc::new(Hub {
+            jobs: Mutex::default(),
+            slots: watch::Sender::new(()),
+        });
+        let (store, told) = (store.clone(), hub.clone());
+        tokio::spawn(async move {
+            let listening = async {
+                loop {
+                    let ended = match &*store.db {
+                        super::Db::Sqlite { .. } => watch_file(&store, &told, every).await,
+                        super::Db::Postgres(pool) => listen_to(pool, &told).await,
+                    };
+                    if let Err(error) = ended {
+                        tracing::warn!(error = %chain(&error), "wake-ups are interrupted; everyone looks by himself");
+                    }
+                    told.wake_all();
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            };
+            stop.run_until_cancelled(listening).await;
+        });
+        Self(hub)
+    }
+
+    /// Registers for changes of a job. Register first, then look, then wait.
+    pub fn job(&self, job_id: JobId) -> JobWakeup {
+        let mut jobs = self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let changes = jobs
+            .entry(job_id)
+            .or_insert_with(|| watch::Sender::new(()))
+            .subscribe();
+        JobWakeup {
+            hub: self.0.clone(),
+            job_id,
+            changes,
+        }
+    }
+
+    /// Registers for tickets: a change means that a free slot should look.
+    pub fn slots(&self) -> watch::Receiver<()> {
+        self.0.slots.subscribe()
+    }
+}
+
+impl Hub {
+    fn wake_job(&self, job_id: JobId) {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = jobs.get(&job_id) {
+            sender.send_replace(());
+        }
+    }
+
+    fn wake_all(&self) {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.values().for_each(|sender| sender.send_replace(()));
+        self.slots.send_replace(());
+    }
+}
+
+async fn listen_to(pool: &sqlx::PgPool, hub: &Hub) -> Result<()> {
+    let mut listener = PgListener::connect_with(pool)
+        .await
+        .map_err(Error::during("listen for wake-ups"))?;
+    listener
+        .listen(CHANNEL)
+        .await
+        .map_err(Error::during("listen for wake-ups"))?;
+    // What was committed before it listened.
+    hub.wake_all();
+    loop {
+        match listener
+            .try_recv()
+            .await
+            .map_err(Error::during("listen for wake-ups"))?
+        {
+            Some(word) if word.payload() == RING => hub.slots.send_replace(()),
+            Some(word) => {
+                if let Ok(job_id) = word.payload().parse() {
+                    hub.wake_job(job_id);
+                }
+            }
+            // The connection was lost and made anew: notifications may be missing.
+            None => hub.wake_all(),
+        }
+    }
+}
+
+async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
+    let super::Db::Sqlite { reader, .. } = &*store.db else {
+        return Ok(());
+    };
+    let options = reader.connect_options().as_ref().clone();
+    let mut connection = options
+        .connect()
+        .await
+        .map_err(Error::during("watch the database"))?;
+    let mut version = 0;
+    let mut seen = newest_event(&mut connection).await?;
+    let mut ticks = tokio::time::interval(every);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let (now,): (i64,) = sqlx::query_as("pragma data_version")
+            .fetch_one(&mut connection)
+            .await
+            .map_err(Error::during("watch the database"))?;
+        if now == version {
+            continue;
+        }
+        version = now;
+        let changed: Vec<(i64, JobId)> = sqlx::query_as(
+            "select event_number, job_id from event where event_number > $1 order by event_number",
+        )
+        .bind(seen)
+        .fetch_all(&mut connection)
+        .await
+        .map_err(Error::during("watch the database"))?;
+        if let Some(last) = changed.last() {
+            seen = last.0;
+        }
+        let jobs: std::collections::BTreeSet<_> = changed.into_iter().map(|(_, job_id)| job_id).collect();
+        jobs.into_iter().for_each(|job_id| hub.wake_job(job_id));
+        // A look at the tickets costs less than a fetch of the queue library, which writes.
+        let ticket: Option<(i64,)> = sqlx::query_as(
+            "select 1 from Jobs where job_type = $1 and status = 'Pending' and lock_by is null limit 1",
+        )
+        .bind(super::QUEUE)
+        .fetch_optional(&mut connection)
+        .await
+        .map_err(Error::during("watch the database"))?;
+        if ticket.is_some() {
+            hub.slots.send_replace(());
+        }
+    }
+}
+
+async fn newest_event(connection: &mut SqliteConnection) -> Result<i64> {
+    let row: (i64,) = sqlx::query_as("select coalesce(max(event_number), 0) from event")
+        .fetch_one(connection)
+        .await
+        .map_err(Error::during("watch the database"))?;
+    Ok(row.0)
+}
+
+/// An error with all its causes, as one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

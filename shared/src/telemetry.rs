@@ -1,0 +1,36 @@
+//! Logging: to stderr, as text for people or JSON for machines.
+
+use crate::env::{Error, Vars};
+use tracing_subscriber::EnvFilter;
+
+/// Starts logging as `LOG_LEVEL` and `LOG_FORMAT` say. Call it once, first.
+pub fn start(vars: &Vars) -> Result<(), Error> {
+    let level = vars.or("LOG_LEVEL", "info")?;
+    let filter = level.to_lowercase();
+    // The Python service's words, and any filter of the tracing crate.
+    let filter = match filter.as_str() {
+        "warning" => "warn",
+        "critical" => "error",
+        other => other,
+    };
+    let quiet = format!("{filter},sqlx=warn,apalis=warn,apalis_core=warn,hyper=warn,reqwest=warn");
+    let filter = EnvFilter::try_new(quiet).map_err(|_| {
+        Error::new(
+            "LOG_LEVEL",
+            "isn't a level",
+            "error, warn, info, debug, trace, or a filter of such",
+        )
+    })?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    let format = vars.choice("LOG_FORMAT", "text", &["text", "json"])?;
+    // A second start, as in tests, keeps the first logger.
+    let _ = match format.as_str() {
+        "json" => builder.json().flatten_event(true).try_init(),
+        _ => builder
+            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+            .try_init(),
+    };
+    Ok(())
+}
