@@ -132,7 +132,7 @@ impl Vars {
     /// A number from `low` to `high`, or `default`.
     pub fn number<T>(&self, name: &'static str, default: T, low: T, high: T) -> Result<T, Error>
     where
-        T: FromStr + PartialOrd + fmt::Display,
+        T: FromStr + PartialOrd + fmt::Display + Copy,
     {
         let accepted = format!("a number from {low} to {high}");
         let text = self.or(name, &default.to_string())?;

@@ -61,7 +61,7 @@ macro_rules! execute {
 
 /// Runs a statement in a transaction; gives its rows with `fetch_optional` or `fetch_all`.
 macro_rules! fetch {
-    ($tx:expr, $operation:literal, $fetch:ident $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
+    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
         match &mut $tx.db {
             $crate::storage::TxDb::Sqlite(tx) => {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
@@ -77,7 +77,7 @@ macro_rules! fetch {
 /// Reads rows and locks them until the end of the transaction: PostgreSQL needs to be told; on SQLite the
 /// transaction is the only writer anyway.
 macro_rules! fetch_locked {
-    ($tx:expr, $operation:literal, $fetch:ident $row:ty, $sql:literal $(, $bind:expr)* $(,)?) => {
+    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:literal $(, $bind:expr)* $(,)?) => {
         match &mut $tx.db {
             $crate::storage::TxDb::Sqlite(tx) => {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
@@ -92,7 +92,7 @@ macro_rules! fetch_locked {
 
 /// Reads rows outside a transaction.
 macro_rules! read {
-    ($store:expr, $operation:literal, $fetch:ident $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
+    ($store:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
         match &*$store.db {
             $crate::storage::Db::Sqlite { reader, .. } => {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(reader).await
@@ -318,7 +318,7 @@ impl Store {
         read!(
             self,
             "ask the database",
-            fetch_optional(i64,),
+            fetch_optional => (i64,),
             "select cast(1 as bigint)"
         )
         .map(drop)
@@ -356,7 +356,7 @@ impl Store {
         let row = fetch!(
             tx,
             "name the database",
-            fetch_optional(String,),
+            fetch_optional => (String,),
             "select instance_id from instance"
         )?;
         tx.commit().await?;

@@ -87,7 +87,7 @@ impl Tx {
         let budgets = fetch!(
             self,
             "read budgets",
-            fetch_all(String, String, MicroUsd, String, String),
+            fetch_all => (String, String, MicroUsd, String, String),
             "select scope, scope_id, limit_amount, period, on_exceeded from budget
              where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')
              order by case scope when 'key' then 1 else 2 end",
@@ -120,7 +120,7 @@ impl Tx {
             let row = fetch_locked!(
                 self,
                 "read a budget's state",
-                fetch_optional(MicroUsd, MicroUsd),
+                fetch_optional => (MicroUsd, MicroUsd),
                 "select spent, reserved from budget_period where scope = $1 and scope_id = $2 and period_start = $3",
                 scope,
                 scope_id,
@@ -205,7 +205,7 @@ impl Tx {
         let reserved = fetch!(
             self,
             "read reservations",
-            fetch_all(String, String, Timestamp, MicroUsd),
+            fetch_all => (String, String, Timestamp, MicroUsd),
             "delete from reservation where job_id = $1 and attempt = $2 returning scope, scope_id, period_start, amount",
             job.job_id,
             job.attempt
@@ -214,7 +214,7 @@ impl Tx {
         let budgets = fetch!(
             self,
             "read budgets",
-            fetch_all(String, String, String),
+            fetch_all => (String, String, String),
             "select scope, scope_id, period from budget
              where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')
              order by case scope when 'key' then 1 else 2 end",
@@ -256,7 +256,7 @@ impl Tx {
         let (cost, input_tokens, output_tokens, cache_creation_input_tokens, cache_read_input_tokens) = fetch!(
             self,
             "add up the ledger",
-            fetch_one(MicroUsd, i64, i64, i64, i64),
+            fetch_one => (MicroUsd, i64, i64, i64, i64),
             "select cast(coalesce(sum(cost), 0) as bigint), cast(coalesce(sum(input_tokens), 0) as bigint),
                cast(coalesce(sum(output_tokens), 0) as bigint),
                cast(coalesce(sum(cache_creation_input_tokens), 0) as bigint),
@@ -298,7 +298,7 @@ impl Store {
         let budgets = read!(
             self,
             "read budgets",
-            fetch_all(String, String, MicroUsd, String),
+            fetch_all => (String, String, MicroUsd, String),
             "select scope, scope_id, limit_amount, period from budget
              where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')",
             key_id
@@ -307,7 +307,7 @@ impl Store {
             let row = read!(
                 self,
                 "read a budget's state",
-                fetch_optional(MicroUsd,),
+                fetch_optional => (MicroUsd,),
                 "select spent from budget_period where scope = $1 and scope_id = $2 and period_start = $3",
                 scope,
                 scope_id,

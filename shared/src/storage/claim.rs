@@ -55,7 +55,7 @@ impl Store {
         let any = read!(
             self,
             "look for a runnable job",
-            fetch_optional(i64,),
+            fetch_optional => (i64,),
             "select cast(1 as bigint) from lane
              where top is not null and hold is null and running < max_running
                and not exists (select 1 from queue where paused or hold is not null)
@@ -87,7 +87,7 @@ impl Tx {
         let lane = fetch!(
             self,
             "take a turn",
-            fetch_optional(KeyId,),
+            fetch_optional => (KeyId,),
             "update lane set running = running + 1, turn = (select max(turn) + 1 from lane)
              where hold is null and running < max_running and key_id = (
                select key_id from lane
@@ -103,7 +103,7 @@ impl Tx {
         fetch!(
             self,
             "find the lane's first job",
-            fetch_optional Job,
+            fetch_optional => Job,
             "select * from job where key_id = $1 and status = 'queued' and hold = ''
              order by priority desc, job_number limit 1",
             key_id
@@ -175,7 +175,7 @@ impl Tx {
         let claimed = fetch!(
             self,
             "claim a job",
-            fetch_one Job,
+            fetch_one => Job,
             "update job set status = 'running', attempt = attempt + 1, lease_owner = $2, renewals = 0,
                claude_session_id = $3, run_after = null, started_at = coalesce(started_at, $4), version = version + 1
              where job_id = $1 returning *",
@@ -205,7 +205,7 @@ impl Tx {
         let (message, options, session_name) = fetch!(
             self,
             "read a prompt",
-            fetch_one(String, String, Option<String>),
+            fetch_one => (String, String, Option<String>),
             "select prompt.message, prompt.options, session.name from prompt
              left join session on session.session_id = $2
              where prompt.job_id = $1",
@@ -234,7 +234,7 @@ impl Tx {
         let attempts = fetch!(
             self,
             "read earlier attempts",
-            fetch_all(i64, String),
+            fetch_all => (i64, String),
             "select attempt, claude_session_id from attempt where job_id = $1 order by attempt desc",
             job.job_id
         )?;
@@ -249,7 +249,7 @@ impl Tx {
             let session = fetch!(
                 self,
                 "read a session",
-                fetch_optional(Option<String>),
+                fetch_optional => (Option<String>,),
                 "select claude_session_id from session where session_id = $1",
                 session_id
             )?;

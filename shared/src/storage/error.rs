@@ -41,6 +41,18 @@ impl Error {
         }
     }
 
+    /// Whether the database can't be reached, is busy, full or read-only: a later try may succeed. Everything else
+    /// is a fault of this program or of the data.
+    pub fn is_unavailable(&self) -> bool {
+        match &self.cause {
+            Cause::Database(error) => is_unavailable(error),
+            Cause::SqliteQueue(apalis_sqlite::Error::Database(error)) => is_unavailable(error),
+            Cause::PostgresQueue(apalis_postgres::Error::Database(error)) => is_unavailable(error),
+            Cause::File(_) => true,
+            _ => false,
+        }
+    }
+
     /// Whether a unique index or key refused the write.
     pub fn is_conflict(&self) -> bool {
         matches!(&self.cause, Cause::Database(sqlx::Error::Database(error)) if error.is_unique_violation())
@@ -55,3 +67,24 @@ impl From<String> for Cause {
 
 /// The result of a database operation.
 pub type Result<T> = std::result::Result<T, Error>;
+
+fn is_unavailable(error: &sqlx::Error) -> bool {
+    use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
+    let Database(error) = error else {
+        return matches!(
+            error,
+            Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed
+        );
+    };
+    let code = error.code().unwrap_or_default();
+    // SQLite's primary codes: BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN; extended ones hold them in the low byte.
+    let sqlite = code
+        .parse::<u32>()
+        .is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13 | 14));
+    // PostgreSQL: connection, resources, operator intervention, system; lock timeout, deadlock, serialization,
+    // idle-in-transaction timeout, a read-only server.
+    let postgres = code.len() == 5
+        && (["08", "53", "57", "58"].contains(&&code[..2])
+            || ["55P03", "40P01", "40001", "25P03", "25006"].contains(&&*code));
+    if code.len() == 5 { postgres } else { sqlite }
+}

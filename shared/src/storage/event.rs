@@ -47,7 +47,7 @@ impl Store {
         read!(
             self,
             "read events",
-            fetch_all Event,
+            fetch_all => Event,
             "select job_id, seq, event_type, at, data from event where job_id = $1 and seq > $2 order by seq limit $3",
             job_id,
             after,

@@ -1,7 +1,7 @@
 //! Idempotency keys: a record is written in the transaction that does the work, so that a client that lost the
 //! answer and asks again gets the same answer and not a second job.
 
-use super::{Result, Tx, execute, fetch};
+use super::{Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 
@@ -67,12 +67,35 @@ impl Tx {
         let before = fetch!(
             self,
             "read an idempotency key",
-            fetch_one IdempotencyRecord,
+            fetch_one => IdempotencyRecord,
             "select * from idempotency where key_id = $1 and route = $2 and idempotency_key = $3",
             &record.key_id,
             &record.route,
             &record.idempotency_key
         )?;
         Ok(Remembered::Before(Box::new(before)))
+    }
+}
+
+impl Store {
+    /// The answer kept for this key, unless it was made before `expired_before`: a replay needs no writing.
+    pub async fn remembered(
+        &self,
+        key_id: &KeyId,
+        route: &str,
+        idempotency_key: &str,
+        expired_before: Timestamp,
+    ) -> Result<Option<IdempotencyRecord>> {
+        read!(
+            self,
+            "read an idempotency key",
+            fetch_optional => IdempotencyRecord,
+            "select * from idempotency
+             where key_id = $1 and route = $2 and idempotency_key = $3 and created_at >= $4",
+            key_id,
+            route,
+            idempotency_key,
+            expired_before
+        )
     }
 }

@@ -70,7 +70,7 @@ impl Tx {
                 fetch!(
                     self,
                     "look for earlier jobs of the group",
-                    fetch_optional (i64,),
+                    fetch_optional => (i64,),
                     "select cast(1 as bigint) from job
                      where key_id = $1 and group_key = $2 and group_key is not null and status in ('queued', 'running')
                      limit 1",
@@ -89,7 +89,7 @@ impl Tx {
         let stored = fetch!(
             self,
             "store a job",
-            fetch_one Job,
+            fetch_one => Job,
             "insert into job (job_id, key_id, kind, hold, priority, group_key, session_id, run_after, deadline_at,
                max_attempts, on_worker_lost, model, effort, permission_mode, max_turns, timeout_seconds, max_cost,
                webhook_url, custom_id, metadata, retry_of, created_at)
@@ -200,7 +200,7 @@ impl Tx {
         let ended = fetch!(
             self,
             "end a waiting job",
-            fetch_optional Job,
+            fetch_optional => Job,
             "update job set status = $2, cancel_reason = $3, error_code = $4, error = $5, completed_at = $6,
                version = version + 1
              where job_id = $1 and status = 'queued' returning *",
@@ -225,7 +225,7 @@ impl Tx {
         reason: CancelReason,
         now: Timestamp,
     ) -> Result<Option<CancelOutcome>> {
-        let row = fetch_locked!(self, "read a job", fetch_optional Job, "select * from job where job_id = $1", job_id)?;
+        let row = fetch_locked!(self, "read a job", fetch_optional => Job, "select * from job where job_id = $1", job_id)?;
         let Some(job) = row else {
             return Ok(Some(CancelOutcome::NoSuchJob));
         };
@@ -296,7 +296,7 @@ impl Tx {
         let next = fetch!(
             self,
             "let the next job of the group go on",
-            fetch_optional (JobId, String, i64),
+            fetch_optional => (JobId, String, i64),
             "update job set hold = case when run_after > $3 then 'delay' else '' end, version = version + 1
              where job_id = (
                select job_id from job
@@ -347,7 +347,7 @@ impl Store {
 
     /// The job, if there is one.
     pub async fn job(&self, job_id: JobId) -> Result<Option<Job>> {
-        read!(self, "read a job", fetch_optional Job, "select * from job where job_id = $1", job_id)
+        read!(self, "read a job", fetch_optional => Job, "select * from job where job_id = $1", job_id)
     }
 
     /// The job's prompt; empty after retention.
@@ -355,7 +355,7 @@ impl Store {
         let row = read!(
             self,
             "read a prompt",
-            fetch_optional(String,),
+            fetch_optional => (String,),
             "select message from prompt where job_id = $1",
             job_id
         )?;
@@ -367,7 +367,7 @@ impl Store {
         let row = read!(
             self,
             "read a result",
-            fetch_optional(String,),
+            fetch_optional => (String,),
             "select result from result where job_id = $1",
             job_id
         )?;
@@ -455,7 +455,7 @@ impl Store {
             read!(
                 self,
                 "count the jobs ahead",
-                fetch_one (i64,),
+                fetch_one => (i64,),
                 "select count(*) from (
                    select 1 from job
                    where key_id = $1 and group_key = $2 and group_key is not null and status in ('queued', 'running')
@@ -469,7 +469,7 @@ impl Store {
             read!(
                 self,
                 "count the jobs ahead",
-                fetch_one(i64,),
+                fetch_one => (i64,),
                 "select count(*) from (
                    select 1 from job where key_id = $1 and status = 'queued' and hold = '' and priority > $2
                    union all
@@ -492,7 +492,7 @@ impl Store {
         let row = read!(
             self,
             "read a lane",
-            fetch_optional(Option<String>, Option<String>, bool),
+            fetch_optional => (Option<String>, Option<String>, bool),
             "select lane.hold, queue.hold, queue.paused from queue left join lane on lane.key_id = $1",
             key_id
         )?;

@@ -121,7 +121,7 @@ impl Tx {
         let row = fetch!(
             self,
             "look for runnable jobs",
-            fetch_one(i64,),
+            fetch_one => (i64,),
             "select cast(coalesce(sum(max_running - running), 0) as bigint) from lane
              where top is not null and hold is null and running < max_running
                and not exists (select 1 from queue where paused or hold is not null)"

@@ -95,7 +95,7 @@ impl Tx {
         let row = fetch!(
             self,
             "renew a lease",
-            fetch_optional (i64, Option<CancelReason>),
+            fetch_optional => (i64, Option<CancelReason>),
             "update job set renewals = renewals + 1, last_event_seq = last_event_seq + $3,
                version = version + case when $3 > 0 then 1 else 0 end,
                cost = coalesce($4, cost), usage = coalesce($5, usage)
@@ -130,7 +130,7 @@ impl Tx {
         fetch_locked!(
             self,
             "find a run",
-            fetch_optional Job,
+            fetch_optional => Job,
             "select * from job where job_id = $1 and attempt = $2 and status = 'running'",
             job_id,
             attempt
@@ -141,7 +141,7 @@ impl Tx {
         fetch!(
             self,
             "read a lease",
-            fetch_one(i64,),
+            fetch_one => (i64,),
             "select renewals from job where job_id = $1",
             job_id
         )
@@ -153,7 +153,7 @@ impl Tx {
         let (spend, started_at) = fetch!(
             self,
             "read an attempt",
-            fetch_one(Option<String>, Timestamp),
+            fetch_one => (Option<String>, Timestamp),
             "select spend, started_at from attempt where job_id = $1 and attempt = $2",
             job.job_id,
             job.attempt
@@ -212,7 +212,7 @@ impl Tx {
         let lane = fetch!(
             self,
             "free a lane's slot",
-            fetch_optional(Option<i64>),
+            fetch_optional => (Option<i64>,),
             "update lane set running = running - 1, hold = case when hold = 'budget' then null else hold end
              where key_id = $1 returning top",
             &job.key_id

@@ -19,7 +19,7 @@ impl Tx {
         let session = fetch!(
             self,
             "store a session",
-            fetch_one Session,
+            fetch_one => Session,
             "insert into session (session_id, key_id, name, settings, created_at, updated_at)
              values ($1, $2, $3, $4, $5, $5)
              on conflict (key_id, name) do update set settings = excluded.settings, updated_at = excluded.updated_at
@@ -43,7 +43,7 @@ impl Store {
         let by_name = read!(
             self,
             "read a session",
-            fetch_optional Session,
+            fetch_optional => Session,
             "select * from session where name = $1 and (key_id = $2 or $2 = '') order by session_number desc limit 1",
             text,
             owner
@@ -54,7 +54,7 @@ impl Store {
         read!(
             self,
             "read a session",
-            fetch_optional Session,
+            fetch_optional => Session,
             "select * from session where (session_number = $1 or claude_session_id = $2) and (key_id = $3 or $3 = '')
              order by session_number desc limit 1",
             text.parse::<i64>().unwrap_or(-1),
@@ -65,7 +65,7 @@ impl Store {
 
     /// The session of this id.
     pub async fn session_by_id(&self, session_id: SessionId) -> Result<Option<Session>> {
-        read!(self, "read a session", fetch_optional Session, "select * from session where session_id = $1", session_id)
+        read!(self, "read a session", fetch_optional => Session, "select * from session where session_id = $1", session_id)
     }
 
     /// A page of the owner's sessions (`None`: everybody's), last touched first, and how many there are in all.
@@ -79,7 +79,7 @@ impl Store {
         let sessions = read!(
             self,
             "list sessions",
-            fetch_all Session,
+            fetch_all => Session,
             "select * from session where key_id = $1 or $1 = ''
              order by updated_at desc, session_number desc limit $2 offset $3",
             owner,
@@ -89,7 +89,7 @@ impl Store {
         let (total,) = read!(
             self,
             "count sessions",
-            fetch_one(i64,),
+            fetch_one => (i64,),
             "select count(*) from session where key_id = $1 or $1 = ''",
             owner
         )?;
@@ -101,14 +101,14 @@ impl Store {
         let (queued,) = read!(
             self,
             "count a session's jobs",
-            fetch_one(i64,),
+            fetch_one => (i64,),
             "select count(*) from job where session_id = $1 and session_id is not null and status = 'queued'",
             session_id
         )?;
         let active = read!(
             self,
             "find a session's running job",
-            fetch_optional(crate::id::JobId,),
+            fetch_optional => (crate::id::JobId,),
             "select job_id from job where session_id = $1 and session_id is not null and status = 'running'
              order by job_number limit 1",
             session_id

@@ -34,7 +34,7 @@ pub struct Swept {
 const TOP_UP: i64 = 64;
 
 /// Entries of the queue library that nobody has touched for so long belong to nobody.
-const ABANDONED: Duration = Duration::from_secs(600);
+const ABANDONED: Duration = Duration::from_mins(10);
 
 impl Store {
     /// The leases of all running jobs.
@@ -42,7 +42,7 @@ impl Store {
         read!(
             self,
             "read the leases",
-            fetch_all RunningLease,
+            fetch_all => RunningLease,
             "select job_id, attempt, renewals from job where status = 'running'"
         )
     }
@@ -79,7 +79,7 @@ impl Store {
         let rows = read!(
             self,
             "look for passed deadlines",
-            fetch_all(JobId,),
+            fetch_all => (JobId,),
             "select job_id from job
              where deadline_at is not null and deadline_at <= $1 and status in ('queued', 'running')
                and cancel_requested_at is null
@@ -94,7 +94,7 @@ impl Store {
         read!(
             self,
             "look for expired jobs",
-            fetch_all Job,
+            fetch_all => Job,
             "select * from job where completed_at is not null and not data_removed and completed_at < $1
              order by completed_at limit 100",
             before
@@ -155,7 +155,7 @@ impl Store {
         let held = read!(
             self,
             "look for what waits for money",
-            fetch_all(String,),
+            fetch_all => (String,),
             "select key_id from lane where hold = 'budget' union all select '' from queue where hold = 'budget' limit 100"
         )?;
         for (key_id,) in held {
@@ -270,7 +270,7 @@ impl Tx {
         let due = fetch!(
             self,
             "make due jobs ready",
-            fetch_all(JobId, KeyId, i64),
+            fetch_all => (JobId, KeyId, i64),
             "update job set hold = '', run_after = null, version = version + 1 where job_id in (
                select job_id from job
                where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= $1
