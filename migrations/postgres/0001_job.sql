@@ -210,3 +210,16 @@ create table reservation (
   amount bigint not null,
   primary key (job_id, attempt, scope, scope_id)
 );
+
+-- The worker processes, for people to look at. Nothing is decided by it.
+create table worker (
+  worker_id text primary key,
+  host text not null,
+  slots bigint not null,
+  busy bigint not null,
+  cli_version text not null,
+  started_at bigint not null,
+  last_seen_at bigint not null,
+  paused_until bigint,                   -- it claims nothing until then
+  pause_reason text
+);

@@ -210,3 +210,16 @@ create table reservation (
   amount integer not null,
   primary key (job_id, attempt, scope, scope_id)
 ) strict;
+
+-- The worker processes, for people to look at. Nothing is decided by it.
+create table worker (
+  worker_id text primary key,
+  host text not null,
+  slots integer not null,
+  busy integer not null,
+  cli_version text not null,
+  started_at integer not null,
+  last_seen_at integer not null,
+  paused_until integer,                   -- it claims nothing until then
+  pause_reason text
+) strict;

@@ -101,6 +101,11 @@ impl Vars {
             .filter(|value| !value.is_empty())
     }
 
+    /// The text of a variable that belongs to the system (`HOME`, `PATH`) and not to this service.
+    pub fn unlisted(&self, name: &str) -> Option<String> {
+        self.values.get(name).filter(|value| !value.is_empty()).cloned()
+    }
+
     /// The text of `name`, or `default`.
     pub fn or(&self, name: &'static str, default: &str) -> Result<String, Error> {
         self.asked.borrow_mut().insert(name, default.to_owned());

@@ -5,6 +5,7 @@
 //! * What every process needs at its start and end: [`env`], [`telemetry`], [`shutdown`].
 
 pub mod clock;
+pub mod data_dir;
 pub mod env;
 pub mod event;
 pub mod id;

@@ -20,6 +20,7 @@ mod session;
 mod sweep;
 mod url;
 mod wakeups;
+mod worker;
 
 #[cfg(test)]
 mod tests;
@@ -45,6 +46,7 @@ pub use run::{Finish, Signal};
 pub use sweep::{RunningLease, Swept};
 pub use url::DatabaseUrl;
 pub use wakeups::{JobWakeup, Wakeups};
+pub use worker::WorkerRow;
 
 /// Runs a statement in a transaction; gives the number of rows.
 macro_rules! execute {

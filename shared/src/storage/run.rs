@@ -1,7 +1,7 @@
 //! What the holder of a lease may write: events, renewals, the end. Everything is guarded by (job, attempt), so a
 //! worker that lost its lease writes nothing.
 
-use super::{Error, Result, Store, Tx, execute, fetch, fetch_locked};
+use super::{Error, Result, Store, Tx, execute, fetch, fetch_locked, read};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::id::JobId;
@@ -43,6 +43,24 @@ impl Store {
         let signal = tx.record(lease, events, spend, now).await?;
         tx.commit().await?;
         Ok(signal)
+    }
+
+    /// Whether a run should go on, without writing anything.
+    pub async fn signal(&self, lease: &Lease) -> Result<Signal> {
+        let row = read!(
+            self,
+            "look at a run",
+            fetch_optional => (Option<CancelReason>,),
+            "select case when cancel_requested_at is null then null else cancel_reason end from job
+             where job_id = $1 and attempt = $2 and status = 'running'",
+            lease.job.job_id,
+            lease.job.attempt
+        )?;
+        Ok(match row {
+            None => Signal::Lost,
+            Some((Some(reason),)) => Signal::Cancel(reason),
+            Some((None,)) => Signal::Continue,
+        })
     }
 
     /// Ends a run: the result, the cost, the status, all in one transaction.

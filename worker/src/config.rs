@@ -1,0 +1,245 @@
+//! What a worker is told by its environment.
+
+use shared::env::{Error, Vars};
+use shared::money::MicroUsd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The settings of a worker.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where workspaces and homes are kept. `DATA_DIR`, default `./data`.
+    pub data_dir: PathBuf,
+    /// How many runs this process holds at once. `WORKER_CONCURRENCY`, default: CPU cores.
+    pub concurrency: u32,
+    /// A run whose lease wasn't renewed for this long is another worker's to take. `LEASE_SECONDS`, 30.
+    pub lease: Duration,
+    /// What running jobs get to end by themselves when the worker stops. `DRAIN_SECONDS`, 30.
+    pub drain: Duration,
+    /// From the start of a run to its first line. `JOB_FIRST_OUTPUT_SECONDS`, 120.
+    pub first_output: Duration,
+    /// From one line of a run to the next. `JOB_IDLE_SECONDS`, 600.
+    pub idle: Duration,
+    /// What an attempt may take if the job doesn't say. `CLAUDE_TIMEOUT_SECONDS`, 300.
+    pub timeout: Duration,
+    /// How long an ended job keeps its prompt, result, events and workspace. `JOB_RETENTION_DAYS`, 30.
+    pub retention: Duration,
+    /// How long idempotency keys are remembered. `IDEMPOTENCY_TTL_HOURS`, 24.
+    pub idempotency_ttl: Duration,
+    /// A run begins with no less money than this. `BUDGET_MIN_RESERVE`, 0.05 dollars.
+    pub least_reserve: MicroUsd,
+    /// The pause before another attempt.
+    pub backoff: Backoff,
+    /// Whether runs are isolated. `SANDBOX_ENABLED`, true.
+    pub sandbox: bool,
+    /// How the CLI is run.
+    pub claude: Claude,
+    /// How the worker reaches the model.
+    pub anthropic: Anthropic,
+    /// Where programs are looked for. `PATH`.
+    pub path: Option<String>,
+    /// Where sockets are put. `XDG_RUNTIME_DIR`, default `/tmp`.
+    pub runtime_dir: Option<PathBuf>,
+}
+
+/// Pauses between attempts: `base · factor^failures`, at most `most`, ±20 %.
+#[derive(Clone, Copy, Debug)]
+pub struct Backoff {
+    /// `CLAUDE_RETRY_BASE_DELAY`, 5 seconds.
+    pub base: f64,
+    /// `CLAUDE_RETRY_BACKOFF_FACTOR`, 2.
+    pub factor: f64,
+    /// `CLAUDE_RETRY_MAX_DELAY`, 300 seconds.
+    pub most: f64,
+}
+
+impl Backoff {
+    /// The pause after this many failures (1 and more); `random` is from 0 to 1.
+    pub fn pause(self, failures: i64, random: f64) -> Duration {
+        let exponent = i32::try_from(failures.clamp(1, 64) - 1).unwrap_or(64);
+        let seconds = (self.base * self.factor.powi(exponent)).min(self.most);
+        Duration::from_secs_f64(seconds * random.clamp(0.0, 1.0).mul_add(0.4, 0.8))
+    }
+}
+
+/// How the CLI is run, where a job doesn't say otherwise.
+#[derive(Clone, Debug)]
+pub struct Claude {
+    /// The program. `CLAUDE_CLI_PATH`, default `claude` on the path.
+    pub cli: Option<PathBuf>,
+    /// `CLAUDE_MODEL`, `sonnet`.
+    pub model: String,
+    /// `CLAUDE_EFFORT`; the CLI's own default when unset.
+    pub effort: Option<String>,
+    /// `CLAUDE_PERMISSION_MODE`, `acceptEdits`.
+    pub permission_mode: String,
+    /// `CLAUDE_MAX_TURNS`, 25.
+    pub max_turns: u32,
+    /// `CLAUDE_SYSTEM_PROMPT`; the CLI's own when unset.
+    pub system_prompt: Option<String>,
+    /// `CLAUDE_ALLOWED_TOOLS`; by default Bash and WebSearch in the sandbox, and nothing without it.
+    pub allowed_tools: Vec<String>,
+    /// `CLAUDE_DISALLOWED_TOOLS`, nothing. WebFetch needs a network that the sandbox doesn't have, and is added there.
+    pub disallowed_tools: Vec<String>,
+}
+
+/// How the worker reaches the model. Secrets are not shown.
+#[derive(Clone, Default)]
+pub struct Anthropic {
+    /// `ANTHROPIC_API_KEY`.
+    pub api_key: Option<String>,
+    /// `CLAUDE_CODE_OAUTH_TOKEN`, made by `claude setup-token`.
+    pub oauth_token: Option<String>,
+    /// `ANTHROPIC_AUTH_TOKEN`, for gateways that want a bearer token.
+    pub auth_token: Option<String>,
+    /// Where the CLI keeps the login of this user. `CLAUDE_CONFIG_DIR`, default `~/.claude`.
+    pub config_dir: Option<PathBuf>,
+    /// Where requests are sent. `ANTHROPIC_BASE_URL`, `https://api.anthropic.com`.
+    pub base_url: String,
+}
+
+impl std::fmt::Debug for Anthropic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Anthropic").field("base_url", &self.base_url).finish_non_exhaustive()
+    }
+}
+
+/// The permission modes of the CLI.
+pub const PERMISSION_MODES: [&str; 6] = ["default", "plan", "acceptEdits", "auto", "dontAsk", "bypassPermissions"];
+
+/// The efforts of the CLI.
+pub const EFFORTS: [&str; 5] = ["low", "medium", "high", "xhigh", "max"];
+
+/// Variables of the Python service that have no effect here, and what to do instead.
+const WITHOUT_EFFECT: [(&str, &str); 3] = [
+    ("SANDBOX_EXCLUDED_COMMANDS", "every command runs inside the sandbox"),
+    ("CLAUDE_RETRY_MAX_ATTEMPTS", "JOB_MAX_ATTEMPTS says how often a job is tried"),
+    ("MODERATION", "prompts aren't searched for phrases"),
+];
+
+impl Config {
+    /// Reads the settings. The error names the first variable that can't be used.
+    pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        for (name, instead) in WITHOUT_EFFECT {
+            if vars.text(name).is_some() {
+                tracing::warn!("{name} has no effect: {instead}");
+            }
+        }
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let sandbox = vars.flag("SANDBOX_ENABLED", true)?;
+        if vars.or("SANDBOX_NETWORK", "none")? != "none" {
+            let accepted = "none; to give runs a network, set SANDBOX_ENABLED=false on a machine that is a sandbox itself";
+            return Err(Error::new("SANDBOX_NETWORK", "has a value that this release doesn't know", accepted));
+        }
+        Ok(Self {
+            data_dir: PathBuf::from(vars.or("DATA_DIR", "./data")?),
+            concurrency: number(vars, "WORKER_CONCURRENCY", u32::try_from(cores).unwrap_or(2), 1, 1000)?,
+            lease: seconds(vars, "LEASE_SECONDS", 30, 2, 3600)?,
+            drain: seconds(vars, "DRAIN_SECONDS", 30, 0, 86_400)?,
+            first_output: seconds(vars, "JOB_FIRST_OUTPUT_SECONDS", 120, 1, 86_400)?,
+            idle: seconds(vars, "JOB_IDLE_SECONDS", 600, 1, 86_400)?,
+            timeout: seconds(vars, "CLAUDE_TIMEOUT_SECONDS", 300, 1, 86_400)?,
+            retention: Duration::from_secs(86_400 * vars.number("JOB_RETENTION_DAYS", 30_u64, 1, 36_500)?),
+            idempotency_ttl: Duration::from_secs(3600 * vars.number("IDEMPOTENCY_TTL_HOURS", 24_u64, 1, 8760)?),
+            least_reserve: money(vars, "BUDGET_MIN_RESERVE", 0.05, 0.0, 1_000.0)?,
+            backoff: Backoff {
+                base: vars.number("CLAUDE_RETRY_BASE_DELAY", 5.0, 0.01, 3600.0)?,
+                factor: vars.number("CLAUDE_RETRY_BACKOFF_FACTOR", 2.0, 1.0, 100.0)?,
+                most: vars.number("CLAUDE_RETRY_MAX_DELAY", 300.0, 0.01, 86_400.0)?,
+            },
+            sandbox,
+            claude: Claude::from_vars(vars, sandbox)?,
+            anthropic: Anthropic::from_vars(vars)?,
+            path: vars.unlisted("PATH"),
+            runtime_dir: vars.unlisted("XDG_RUNTIME_DIR").map(PathBuf::from),
+        })
+    }
+}
+
+impl Claude {
+    fn from_vars(vars: &Vars, sandbox: bool) -> Result<Self, Error> {
+        let mode = vars.choice("CLAUDE_PERMISSION_MODE", "acceptEdits", &PERMISSION_MODES)?;
+        if mode == "bypassPermissions" && !sandbox {
+            let accepted = "another mode, or SANDBOX_ENABLED=true";
+            let problem = "would let the agent do anything as this user, without a sandbox";
+            return Err(Error::new("CLAUDE_PERMISSION_MODE", problem, accepted));
+        }
+        let effort = vars.text("CLAUDE_EFFORT");
+        if effort.as_deref().is_some_and(|effort| !EFFORTS.contains(&effort)) {
+            return Err(Error::new("CLAUDE_EFFORT", "has an unknown value", EFFORTS.join(" | ")));
+        }
+        let mut disallowed_tools = vars.list("CLAUDE_DISALLOWED_TOOLS", "")?;
+        if sandbox {
+            disallowed_tools.push("WebFetch".to_owned());
+        }
+        let mut allowed_tools = vars.list("CLAUDE_ALLOWED_TOOLS", "Bash,WebSearch")?;
+        if !sandbox && vars.text("CLAUDE_ALLOWED_TOOLS").is_none() {
+            allowed_tools.clear();
+        }
+        Ok(Self {
+            cli: vars.text("CLAUDE_CLI_PATH").map(PathBuf::from),
+            model: vars.or("CLAUDE_MODEL", "sonnet")?,
+            effort,
+            permission_mode: mode,
+            max_turns: vars.number("CLAUDE_MAX_TURNS", 25, 1, 1000)?,
+            system_prompt: vars.text("CLAUDE_SYSTEM_PROMPT"),
+            allowed_tools,
+            disallowed_tools,
+        })
+    }
+}
+
+impl Anthropic {
+    fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        let base_url = vars.or("ANTHROPIC_BASE_URL", "https://api.anthropic.com")?;
+        if !base_url.starts_with("https://") && !base_url.starts_with("http://") {
+            return Err(Error::new("ANTHROPIC_BASE_URL", "isn't a URL", "https://HOST[:PORT][/PATH], or http:// on loopback"));
+        }
+        let home = vars.unlisted("HOME").map(|home| PathBuf::from(home).join(".claude"));
+        Ok(Self {
+            api_key: vars.text("ANTHROPIC_API_KEY"),
+            oauth_token: vars.text("CLAUDE_CODE_OAUTH_TOKEN"),
+            auth_token: vars.text("ANTHROPIC_AUTH_TOKEN"),
+            config_dir: vars.text("CLAUDE_CONFIG_DIR").map(PathBuf::from).or(home),
+            base_url,
+        })
+    }
+}
+
+fn number(vars: &Vars, name: &'static str, default: u32, low: u32, high: u32) -> Result<u32, Error> {
+    // The default is this machine's; the example file leaves it empty.
+    vars.text(name).map_or(Ok(default), |_| vars.number(name, default, low, high))
+}
+
+fn seconds(vars: &Vars, name: &'static str, default: u64, low: u64, high: u64) -> Result<Duration, Error> {
+    vars.number(name, default, low, high).map(Duration::from_secs)
+}
+
+fn money(vars: &Vars, name: &'static str, default: f64, low: f64, high: f64) -> Result<MicroUsd, Error> {
+    let usd = vars.number(name, default, low, high)?;
+    MicroUsd::from_usd(usd).ok_or_else(|| Error::new(name, "isn't an amount", "dollars, as 0.05"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_and_stay_within_their_bounds() {
+        let backoff = Backoff { base: 5.0, factor: 2.0, most: 300.0 };
+        assert_eq!(backoff.pause(1, 0.5), Duration::from_secs(5));
+        assert_eq!(backoff.pause(3, 0.5), Duration::from_secs(20));
+        assert_eq!(backoff.pause(60, 1.0), Duration::from_secs(360));
+        assert_eq!(backoff.pause(1, 0.0), Duration::from_secs(4));
+    }
+
+    #[test]
+    fn without_the_sandbox_nothing_is_allowed_by_default() {
+        let open = Config::from_vars(&Vars::of([("SANDBOX_ENABLED", "false")])).unwrap();
+        assert!(open.claude.allowed_tools.is_empty());
+        let closed = Config::from_vars(&Vars::of([])).unwrap();
+        assert_eq!(closed.claude.allowed_tools, ["Bash", "WebSearch"]);
+        let bypass = Vars::of([("SANDBOX_ENABLED", "false"), ("CLAUDE_PERMISSION_MODE", "bypassPermissions")]);
+        assert_eq!(Config::from_vars(&bypass).unwrap_err().variable, "CLAUDE_PERMISSION_MODE");
+    }
+}
