@@ -1,1 +1,26 @@
-//! x
+//! The gate: HTTP in, rows out. It knows who asks, reads what they want, and stores it; it never runs a job and never
+//! holds an Anthropic credential.
+//!
+//! Read [`routes`] first: every path and who answers it. Then the way of a request: [`serve`] takes it off the wire,
+//! [`caller`] says who asks, [`request`] reads it, [`jobs`] and [`sessions`] do it, [`reply`] and [`problem`] answer.
+
+// A job has more members than `json!` takes by default.
+#![recursion_limit = "256"]
+
+pub mod caller;
+pub mod config;
+pub mod context;
+pub mod cors;
+pub mod health;
+pub mod jobs;
+pub mod problem;
+pub mod reply;
+pub mod request;
+pub mod routes;
+pub mod serve;
+pub mod sessions;
+pub mod settings;
+
+pub use config::Config;
+pub use context::Context;
+pub use serve::serve;

@@ -1,1 +1,73 @@
-fn main() {}
+//! `claude-queue-api`: serves the API until it is told to stop.
+
+use api::{Config, Context};
+use shared::env::Vars;
+use shared::shutdown::Shutdown;
+use shared::storage::{DatabaseUrl, Store, Wakeups};
+use shared::{env, telemetry};
+use std::error::Error;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::net::TcpListener;
+
+/// How often a SQLite file is asked whether somebody wrote to it.
+const LOOK_EVERY: Duration = Duration::from_millis(25);
+/// Connections to PostgreSQL, beside the few that every process has.
+const DATABASE_SLOTS: u32 = 8;
+
+fn main() -> ExitCode {
+    match settings() {
+        Ok((config, database)) => run(config, &database),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn settings() -> Result<(Config, DatabaseUrl), env::Error> {
+    let vars = Vars::from_process()?;
+    telemetry::start(&vars)?;
+    Ok((Config::from_vars(&vars)?, DatabaseUrl::from_vars(&vars)?))
+}
+
+#[tokio::main]
+async fn run(config: Config, database: &DatabaseUrl) -> ExitCode {
+    match serve(config, database).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(error.as_ref());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(config: Config, database: &DatabaseUrl) -> Result<(), Box<dyn Error>> {
+    let shutdown = Shutdown::on_signals()?;
+    let store = Store::open(database, DATABASE_SLOTS).await?;
+    let wakeups = Wakeups::listen(&store, LOOK_EVERY, shutdown.drain.clone());
+    let listener = TcpListener::bind(config.address).await?;
+    let context = Context::new(config, store.clone(), wakeups).await?;
+    writeln!(
+        std::io::stdout(),
+        "listening on http://{}",
+        listener.local_addr()?
+    )?;
+    api::serve(listener, context, shutdown).await?;
+    store.close().await;
+    Ok(())
+}
+
+/// Says on stderr what went wrong, with its causes.
+fn complain(error: &dyn Error) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    // If stderr is gone, there's nobody to tell.
+    let _ = writeln!(std::io::stderr(), "claude-queue-api: {text}");
+}

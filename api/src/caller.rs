@@ -1,0 +1,280 @@
+//! Who asks: a key becomes a [`Caller`]. The only place where a secret is compared.
+
+use http::{HeaderMap, header};
+use sha2::{Digest, Sha256};
+use shared::id::KeyId;
+use std::fmt;
+use std::net::IpAddr;
+use subtle::{ConditionallySelectable, ConstantTimeEq};
+
+use crate::config::Config;
+use crate::problem::Problem;
+use crate::request::{headers, hex};
+
+/// Who asks, and what they may do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// The owner of what this caller makes.
+    pub key_id: KeyId,
+    /// Whether this caller sees everybody's objects and may skip permission checks.
+    pub admin: bool,
+}
+
+impl Caller {
+    /// Whether an object of this owner exists for the caller.
+    pub fn sees(&self, owner: &KeyId) -> bool {
+        self.admin || self.key_id == *owner
+    }
+}
+
+/// The keys that open this service, as digests: the secrets aren't kept.
+#[derive(Clone, Default)]
+pub struct Keys(Vec<Key>);
+
+#[derive(Clone)]
+struct Key {
+    digest: [u8; 32],
+    caller: Caller,
+}
+
+/// Only the public names.
+impl fmt::Debug for Keys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set()
+            .entries(self.0.iter().map(|key| &key.caller.key_id))
+            .finish()
+    }
+}
+
+impl Keys {
+    /// Keys of the two kinds. One that is both is an admin's.
+    pub fn of(ordinary: &[String], admin: &[String]) -> Self {
+        let mut keys: Vec<Key> = Vec::new();
+        let of_kind = |secrets: &[String], admin| {
+            secrets
+                .iter()
+                .map(|secret| (digest(secret.as_bytes()), admin))
+                .collect::<Vec<_>>()
+        };
+        for (digest, admin) in of_kind(admin, true).into_iter().chain(of_kind(ordinary, false)) {
+            if keys.iter().all(|key| key.digest != digest) {
+                let key_id = KeyId::known(format!("env_{}", hex(&digest[..4])));
+                keys.push(Key {
+                    digest,
+                    caller: Caller { key_id, admin },
+                });
+            }
+        }
+        Self(keys)
+    }
+
+    /// Whether there is no key, so that nobody needs one.
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The owners that exist: every key, or `anonymous` where there is none.
+    pub fn owners(&self) -> Vec<KeyId> {
+        if self.0.is_empty() {
+            return vec![KeyId::anonymous()];
+        }
+        self.0.iter().map(|key| key.caller.key_id.clone()).collect()
+    }
+
+    /// Who asks with these headers.
+    pub fn identify(&self, headers: &HeaderMap, config: &Config) -> Result<Caller, Problem> {
+        let presented = presented(headers)?;
+        if self.0.is_empty() {
+            return anonymous(headers, config);
+        }
+        presented
+            .and_then(|secret| self.find(secret))
+            .ok_or(Problem::Unauthorized)
+    }
+
+    /// The owner of `secret`. Compares it with every key and every byte, whatever it finds on the way, so that the
+    /// time tells nothing.
+    fn find(&self, secret: &[u8]) -> Option<Caller> {
+        let wanted = digest(secret);
+        let mut found = u32::MAX;
+        for (index, key) in (0u32..).zip(&self.0) {
+            found.conditional_assign(&index, key.digest.ct_eq(&wanted));
+        }
+        self.0
+            .get(usize::try_from(found).ok()?)
+            .map(|key| key.caller.clone())
+    }
+}
+
+fn digest(secret: &[u8]) -> [u8; 32] {
+    Sha256::digest(secret).into()
+}
+
+/// The key in the headers: `X-API-Key`, or `Authorization: Bearer`. Other schemes aren't ours to judge.
+fn presented(headers: &HeaderMap) -> Result<Option<&[u8]>, Problem> {
+    let api_keys = headers
+        .get_all("x-api-key")
+        .iter()
+        .map(|value| value.as_bytes().trim_ascii());
+    let bearers = headers.get_all(header::AUTHORIZATION).iter().filter_map(|value| {
+        let (scheme, secret) = value.as_bytes().split_at_checked(7)?;
+        scheme
+            .eq_ignore_ascii_case(b"bearer ")
+            .then(|| secret.trim_ascii())
+    });
+    let mut secrets = api_keys.chain(bearers);
+    let first = secrets.next();
+    // The comparison is between two things that the client sent, so its time tells nothing.
+    if secrets.any(|other| Some(other) != first) {
+        Err(Problem::AmbiguousCredentials)
+    } else {
+        Ok(first)
+    }
+}
+
+/// Without keys everybody on this machine may ask. A web page that is open on this machine may not: it could be
+/// anyone's, and a browser would send its requests here. (A page gives itself away by `Origin`, and one that made its
+/// own name point here by `Host`.)
+fn anonymous(headers: &HeaderMap, config: &Config) -> Result<Caller, Problem> {
+    let from_page = headers::text(headers, "origin").is_some_and(|origin| !config.cors.names(origin));
+    if !config.allow_anonymous && (from_page || !host_is_local(headers)) {
+        return Err(Problem::AnonymousFromWeb);
+    }
+    Ok(Caller {
+        key_id: KeyId::anonymous(),
+        admin: false,
+    })
+}
+
+fn host_is_local(headers: &HeaderMap) -> bool {
+    let Some(host) = headers::text(headers, "host") else {
+        return true;
+    };
+    let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.append(*name, HeaderValue::from_static(value));
+        }
+        headers
+    }
+
+    fn keys() -> Keys {
+        Keys::of(
+            &["one".into(), "two".into(), "both".into()],
+            &["root".into(), "both".into()],
+        )
+    }
+
+    fn ask(pairs: &[(&'static str, &'static str)]) -> Result<Caller, &'static str> {
+        keys()
+            .identify(&headers(pairs), &Config::default())
+            .map_err(|problem| problem.code())
+    }
+
+    #[test]
+    fn each_key_opens_as_itself_in_either_header() {
+        let one = ask(&[("x-api-key", "one")]).unwrap();
+        assert_eq!(one.key_id.as_str(), format!("env_{}", &hex(&digest(b"one"))[..8]));
+        assert_eq!(ask(&[("authorization", "Bearer one")]), Ok(one.clone()));
+        assert_eq!(ask(&[("authorization", "bearer  one")]), Ok(one.clone()));
+        assert_eq!(
+            ask(&[("authorization", "Bearer one"), ("x-api-key", "one")]),
+            Ok(one.clone())
+        );
+        assert!(!one.admin);
+        assert_ne!(ask(&[("x-api-key", "two")]).unwrap().key_id, one.key_id);
+    }
+
+    #[test]
+    fn a_key_of_both_kinds_is_an_admins_and_counts_once() {
+        assert!(ask(&[("x-api-key", "root")]).unwrap().admin);
+        assert!(ask(&[("x-api-key", "both")]).unwrap().admin);
+        assert_eq!(keys().owners().len(), 4);
+    }
+
+    #[test]
+    fn what_is_no_key_opens_nothing() {
+        for pairs in [
+            vec![],
+            vec![("x-api-key", "")],
+            vec![("x-api-key", "on")],
+            vec![("x-api-key", "one, two")],
+            vec![("x-api-key", "ONE")],
+            vec![("authorization", "one")],
+            vec![("authorization", "Basic one")],
+            vec![("authorization", "Bearer")],
+            vec![("authorization", "Bearer ")],
+        ] {
+            assert_eq!(ask(&pairs), Err("unauthorized"), "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn two_different_keys_are_ambiguous_even_when_both_open() {
+        let both = [("x-api-key", "one"), ("authorization", "Bearer two")];
+        assert_eq!(ask(&both), Err("ambiguous-credentials"));
+        assert_eq!(
+            ask(&[("x-api-key", "one"), ("x-api-key", "two")]),
+            Err("ambiguous-credentials")
+        );
+    }
+
+    #[test]
+    fn secrets_are_not_kept() {
+        let shown = format!("{:?}", Keys::of(&["my-secret-key".into()], &[]));
+        assert!(shown.starts_with("{env_"), "{shown}");
+        assert!(!shown.contains("my-secret-key"));
+    }
+
+    #[test]
+    fn without_keys_programs_on_this_machine_are_served_and_web_pages_are_not() {
+        let ask = |pairs: &[(&'static str, &'static str)], config: &Config| {
+            Keys::of(&[], &[])
+                .identify(&headers(pairs), config)
+                .map(|caller| caller.key_id.to_string())
+                .ok()
+        };
+        let config = Config::default();
+        let anonymous = Some("anonymous".to_owned());
+        for pairs in [
+            vec![],
+            vec![("host", "127.0.0.1:8000")],
+            vec![("host", "localhost")],
+            vec![("host", "[::1]:8000")],
+            vec![("x-api-key", "whatever")],
+        ] {
+            assert_eq!(ask(&pairs, &config), anonymous, "{pairs:?}");
+        }
+        for pairs in [
+            vec![("host", "127.0.0.1:8000"), ("origin", "https://evil.example")],
+            vec![("host", "127.0.0.1:8000"), ("origin", "null")],
+            vec![("host", "evil.example:8000")],
+            vec![("host", "127.0.0.1.evil.example")],
+        ] {
+            assert_eq!(ask(&pairs, &config), None, "{pairs:?}");
+        }
+        let open = Config {
+            allow_anonymous: true,
+            ..Config::default()
+        };
+        assert_eq!(
+            ask(
+                &[("host", "queue.example"), ("origin", "https://a.example")],
+                &open
+            ),
+            anonymous
+        );
+    }
+}

@@ -1,0 +1,229 @@
+//! The settings of the API: each a variable of the environment, its default here and nowhere else.
+
+use shared::env::{Error, Vars};
+use shared::money::MicroUsd;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use crate::caller::Keys;
+use crate::cors::Cors;
+
+/// How the API is set up.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where it listens. `API_HOST`, 127.0.0.1, and `API_PORT`, 8000; port 0 picks a free one.
+    pub address: SocketAddr,
+    /// Who may call: the keys of ordinary callers, `API_KEYS`, and of those who see everything, `ADMIN_API_KEYS`,
+    /// with commas between them. None by default.
+    pub keys: Keys,
+    /// Whether everybody who can connect may ask when there's no key. `ALLOW_ANONYMOUS`, false; without it only
+    /// programs on this machine may.
+    pub allow_anonymous: bool,
+    /// The web pages that may call. `CORS_ORIGINS`, `*`.
+    pub cors: Cors,
+    /// What stands before the code in a problem's `type`. `PROBLEM_TYPE_BASE`, `urn:problem:`.
+    pub problem_type_base: String,
+    /// How long a request may ask to wait. `WAIT_MAX_SECONDS`, 50, at most 300.
+    pub wait_max: Duration,
+    /// How long an event stream stays open. `STREAM_MAX_SECONDS`, 3600.
+    pub stream_max: Duration,
+    /// How many attempts a job gets that doesn't say. `JOB_MAX_ATTEMPTS`, 3, at most 5.
+    pub job_max_attempts: i64,
+    /// The longest attempt that a job may ask for, in seconds. `JOB_TIMEOUT_MAX_SECONDS`, 3600.
+    pub job_timeout_max_seconds: i64,
+    /// What one attempt may cost at most. `CLAUDE_MAX_COST_PER_REQUEST`, 5.0 dollars.
+    pub max_cost_per_request: MicroUsd,
+    /// What a key may spend in all, unless it has a budget of its own. `CLAUDE_MAX_COST_PER_USER`, 50.0 dollars.
+    pub max_cost_per_user: MicroUsd,
+    /// How many jobs of one key run at once. `KEY_MAX_RUNNING_JOBS`, 16.
+    pub key_max_running_jobs: i64,
+    /// How long an idempotency key is remembered. `IDEMPOTENCY_TTL_HOURS`, 24.
+    pub idempotency_ttl: Duration,
+    /// How long the data of an ended job is kept: shown as `expires_at`; the workers remove it.
+    /// `JOB_RETENTION_DAYS`, 30.
+    pub retention: Duration,
+    /// How long open requests get at shutdown. `DRAIN_SECONDS`, 30.
+    pub drain: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)),
+            keys: Keys::default(),
+            allow_anonymous: false,
+            cors: Cors::any(),
+            problem_type_base: "urn:problem:".to_owned(),
+            wait_max: Duration::from_secs(50),
+            stream_max: Duration::from_hours(1),
+            job_max_attempts: 3,
+            job_timeout_max_seconds: 3_600,
+            max_cost_per_request: MicroUsd(5_000_000),
+            max_cost_per_user: MicroUsd(50_000_000),
+            key_max_running_jobs: 16,
+            idempotency_ttl: Duration::from_hours(24),
+            retention: Duration::from_hours(30 * 24),
+            drain: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Config {
+    /// Reads the settings. The error names the variable, what is wrong with it, and the accepted form.
+    pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        let default = Self::default();
+        let config = Self {
+            address: address(vars, default.address)?,
+            keys: Keys::of(&keys(vars, "API_KEYS")?, &keys(vars, "ADMIN_API_KEYS")?),
+            allow_anonymous: vars.flag("ALLOW_ANONYMOUS", default.allow_anonymous)?,
+            cors: cors(vars)?,
+            problem_type_base: vars.or("PROBLEM_TYPE_BASE", &default.problem_type_base)?,
+            wait_max: seconds(vars, "WAIT_MAX_SECONDS", default.wait_max, 0, 300)?,
+            stream_max: seconds(vars, "STREAM_MAX_SECONDS", default.stream_max, 1, 86_400)?,
+            job_max_attempts: vars.number("JOB_MAX_ATTEMPTS", default.job_max_attempts, 1, 5)?,
+            job_timeout_max_seconds: vars.number(
+                "JOB_TIMEOUT_MAX_SECONDS",
+                default.job_timeout_max_seconds,
+                1,
+                86_400,
+            )?,
+            max_cost_per_request: dollars(vars, "CLAUDE_MAX_COST_PER_REQUEST", default.max_cost_per_request)?,
+            max_cost_per_user: dollars(vars, "CLAUDE_MAX_COST_PER_USER", default.max_cost_per_user)?,
+            key_max_running_jobs: vars.number(
+                "KEY_MAX_RUNNING_JOBS",
+                default.key_max_running_jobs,
+                1,
+                1_000,
+            )?,
+            idempotency_ttl: Duration::from_secs(3_600 * vars.number("IDEMPOTENCY_TTL_HOURS", 24, 1, 720)?),
+            retention: Duration::from_secs(86_400 * vars.number("JOB_RETENTION_DAYS", 30, 1, 3_650)?),
+            drain: seconds(vars, "DRAIN_SECONDS", default.drain, 0, 3_600)?,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Refuses to serve strangers by accident.
+    fn check(&self) -> Result<(), Error> {
+        if !self.keys.is_empty() || self.allow_anonymous || self.address.ip().is_loopback() {
+            return Ok(());
+        }
+        Err(Error::new(
+            "API_KEYS",
+            "is empty, and API_HOST isn't a loopback address",
+            "at least one key, or API_HOST=127.0.0.1, or ALLOW_ANONYMOUS=true to serve everybody who can connect",
+        ))
+    }
+}
+
+fn address(vars: &Vars, default: SocketAddr) -> Result<SocketAddr, Error> {
+    let host = vars.or("API_HOST", &default.ip().to_string())?;
+    let host = match host.as_str() {
+        "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        other => other.trim_matches(['[', ']']).parse().map_err(|_| {
+            Error::new(
+                "API_HOST",
+                "isn't an address",
+                "an IP address such as 127.0.0.1 or 0.0.0.0",
+            )
+        })?,
+    };
+    let port = vars.number("API_PORT", default.port(), 0, u16::MAX)?;
+    Ok(SocketAddr::new(host, port))
+}
+
+fn keys(vars: &Vars, name: &'static str) -> Result<Vec<String>, Error> {
+    let keys = vars.list(name, "")?;
+    if keys
+        .iter()
+        .any(|key| !key.bytes().all(|byte| byte.is_ascii_graphic()) || key.len() > 512)
+    {
+        return Err(Error::new(
+            name,
+            "has a key that no header can carry",
+            "keys of 1 to 512 visible ASCII characters, with commas between them",
+        ));
+    }
+    Ok(keys)
+}
+
+fn cors(vars: &Vars) -> Result<Cors, Error> {
+    let origins = vars.list("CORS_ORIGINS", "*")?;
+    Cors::of(&origins).ok_or_else(|| {
+        Error::new(
+            "CORS_ORIGINS",
+            "has a member that isn't an origin",
+            "* or origins such as https://app.example.com, with commas between them",
+        )
+    })
+}
+
+fn seconds(
+    vars: &Vars,
+    name: &'static str,
+    default: Duration,
+    low: u64,
+    high: u64,
+) -> Result<Duration, Error> {
+    Ok(Duration::from_secs(vars.number(
+        name,
+        default.as_secs(),
+        low,
+        high,
+    )?))
+}
+
+fn dollars(vars: &Vars, name: &'static str, default: MicroUsd) -> Result<MicroUsd, Error> {
+    let number = vars.number(name, default.usd(), 0.01, 1_000_000.0)?;
+    MicroUsd::from_usd(number)
+        .ok_or_else(|| Error::new(name, "isn't an amount of money", "US dollars, such as 5.0"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_variables_give_the_defaults() {
+        let config = Config::from_vars(&Vars::of([])).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{:?}", Config::default()));
+    }
+
+    #[test]
+    fn without_a_key_only_this_machine_is_served_unless_asked_for() {
+        let refused = Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0")])).unwrap_err();
+        assert_eq!(refused.variable, "API_KEYS");
+        assert!(Config::from_vars(&Vars::of([("API_HOST", "::1")])).is_ok());
+        assert!(Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0"), ("API_KEYS", "k")])).is_ok());
+        assert!(Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0"), ("ADMIN_API_KEYS", "k")])).is_ok());
+        assert!(Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0"), ("ALLOW_ANONYMOUS", "true")])).is_ok());
+    }
+
+    #[test]
+    fn a_bad_value_names_its_variable_and_hides_secrets() {
+        for (name, value) in [
+            ("API_HOST", "example.com"),
+            ("API_PORT", "65536"),
+            ("API_KEYS", "good,bäd"),
+            ("ADMIN_API_KEYS", "a b"),
+            ("ALLOW_ANONYMOUS", "perhaps"),
+            ("CORS_ORIGINS", "https://a.example/path"),
+            ("WAIT_MAX_SECONDS", "301"),
+            ("STREAM_MAX_SECONDS", "0"),
+            ("JOB_MAX_ATTEMPTS", "6"),
+            ("JOB_TIMEOUT_MAX_SECONDS", "x"),
+            ("CLAUDE_MAX_COST_PER_REQUEST", "-1"),
+            ("CLAUDE_MAX_COST_PER_REQUEST", "NaN"),
+            ("KEY_MAX_RUNNING_JOBS", "0"),
+            ("IDEMPOTENCY_TTL_HOURS", "0"),
+            ("DRAIN_SECONDS", "-1"),
+        ] {
+            let error = Config::from_vars(&Vars::of([(name, value)])).unwrap_err();
+            assert_eq!(error.variable, name, "{value}");
+            assert!(
+                !name.ends_with("KEYS") || !error.to_string().contains("d,"),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Reading jobs: one, many, and the result alone.
+
+use http::StatusCode;
+use http::header::{ACCEPT, IF_NONE_MATCH};
+use serde_json::{Map, Value};
+use shared::clock;
+use shared::job::{Job, JobKind, JobStatus};
+use shared::session::Session;
+use shared::storage::JobFilter;
+use warp::reply::Response;
+
+use super::view::{self, Detail};
+use super::wait::{self, Wait};
+use crate::caller::Caller;
+use crate::problem::Problem;
+use crate::reply::{self, Cursor, Headers, Pagination, X_JOB_ID, etag};
+use crate::request::fields::{Fault, choice, text, time};
+use crate::request::{Query, Request, headers, in_query};
+
+/// `GET /jobs/{id}`: the job now, or after `wait` seconds at most, when it has changed from what the client knows or,
+/// if it knows nothing, has ended.
+pub async fn show(request: &Request, job: Job) -> Result<Response, Problem> {
+    let query = request.query();
+    let (detail, wait) = (detail(&query, Detail::Full)?, Wait::of(request)?);
+    let conditional = request.headers.contains_key(IF_NONE_MATCH);
+    let known = |job: &Job| conditional && headers::matches_etag(&request.headers, &etag(job.version));
+    let job = wait::until(&request.context, job, wait.limit, |job| {
+        job.status.is_final() || (conditional && !known(job))
+    })
+    .await?;
+    let response = if known(&job) {
+        reply::empty(StatusCode::NOT_MODIFIED)
+    } else {
+        let mut members = view::show(&request.context, &job, detail).await?;
+        select(&mut members, &query);
+        reply::data(request, StatusCode::OK, members)?
+    };
+    let response = match view::look_again_after(&job, clock::now()) {
+        Some(seconds) => response.retry_after(seconds),
+        None => response,
+    };
+    Ok(wait.applied_to(response.etag(&etag(job.version))))
+}
+
+/// `GET /jobs/{id}/result`: the result alone, as JSON, or its text for who prefers that.
+pub async fn result(request: &Request, job: &Job) -> Result<Response, Problem> {
+    if job.data_removed {
+        return Err(Problem::DataRemoved);
+    }
+    if !job.status.is_final() {
+        return Err(Problem::JobNotFinished);
+    }
+    let Some(text) = request.context.store.result(job.job_id).await? else {
+        return Err(Problem::NoSuch("Result"));
+    };
+    let result = serde_json::from_str::<Value>(&text).map_err(Problem::internal)?;
+    let response = match result["content"]
+        .as_str()
+        .filter(|_| headers::wants_plain_text(&request.headers))
+    {
+        Some(content) => reply::text(StatusCode::OK, content.to_owned()),
+        None => reply::json(StatusCode::OK, &result)?,
+    };
+    Ok(response
+        .with(X_JOB_ID, job.job_id.to_string())
+        .varies_by(ACCEPT.as_str()))
+}
+
+/// `GET /jobs`: the caller's jobs, newest first.
+pub async fn list(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+    let query = request.query();
+    let limit = query.integer("limit", 1..=100)?.unwrap_or(20);
+    let detail = detail(&query, Detail::Basic)?;
+    let mut filter = filter(&query)?;
+    filter.key_id = (!caller.admin).then(|| caller.key_id.clone());
+    if let Some(name) = query.text("session") {
+        match crate::sessions::named(request, caller, name).await? {
+            Some(session) => filter.session_id = Some(session.session_id),
+            None => return page(request, Vec::new(), limit, None),
+        }
+    }
+    // There are no batches, so none of the jobs is of one.
+    if query.text("batch_id").is_some() {
+        return page(request, Vec::new(), limit, None);
+    }
+    answer(request, filter, limit, detail).await
+}
+
+/// `GET /sessions/{s}/jobs`: all jobs of the session but chat runs, newest first.
+pub async fn list_of_session(request: &Request, session: &Session) -> Result<Response, Problem> {
+    let query = request.query();
+    let limit = query.integer("limit", 1..=1000)?.unwrap_or(1000);
+    let filter = JobFilter {
+        session_id: Some(session.session_id),
+        ..filter(&query)?
+    };
+    answer(request, filter, limit, detail(&query, Detail::Full)?).await
+}
+
+/// The page that the query's cursor names.
+async fn answer(
+    request: &Request,
+    mut filter: JobFilter,
+    limit: i64,
+    detail: Detail,
+) -> Result<Response, Problem> {
+    let bound_to = format!("{filter:?}");
+    if let Some(cursor) = request.query().text("cursor") {
+        filter.after = Some(Cursor::decode(cursor, &bound_to)?.0);
+    }
+    // One more than is shown tells whether there are more.
+    let mut jobs = request
+        .context
+        .store
+        .jobs(&filter, limit + 1, detail == Detail::Basic)
+        .await?;
+    let more = jobs.len() > usize::try_from(limit).unwrap_or(usize::MAX);
+    if more {
+        jobs.pop();
+    }
+    let last = jobs
+        .last()
+        .filter(|_| more)
+        .map(|(job, _)| Cursor(job.job_number).encode(&bound_to));
+    let jobs = view::show_all(&request.context, jobs, detail).await?;
+    page(request, jobs, limit, last)
+}
+
+fn page(
+    request: &Request,
+    jobs: Vec<Map<String, Value>>,
+    limit: i64,
+    next: Option<String>,
+) -> Result<Response, Problem> {
+    let pagination = Pagination::new(limit, next);
+    let response = reply::list(request, jobs, &pagination)?;
+    Ok(pagination.link(request, response))
+}
+
+/// Which jobs the query asks for.
+fn filter(query: &Query) -> Result<JobFilter, Problem> {
+    let mut statuses = Vec::new();
+    for word in query.list("status") {
+        match JobStatus::ALL.into_iter().find(|status| status.as_str() == word) {
+            Some(status) if !statuses.contains(&status) => statuses.push(status),
+            Some(_) => {}
+            None => return Err(Problem::Invalid(in_query("status", vec![unknown_status()]))),
+        }
+    }
+    statuses.sort_by_key(|status| *status as u8);
+    let kind = query.value("kind", |word| choice(&["job", "chat", "all"])(word.into()))?;
+    let order = query.value("order", |word| choice(&["desc", "asc"])(word.into()))?;
+    Ok(JobFilter {
+        key_id: None,
+        statuses,
+        session_id: None,
+        custom_id: query.value("custom_id", |name| text(1..=64)(name.into()))?,
+        kind: match kind {
+            Some("chat") => Some(JobKind::Chat),
+            Some("all") => None,
+            _ => Some(JobKind::Job),
+        },
+        created_after: query.value("created_after", |at| time(at.into()))?,
+        created_before: query.value("created_before", |at| time(at.into()))?,
+        ascending: order == Some("asc"),
+        after: None,
+    })
+}
+
+fn unknown_status() -> Fault {
+    Fault::new(
+        "enum",
+        "Input should be 'queued', 'running', 'done', 'failed' or 'cancelled'",
+    )
+}
+
+fn detail(query: &Query, default: Detail) -> Result<Detail, Problem> {
+    Ok(
+        match query.value("view", |word| choice(&["basic", "full"])(word.into()))? {
+            Some("basic") => Detail::Basic,
+            Some(_) => Detail::Full,
+            None => default,
+        },
+    )
+}
+
+/// Keeps the members that `fields` names; all when it names none.
+fn select(members: &mut Map<String, Value>, query: &Query) {
+    let names = query.list("fields");
+    if !names.is_empty() {
+        members.retain(|name, _| names.contains(&name.as_str()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filters_of_a_list_are_read_in_any_order() {
+        let one = filter(&Query::parse(
+            "status=failed,done&order=asc&created_after=2026-01-01T00:00:00Z",
+        ))
+        .unwrap();
+        let other = filter(&Query::parse(
+            "created_after=2026-01-01T00:00:00Z&status=done&order=asc&status=failed",
+        ));
+        assert_eq!(format!("{one:?}"), format!("{:?}", other.unwrap()));
+        assert_eq!(one.statuses, [JobStatus::Done, JobStatus::Failed]);
+        assert!(one.ascending);
+        assert_eq!(one.kind, Some(JobKind::Job));
+    }
+
+    #[test]
+    fn a_filter_that_means_nothing_is_a_fault() {
+        for (text, field) in [
+            ("status=dead", "query -> status"),
+            ("kind=x", "query -> kind"),
+            ("order=up", "query -> order"),
+            ("created_before=monday", "query -> created_before"),
+        ] {
+            let Err(Problem::Invalid(faults)) = filter(&Query::parse(text)) else {
+                panic!("{text}")
+            };
+            assert_eq!(faults[0].field, field);
+        }
+    }
+
+    #[test]
+    fn only_the_named_members_are_kept() {
+        let mut members = Map::from_iter([("id".to_owned(), Value::Null), ("cost".to_owned(), Value::Null)]);
+        select(&mut members, &Query::parse("fields=id,nothing"));
+        assert_eq!(members.keys().collect::<Vec<_>>(), ["id"]);
+        select(&mut members, &Query::parse(""));
+        assert_eq!(members.len(), 1);
+    }
+}

@@ -1,0 +1,399 @@
+//! Everything that can be wrong with a request, as `application/problem+json` (RFC 9457): the only file that knows
+//! which HTTP status a problem has.
+
+use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use serde_json::{Value, json};
+use shared::job::JobStatus;
+use shared::money::MicroUsd;
+use shared::storage;
+use std::borrow::Cow;
+use std::error::Error as StdError;
+use std::time::Duration;
+use warp::reply::Response;
+
+use crate::request::Request;
+use crate::request::fields::FieldFault;
+
+/// Why a request isn't done, as the client is told.
+#[derive(Debug)]
+pub enum Problem {
+    /// The request as a whole makes no sense; the sentence says why.
+    BadRequest(Cow<'static, str>),
+    /// The `cursor` isn't one of ours, or the filters changed between two pages.
+    InvalidCursor,
+    /// `X-API-Key` and `Authorization` hold different keys.
+    AmbiguousCredentials,
+    /// No key, or one that opens nothing.
+    Unauthorized,
+    /// Nobody needs a key here, but a web page may not use that.
+    AnonymousFromWeb,
+    /// Only a key that may skip permission checks can ask for this mode.
+    PermissionModeNotAllowed(String),
+    /// Only an admin key may do this.
+    AdminOnly(&'static str),
+    /// There's no such path.
+    NoSuchPath,
+    /// There's no such thing, or it belongs to another key: `Job`, `Session`.
+    NoSuch(&'static str),
+    /// The path exists, the method doesn't; these do.
+    MethodNotAllowed(&'static [Method]),
+    /// The client accepts none of the forms that this answer has.
+    NotAcceptable,
+    /// The request didn't arrive in time.
+    TooSlow,
+    /// The job has ended, in this status.
+    JobFinal(JobStatus),
+    /// The job hasn't ended, so there's no result.
+    JobNotFinished,
+    /// The job is waiting or running, so it can't be removed.
+    JobActive,
+    /// The first request with this idempotency key is still at work; its job, when there is one already.
+    IdempotencyInProgress(Option<String>),
+    /// The idempotency key was used with another body.
+    IdempotencyKeyReused,
+    /// The data was removed by its owner or by the retention time.
+    DataRemoved,
+    /// A precondition (`If-None-Match`) isn't met; the sentence says which.
+    PreconditionFailed(&'static str),
+    /// The body is larger than this many bytes.
+    TooLarge(usize),
+    /// The body isn't JSON by its `Content-Type`.
+    UnsupportedMediaType,
+    /// Members of the body or of the query are wrong: all of them.
+    Invalid(Vec<FieldFault>),
+    /// There's no template of this name.
+    NoSuchTemplate(String),
+    /// The owner, or everybody together, has spent what may be spent.
+    BudgetExceeded {
+        /// What has been spent in the period.
+        spent: MicroUsd,
+        /// What may be spent in it.
+        limit: MicroUsd,
+    },
+    /// Requests can't be served: which check says so.
+    NotReady {
+        /// The database answers.
+        database: bool,
+        /// The process is stopping.
+        draining: bool,
+    },
+    /// The service can't do it now; later it can.
+    Unavailable {
+        /// What the client is told.
+        detail: &'static str,
+        /// What the log is told.
+        source: Option<Box<dyn StdError + Send + Sync>>,
+    },
+    /// Something that should not happen: logged whole, told as one sentence.
+    Internal(Box<dyn StdError + Send + Sync>),
+}
+
+impl Problem {
+    /// The service is draining: the client should ask another process, or this one after its restart.
+    pub fn draining() -> Self {
+        Self::Unavailable {
+            detail: "The service is shutting down",
+            source: None,
+        }
+    }
+
+    /// Something that should not happen, said in words.
+    pub fn internal(what: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self::Internal(what.into())
+    }
+
+    /// The HTTP status.
+    pub const fn status(&self) -> StatusCode {
+        match self {
+            Self::BadRequest(_)
+            | Self::InvalidCursor
+            | Self::AmbiguousCredentials
+            | Self::NoSuchTemplate(_) => StatusCode::BAD_REQUEST,
+            Self::Unauthorized | Self::AnonymousFromWeb => StatusCode::UNAUTHORIZED,
+            Self::PermissionModeNotAllowed(_) | Self::AdminOnly(_) => StatusCode::FORBIDDEN,
+            Self::NoSuchPath | Self::NoSuch(_) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::NotAcceptable => StatusCode::NOT_ACCEPTABLE,
+            Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::JobFinal(_) | Self::JobNotFinished | Self::JobActive | Self::IdempotencyInProgress(_) => {
+                StatusCode::CONFLICT
+            }
+            Self::DataRemoved => StatusCode::GONE,
+            Self::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Invalid(_) | Self::IdempotencyKeyReused => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::BudgetExceeded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::NotReady { .. } | Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The word that programs tell problems apart by; it never changes.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::BadRequest(_) => "bad-request",
+            Self::InvalidCursor => "invalid-cursor",
+            Self::AmbiguousCredentials => "ambiguous-credentials",
+            Self::Unauthorized | Self::AnonymousFromWeb => "unauthorized",
+            Self::PermissionModeNotAllowed(_) => "permission-mode-not-allowed",
+            Self::AdminOnly(_) => "insufficient-scope",
+            Self::NoSuchPath | Self::NoSuch(_) => "not-found",
+            Self::MethodNotAllowed(_) => "method-not-allowed",
+            Self::NotAcceptable => "not-acceptable",
+            Self::TooSlow => "request-timeout",
+            Self::JobFinal(_) => "job-terminal",
+            Self::JobNotFinished => "job-not-finished",
+            Self::JobActive => "job-active",
+            Self::IdempotencyInProgress(_) => "idempotency-in-progress",
+            Self::DataRemoved => "data-removed",
+            Self::PreconditionFailed(_) => "precondition-failed",
+            Self::TooLarge(_) => "payload-too-large",
+            Self::UnsupportedMediaType => "unsupported-media-type",
+            Self::Invalid(_) => "validation-error",
+            Self::IdempotencyKeyReused => "idempotency-key-reused",
+            Self::NoSuchTemplate(_) => "template-not-found",
+            Self::BudgetExceeded { .. } => "budget-exceeded",
+            Self::NotReady { .. } | Self::Unavailable { .. } => "unavailable",
+            Self::Internal(_) => "internal-error",
+        }
+    }
+
+    /// The sentence for people.
+    pub fn detail(&self) -> Cow<'static, str> {
+        match self {
+            Self::BadRequest(why) => why.clone(),
+            Self::InvalidCursor => "The cursor is not valid for this list and these filters".into(),
+            Self::AmbiguousCredentials => "X-API-Key and Authorization hold different keys; send one".into(),
+            Self::Unauthorized => "Invalid or missing API key".into(),
+            Self::AnonymousFromWeb => {
+                "Without a key only programs on this machine are served, not web pages; set API_KEYS, or name \
+                 the page's origin in CORS_ORIGINS"
+                    .into()
+            }
+            Self::PermissionModeNotAllowed(mode) => format!("This key may not use permission mode {mode}").into(),
+            Self::AdminOnly(what) => format!("Only an admin key may {what}").into(),
+            Self::NoSuchPath => "There is nothing at this path".into(),
+            Self::NoSuch(what) => format!("{what} not found").into(),
+            Self::MethodNotAllowed(methods) => format!("This path answers {}", allow(methods)).into(),
+            Self::NotAcceptable => "Accept must allow text/event-stream or application/json".into(),
+            Self::TooSlow => "The request did not arrive in time".into(),
+            Self::JobFinal(status) => format!("Job already {}", status.as_str()).into(),
+            Self::JobNotFinished => "Job is not finished".into(),
+            Self::JobActive => "Job is queued or running; cancel it first".into(),
+            Self::IdempotencyInProgress(_) => "A request with this Idempotency-Key is still at work".into(),
+            Self::DataRemoved => "The data of this job was removed".into(),
+            Self::PreconditionFailed(why) => (*why).into(),
+            Self::TooLarge(limit) => format!("Request body exceeds {limit} bytes").into(),
+            Self::UnsupportedMediaType => "Content-Type must be application/json".into(),
+            Self::Invalid(faults) => match faults.as_slice() {
+                [one] => format!("{}: {}", one.field, one.message).into(),
+                many => format!("{} fields are not valid", many.len()).into(),
+            },
+            Self::IdempotencyKeyReused => "This Idempotency-Key was used with another request body".into(),
+            Self::NoSuchTemplate(name) => format!("Template '{name}' not found").into(),
+            Self::BudgetExceeded { spent, limit } => format!("User budget exceeded: {spent} >= {limit}").into(),
+            Self::NotReady { draining: true, .. } => "The service is shutting down".into(),
+            Self::NotReady { .. } => "The database does not answer".into(),
+            Self::Unavailable { detail, .. } => (*detail).into(),
+            Self::Internal(_) => "An unexpected error occurred".into(),
+        }
+    }
+
+    /// When it makes sense to try again, where that is known.
+    const fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::IdempotencyInProgress(_) | Self::JobNotFinished => Some(Duration::from_secs(2)),
+            Self::NotReady { .. } | Self::Unavailable { .. } => Some(Duration::from_secs(5)),
+            _ => None,
+        }
+    }
+
+    /// Whether the same request can't succeed later, so that client libraries need not try.
+    fn is_hopeless(&self) -> bool {
+        self.status().is_client_error() && self.retry_after().is_none() && !matches!(self, Self::TooSlow)
+    }
+
+    /// The members beside the standard ones.
+    fn more(&self, request_id: &str) -> Option<(&'static str, Value)> {
+        match self {
+            Self::Invalid(faults) => Some(("errors", json!(faults))),
+            // Clients of the Python service read this one.
+            Self::TooLarge(_) => Some((
+                "error",
+                json!({"code": "PAYLOAD_TOO_LARGE", "message": self.detail(), "request_id": request_id}),
+            )),
+            Self::BudgetExceeded { spent, limit } => {
+                Some(("budget", json!({"limit": limit, "spent": spent})))
+            }
+            Self::NotReady { database, draining } => {
+                let database = if *database { "ok" } else { "error" };
+                Some(("checks", json!({"database": database, "draining": draining})))
+            }
+            _ => None,
+        }
+    }
+
+    /// The answer to `request`. Tells the log what the client isn't told.
+    pub fn reply(self, request: &Request) -> Response {
+        self.log();
+        let (status, code) = (self.status(), self.code());
+        let mut body = json!({
+            "type": format!("{}{code}", request.context.config.problem_type_base),
+            "title": title(status),
+            "status": status.as_u16(),
+            "detail": self.detail(),
+            "instance": request.path(),
+            "request_id": request.id,
+            "code": code,
+        });
+        if let (Some((name, value)), Some(members)) = (self.more(&request.id), body.as_object_mut()) {
+            members.insert(name.to_owned(), value);
+        }
+        let mut response = Response::new(body.to_string().into());
+        *response.status_mut() = status;
+        self.headers(|name, value| {
+            response.headers_mut().insert(name, value);
+        });
+        response
+    }
+
+    /// The headers that go with the problem.
+    fn headers(&self, mut insert: impl FnMut(HeaderName, HeaderValue)) {
+        insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if let Some(after) = self.retry_after() {
+            insert(RETRY_AFTER, HeaderValue::from(after.as_secs()));
+        }
+        if self.is_hopeless() {
+            insert(
+                HeaderName::from_static("x-should-retry"),
+                HeaderValue::from_static("false"),
+            );
+        }
+        match self {
+            Self::Unauthorized | Self::AnonymousFromWeb => {
+                insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"api\""));
+            }
+            Self::MethodNotAllowed(methods) => {
+                if let Ok(value) = HeaderValue::from_str(&allow(methods)) {
+                    insert(ALLOW, value);
+                }
+            }
+            Self::IdempotencyInProgress(Some(location)) => {
+                if let Ok(value) = HeaderValue::from_str(location) {
+                    insert(LOCATION, value);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// One line for what someone must look at; the request's span says which request it was.
+    fn log(&self) {
+        match self {
+            Self::Internal(source) => tracing::error!(error = %chain(source.as_ref()), "a request failed"),
+            Self::Unavailable {
+                source: Some(source), ..
+            } => {
+                tracing::warn!(error = %chain(source.as_ref()), "a request was answered as unavailable");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A database that can't be reached is a reason to try again; everything else is ours to mend.
+impl From<storage::Error> for Problem {
+    fn from(error: storage::Error) -> Self {
+        if error.is_unavailable() {
+            let detail = "The database can't be used at the moment; nothing was stored";
+            Self::Unavailable {
+                detail,
+                source: Some(Box::new(error)),
+            }
+        } else {
+            Self::Internal(Box::new(error))
+        }
+    }
+}
+
+/// The value of `Allow`. Whoever answers GET answers HEAD.
+fn allow(methods: &[Method]) -> String {
+    let names = methods.iter().flat_map(|method| match *method {
+        Method::GET => ["GET", "HEAD"].as_slice(),
+        Method::POST => &["POST"],
+        Method::DELETE => &["DELETE"],
+        Method::PATCH => &["PATCH"],
+        Method::PUT => &["PUT"],
+        _ => &[],
+    });
+    names.copied().collect::<Vec<_>>().join(", ")
+}
+
+/// The title that goes with a status.
+fn title(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNPROCESSABLE_ENTITY => "Validation Error",
+        other => other.canonical_reason().unwrap_or("Error"),
+    }
+}
+
+/// An error with all its causes, in one line.
+fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_answers_get_also_answers_head() {
+        assert_eq!(allow(&[Method::GET, Method::POST]), "GET, HEAD, POST");
+    }
+
+    #[test]
+    fn only_hopeless_problems_tell_clients_not_to_retry() {
+        assert!(Problem::Unauthorized.is_hopeless());
+        assert!(Problem::IdempotencyKeyReused.is_hopeless());
+        assert!(!Problem::IdempotencyInProgress(None).is_hopeless());
+        assert!(!Problem::draining().is_hopeless());
+        assert!(!Problem::internal("x").is_hopeless());
+    }
+
+    #[test]
+    fn the_log_gets_every_cause_and_the_client_none() {
+        let secret = std::io::Error::other("disk /dev/sda is full");
+        let problem = Problem::internal(secret);
+        assert_eq!(problem.detail(), "An unexpected error occurred");
+        let Problem::Internal(source) = &problem else {
+            panic!("not internal")
+        };
+        assert_eq!(chain(source.as_ref()), "disk /dev/sda is full");
+    }
+
+    #[test]
+    fn one_fault_is_named_in_the_detail_and_many_are_counted() {
+        let fault = || FieldFault {
+            field: "body -> a".to_owned(),
+            message: "Field required".into(),
+            kind: "missing",
+        };
+        assert_eq!(
+            Problem::Invalid(vec![fault()]).detail(),
+            "body -> a: Field required"
+        );
+        assert_eq!(
+            Problem::Invalid(vec![fault(), fault()]).detail(),
+            "2 fields are not valid"
+        );
+    }
+}

@@ -1,0 +1,402 @@
+//! A request as handlers see it: its head, and a body that is read late and never beyond its limit.
+
+pub mod fields;
+pub mod headers;
+
+use bytes::{Bytes, BytesMut};
+use http::request::Parts;
+use http::{HeaderMap, Method, Uri, header};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Incoming};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::timeout;
+
+use crate::caller::Caller;
+use crate::context::Context;
+use crate::problem::Problem;
+use fields::{Fault, FieldFault, Fields};
+
+/// The largest JSON body, in bytes.
+pub const BODY_LIMIT: usize = 2 * 1024 * 1024;
+/// A body that takes longer than this to arrive is given up.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
+/// What is read, and thrown away, of a body that nobody wanted, so that the client sees the answer and not a
+/// connection that was reset under its hands.
+const LEFTOVER_LIMIT: usize = 16 * 1024 * 1024;
+const LEFTOVER_WITHIN: Duration = Duration::from_secs(3);
+
+/// One request. Shared by the edge, which measures and logs it, and the handler that answers it.
+#[derive(Debug)]
+pub struct Request {
+    /// What a handler may touch.
+    pub context: Context,
+    /// The method; HEAD is GET here, as the server leaves the body out by itself.
+    pub method: Method,
+    /// The headers, as they came.
+    pub headers: HeaderMap,
+    /// `X-Request-ID` of the client, or 16 hex digits of our own.
+    pub id: String,
+    /// The other end of the connection.
+    pub peer: SocketAddr,
+    uri: Uri,
+    body: Mutex<Unread>,
+}
+
+/// The part of the body that hasn't been read.
+#[derive(Debug)]
+struct Unread {
+    body: Option<Incoming>,
+    /// The client waits for "100 Continue" and has sent nothing yet.
+    held_back: bool,
+}
+
+impl Request {
+    /// The request that came from `peer`.
+    pub fn new(context: Context, peer: SocketAddr, request: http::Request<Incoming>) -> Self {
+        let (
+            Parts {
+                method, uri, headers, ..
+            },
+            body,
+        ) = request.into_parts();
+        let id = headers::request_id(&headers);
+        let held_back = headers.contains_key(header::EXPECT);
+        let method = if method == Method::HEAD {
+            Method::GET
+        } else {
+            method
+        };
+        let body = Mutex::new(Unread {
+            body: Some(body),
+            held_back,
+        });
+        Self {
+            context,
+            method,
+            headers,
+            id,
+            peer,
+            uri,
+            body,
+        }
+    }
+
+    /// The path, as it came.
+    pub fn path(&self) -> &str {
+        self.uri.path()
+    }
+
+    /// The whole address, for matching.
+    pub const fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// Who asks, by the key that the request carries. Decided before the body is read.
+    pub fn caller(&self) -> Result<Caller, Problem> {
+        self.context
+            .config
+            .keys
+            .identify(&self.headers, &self.context.config)
+    }
+
+    /// The parameters after the question mark.
+    pub fn query(&self) -> Query {
+        Query::parse(self.uri.query().unwrap_or_default())
+    }
+
+    /// The body as JSON; a body that isn't is a problem.
+    pub async fn json(&self) -> Result<Json, Problem> {
+        let bytes = self.json_bytes().await?;
+        if bytes.is_empty() {
+            return Err(invalid("body", "Field required", "missing"));
+        }
+        Json::parse(&bytes)
+    }
+
+    /// The body as JSON; no body at all is an empty object.
+    pub async fn json_or_nothing(&self) -> Result<Json, Problem> {
+        let bytes = self.json_bytes().await?;
+        if bytes.is_empty() {
+            Ok(Json(Value::Object(serde_json::Map::new())))
+        } else {
+            Json::parse(&bytes)
+        }
+    }
+
+    async fn json_bytes(&self) -> Result<Bytes, Problem> {
+        if !headers::says_json(&self.headers) {
+            return Err(Problem::UnsupportedMediaType);
+        }
+        self.bytes(BODY_LIMIT).await
+    }
+
+    /// The body, if it isn't larger than `limit` bytes: counted while it arrives, whatever the headers say.
+    async fn bytes(&self, limit: usize) -> Result<Bytes, Problem> {
+        let Some(mut body) = self.unread().body.take() else {
+            return Ok(Bytes::new());
+        };
+        if body.size_hint().lower() > limit as u64 {
+            // Not begun, so that a client that waits for "100 Continue" never sends it.
+            self.unread().body = Some(body);
+            return Err(Problem::TooLarge(limit));
+        }
+        self.unread().held_back = false;
+        let read = timeout(BODY_WITHIN, collect(&mut body, limit)).await;
+        if let Err(_) | Ok(Err(_)) = read {
+            self.unread().body = Some(body);
+        }
+        read.unwrap_or(Err(Problem::TooSlow))
+    }
+
+    /// Reads what the handler left of the body, within bounds.
+    pub async fn discard_body(&self) {
+        let body = {
+            let mut unread = self.unread();
+            if unread.held_back {
+                None
+            } else {
+                unread.body.take()
+            }
+        };
+        let Some(mut body) = body.filter(|body| !body.is_end_stream()) else {
+            return;
+        };
+        let rest = async {
+            let mut read = 0;
+            while let Some(Ok(frame)) = body.frame().await {
+                read += frame.data_ref().map_or(0, Bytes::len);
+                if read > LEFTOVER_LIMIT {
+                    break;
+                }
+            }
+        };
+        let _ = timeout(LEFTOVER_WITHIN, rest).await;
+    }
+
+    /// The scope and the fingerprint of an idempotent request: the same for the same request, however its JSON is
+    /// spelled.
+    pub fn fingerprint(&self, body: &Json) -> String {
+        let mut hash = Sha256::new();
+        // Values that came out of JSON can always be written as JSON.
+        hash.update(serde_json_canonicalizer::to_vec(&body.0).unwrap_or_default());
+        hash.update(b"?");
+        hash.update(self.uri.query().unwrap_or_default());
+        hex(&hash.finalize())
+    }
+
+    fn unread(&self) -> std::sync::MutexGuard<'_, Unread> {
+        self.body.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The frames of `body` in one piece.
+async fn collect(body: &mut Incoming, limit: usize) -> Result<Bytes, Problem> {
+    let mut whole = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|_| Problem::BadRequest("The body broke off or is not well-formed".into()))?;
+        let Some(data) = frame.data_ref() else { continue };
+        if whole.len() + data.len() > limit {
+            return Err(Problem::TooLarge(limit));
+        }
+        whole.extend_from_slice(data);
+    }
+    Ok(whole.freeze())
+}
+
+/// A body that was JSON.
+#[derive(Debug)]
+pub struct Json(Value);
+
+impl Json {
+    fn parse(bytes: &[u8]) -> Result<Self, Problem> {
+        serde_json::from_slice(bytes)
+            .map(Self)
+            .map_err(|error| invalid("body", format!("JSON decode error: {error}"), "json_invalid"))
+    }
+
+    /// The members of the object that the body must be.
+    pub fn fields(self) -> Result<Fields, Problem> {
+        Fields::of("body", self.0)
+    }
+}
+
+/// The parameters after the question mark, decoded, in the order in which they came.
+#[derive(Debug)]
+pub struct Query(Vec<(String, String)>);
+
+impl Query {
+    /// The parameters of this text.
+    pub fn parse(text: &str) -> Self {
+        Self(
+            url::form_urlencoded::parse(text.as_bytes())
+                .into_owned()
+                .collect(),
+        )
+    }
+
+    /// The last value of `name`; an empty one counts as absent.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        let value = self.0.iter().rev().find(|(key, _)| key == name)?;
+        Some(value.1.as_str()).filter(|value| !value.is_empty())
+    }
+
+    /// All parameters but those of this name.
+    pub fn without(&self, name: &str) -> Vec<(String, String)> {
+        self.0.iter().filter(|(key, _)| key != name).cloned().collect()
+    }
+
+    /// All values of `name`, and the parts between commas of each.
+    pub fn list(&self, name: &str) -> Vec<&str> {
+        let values = self.0.iter().filter(|(key, _)| key == name);
+        values
+            .flat_map(|(_, value)| value.split(','))
+            .map(str::trim)
+            .filter(|part| !part.is_empty())
+            .collect()
+    }
+
+    /// A whole number in `range`.
+    pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, Problem> {
+        self.value(name, |text| {
+            let number = text.parse::<i64>().ok().map_or(Value::from(text), Value::from);
+            fields::integer(range.clone())(number)
+        })
+    }
+
+    /// `true` or `1`; absent is false.
+    pub fn flag(&self, name: &str) -> bool {
+        matches!(self.text(name), Some("1" | "true"))
+    }
+
+    /// One of the values that `rule` knows.
+    pub fn value<T>(
+        &self,
+        name: &str,
+        rule: impl Fn(&str) -> fields::Reading<T>,
+    ) -> Result<Option<T>, Problem> {
+        let Some(text) = self.text(name) else {
+            return Ok(None);
+        };
+        rule(text)
+            .map(Some)
+            .map_err(|faults| Problem::Invalid(in_query(name, faults)))
+    }
+}
+
+/// The faults of the parameter `name`.
+pub fn in_query(name: &str, faults: Vec<Fault>) -> Vec<FieldFault> {
+    faults
+        .into_iter()
+        .map(|fault| fault.at(&format!("query -> {name}")))
+        .collect()
+}
+
+/// One part of a path, with its percent signs decoded.
+#[derive(Debug)]
+pub struct Segment(String);
+
+impl FromStr for Segment {
+    type Err = std::str::Utf8Error;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        percent_encoding::percent_decode_str(text)
+            .decode_utf8()
+            .map(Cow::into_owned)
+            .map(Self)
+    }
+}
+
+impl AsRef<str> for Segment {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Segment {
+    /// The identifier that this part is. What isn't one names nothing: `what` isn't found.
+    pub fn id<T: FromStr>(&self, what: &'static str) -> Result<T, Problem> {
+        self.0.parse().map_err(|_| Problem::NoSuch(what))
+    }
+}
+
+/// One fault, by itself.
+pub fn invalid(field: &str, message: impl Into<Cow<'static, str>>, kind: &'static str) -> Problem {
+    Problem::Invalid(vec![FieldFault {
+        field: field.to_owned(),
+        message: message.into(),
+        kind,
+    }])
+}
+
+/// Lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn query_parameters_are_decoded_and_may_repeat() {
+        let query = Query::parse("status=done,failed&status=queued&name=a%20b+c&empty=&limit=5&limit=6");
+        assert_eq!(query.list("status"), ["done", "failed", "queued"]);
+        assert_eq!(query.text("name"), Some("a b c"));
+        assert_eq!(query.text("empty"), None);
+        assert_eq!(query.integer("limit", 1..=100).unwrap(), Some(6));
+    }
+
+    #[test]
+    fn a_bad_number_in_the_query_names_the_parameter() {
+        for (text, kind) in [
+            ("limit=0", "greater_than_equal"),
+            ("limit=101", "less_than_equal"),
+            ("limit=x", "int_type"),
+        ] {
+            let Err(Problem::Invalid(faults)) = Query::parse(text).integer("limit", 1..=100) else {
+                panic!("{text}")
+            };
+            assert_eq!(
+                (faults[0].field.as_str(), faults[0].kind),
+                ("query -> limit", kind)
+            );
+        }
+    }
+
+    #[test]
+    fn only_json_is_json() {
+        for text in [
+            "{",
+            "",
+            "{'a': 1}",
+            "[1,]",
+            "\u{0}",
+            "nul",
+            &"[".repeat(1_000),
+            r#""\ud800""#,
+        ] {
+            assert!(Json::parse(text.as_bytes()).is_err(), "{text}");
+        }
+        assert!(Json::parse(b"\xff\xfe").is_err());
+        assert!(Json::parse(b" {\"a\": [1, 2.5, null]} ").is_ok());
+    }
+
+    #[test]
+    fn the_parts_of_a_path_are_decoded() {
+        assert_eq!("caf%C3%A9%20x".parse::<Segment>().unwrap().as_ref(), "café x");
+        assert!("%ff".parse::<Segment>().is_err());
+    }
+}

@@ -1,0 +1,240 @@
+//! The accept loop: a bounded number of connections, heads that must arrive in time, and an end with a deadline.
+//! Around every request: its id, its time, the headers that every answer has.
+
+use http::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Empty};
+use hyper::body::{Body, Bytes};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use shared::shutdown::Shutdown;
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::util::BoxCloneService;
+use tower::{BoxError, ServiceExt};
+use tower_http::compression::Compression;
+use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
+use tracing::Instrument;
+
+use crate::context::Context;
+use crate::request::Request;
+use crate::routes::routes;
+
+/// Connections at once; more wait to be accepted.
+const MAX_CONNECTIONS: usize = 8_192;
+/// The head of a request must have arrived this long after its connection was ready for it. This also ends
+/// connections on which nothing is asked.
+const HEAD_WITHIN: Duration = Duration::from_secs(10);
+/// Answers below this size aren't compressed.
+const COMPRESS_ABOVE: u64 = 1_024;
+
+/// Serves the API on `listener` until `shutdown`: then it accepts no more, ends what only waits, gives the rest
+/// `DRAIN_SECONDS` (or until the second signal), and returns.
+pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) -> io::Result<()> {
+    let (connections, cut) = (TaskTracker::new(), CancellationToken::new());
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let app = app();
+    loop {
+        let accepted = tokio::select! {
+            accepted = accept(&listener, &places) => accepted,
+            () = shutdown.drain.cancelled() => break,
+        };
+        let Some((stream, peer, place)) = accepted else {
+            continue;
+        };
+        let (app, context, cut) = (app.clone(), context.clone(), cut.clone());
+        connections.spawn(async move {
+            connection(stream, peer, app, context, cut).await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    context.stopping.cancel();
+    connections.close();
+    tokio::select! {
+        drained = timeout(context.config.drain, connections.wait()) => if drained.is_err() {
+            tracing::warn!("{} connections were cut: DRAIN_SECONDS have passed", connections.len());
+        },
+        () = shutdown.at_once.cancelled() => {}
+    }
+    cut.cancel();
+    connections.wait().await;
+    Ok(())
+}
+
+/// The next connection, once there's a place for it. `None` when it failed, which is no reason to stop.
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> Option<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
+    let place = Arc::clone(places).acquire_owned().await.ok()?;
+    match listener.accept().await {
+        Ok((stream, peer)) => Some((stream, peer, place)),
+        Err(error) => {
+            // The process may be out of file descriptors; others will be closed.
+            tracing::warn!(%error, "could not accept a connection");
+            sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}
+
+/// What answers requests. Warp matches the path alone, so it gets no body.
+type App = BoxCloneService<http::Request<Empty<Bytes>>, Answer, Infallible>;
+type Answer = http::Response<UnsyncBoxBody<Bytes, BoxError>>;
+
+/// The routes, with their larger answers compressed for clients that ask for it. Streams never are: an event would
+/// wait in the compressor until more come.
+fn app() -> App {
+    let predicate = SizeAbove::new(COMPRESS_ABOVE).and(NotForContentType::SSE);
+    let compressed = Compression::new(warp::service(routes())).compress_when(predicate);
+    let boxed = |response: http::Response<_>| response.map(boxed);
+    BoxCloneService::new(ServiceExt::<http::Request<Empty<Bytes>>>::map_response(
+        compressed, boxed,
+    ))
+}
+
+fn boxed<B>(body: B) -> UnsyncBoxBody<Bytes, BoxError>
+where
+    B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+{
+    body.map_err(Into::into).boxed_unsync()
+}
+
+/// Serves one connection until it ends, the drain is over, or it is idle when the drain begins.
+async fn connection(stream: TcpStream, peer: SocketAddr, app: App, context: Context, cut: CancellationToken) {
+    // Answers are written whole, so waiting for more to send would only delay them.
+    let _ = stream.set_nodelay(true);
+    let stopping = context.stopping.clone();
+    let service = service_fn(move |request| {
+        let request = Arc::new(Request::new(context.clone(), peer, request));
+        let app = app.clone();
+        async move { Ok::<_, Infallible>(answer(app, request).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_WITHIN)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    // What fails here is a client that went away or never spoke HTTP.
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = stopping.cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+    tokio::select! {
+        _ = connection => {}
+        () = cut.cancelled() => {}
+    }
+}
+
+/// Answers one request, and says in the log how long it took.
+async fn answer(app: App, request: Arc<Request>) -> Answer {
+    let begun = Instant::now();
+    let span = tracing::info_span!("request", request.id = %request.id);
+    let mut routed = http::Request::new(Empty::new());
+    routed.method_mut().clone_from(&request.method);
+    routed.uri_mut().clone_from(request.uri());
+    routed.headers_mut().clone_from(&request.headers);
+    routed.extensions_mut().insert(Arc::clone(&request));
+    let Ok(mut response) = app.oneshot(routed).instrument(span.clone()).await;
+    let duration = begun.elapsed();
+    finish(&request, response.headers_mut(), duration);
+    span.in_scope(|| log(&request, response.status(), duration));
+    response
+}
+
+/// Gives an answer the headers that all answers have.
+fn finish(request: &Request, headers: &mut HeaderMap, duration: Duration) {
+    const ALWAYS: [(HeaderName, &str); 4] = [
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (X_FRAME_OPTIONS, "DENY"),
+        (REFERRER_POLICY, "no-referrer"),
+        (
+            CONTENT_SECURITY_POLICY,
+            "default-src 'none'; frame-ancestors 'none'",
+        ),
+    ];
+    for (name, value) in ALWAYS {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    headers
+        .entry(CACHE_CONTROL)
+        .or_insert(HeaderValue::from_static("no-store"));
+    vary(headers);
+    if let Ok(id) = HeaderValue::from_str(&request.id) {
+        headers.insert(HeaderName::from_static("x-request-id"), id);
+    }
+    if let Ok(time) = HeaderValue::from_str(&format!("{}ms", duration.as_millis())) {
+        headers.insert(HeaderName::from_static("x-response-time"), time);
+    }
+    request.context.config.cors.decorate(&request.headers, headers);
+}
+
+/// Says of which request headers the answer depends: always these two, and those that the handler named.
+fn vary(headers: &mut HeaderMap) {
+    let named = headers
+        .get_all(VARY)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let named = named.filter(|value| !value.eq_ignore_ascii_case("accept-encoding"));
+    let all = ["Accept-Encoding", "Origin"]
+        .into_iter()
+        .chain(named)
+        .collect::<Vec<_>>()
+        .join(", ");
+    if let Ok(value) = HeaderValue::from_str(&all) {
+        headers.insert(VARY, value);
+    }
+}
+
+/// One line per request. Polling is most of the traffic and says little, so reads stand one level lower.
+fn log(request: &Request, status: StatusCode, duration: Duration) {
+    let (method, path, status) = (request.method.as_str(), request.path(), status.as_u16());
+    let duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    if request.method == Method::GET {
+        tracing::debug!(
+            http.method = method,
+            http.path = path,
+            http.status = status,
+            duration_ms,
+            "answered"
+        );
+    } else {
+        tracing::info!(
+            http.method = method,
+            http.path = path,
+            http.status = status,
+            duration_ms,
+            "answered"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_answer_says_what_it_depends_on_once() {
+        let mut headers = HeaderMap::new();
+        headers.append(VARY, HeaderValue::from_static("Prefer"));
+        headers.append(VARY, HeaderValue::from_static("accept-encoding"));
+        vary(&mut headers);
+        assert_eq!(
+            headers.get_all(VARY).iter().collect::<Vec<_>>(),
+            ["Accept-Encoding, Origin, Prefer"]
+        );
+    }
+}

@@ -1,0 +1,154 @@
+//! How Claude is run: the settings that a session has for its jobs and that a job may have for itself.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use shared::money::MicroUsd;
+
+use crate::caller::Caller;
+use crate::config::Config;
+use crate::problem::Problem;
+use crate::request::fields::{Fields, Reading, choice, dollars, integer, names, parsed, text};
+
+const EFFORTS: &[&str] = &["low", "medium", "high", "xhigh", "max"];
+const PERMISSION_MODES: &[&str] = &["default", "plan", "acceptEdits", "auto", "dontAsk", BYPASS];
+const BYPASS: &str = "bypassPermissions";
+
+/// Settings; what is `None` is decided by the session, then by the service.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Settings {
+    /// Replaces the system prompt.
+    pub system_prompt: Option<String>,
+    /// The model, by name or alias.
+    pub model: Option<String>,
+    /// Turns at most, 1 to 100.
+    pub max_turns: Option<i64>,
+    /// What the agent may do without asking.
+    pub permission_mode: Option<String>,
+    /// How hard the model thinks.
+    pub effort: Option<String>,
+    /// Rules that allow tools.
+    pub allowed_tools: Option<Vec<String>>,
+    /// Rules that forbid tools.
+    pub disallowed_tools: Option<Vec<String>>,
+    /// What one attempt may cost at most.
+    pub max_cost_usd: Option<MicroUsd>,
+}
+
+impl Settings {
+    /// Reads the settings from a body; `system` is what the system prompt is called there.
+    pub fn read(body: &mut Fields, system: &str, config: &Config) -> Self {
+        Self {
+            system_prompt: body.optional(system, text(0..=50_000)),
+            model: body.optional("model", model),
+            max_turns: body.optional("max_turns", integer(1..=100)),
+            permission_mode: body
+                .optional("permission_mode", choice(PERMISSION_MODES))
+                .map(str::to_owned),
+            effort: body.optional("effort", choice(EFFORTS)).map(str::to_owned),
+            allowed_tools: body.optional("allowed_tools", names),
+            disallowed_tools: body.optional("disallowed_tools", names),
+            max_cost_usd: body.optional("max_cost_usd", dollars(config.max_cost_per_request)),
+        }
+    }
+
+    /// These settings, and where they say nothing, those.
+    #[must_use]
+    pub fn or(self, others: Self) -> Self {
+        Self {
+            system_prompt: self.system_prompt.or(others.system_prompt),
+            model: self.model.or(others.model),
+            max_turns: self.max_turns.or(others.max_turns),
+            permission_mode: self.permission_mode.or(others.permission_mode),
+            effort: self.effort.or(others.effort),
+            allowed_tools: self.allowed_tools.or(others.allowed_tools),
+            disallowed_tools: self.disallowed_tools.or(others.disallowed_tools),
+            max_cost_usd: self.max_cost_usd.or(others.max_cost_usd),
+        }
+    }
+
+    /// Refuses what the caller may not ask for.
+    pub fn allowed_to(&self, caller: &Caller) -> Result<(), Problem> {
+        match &self.permission_mode {
+            Some(mode) if mode == BYPASS && !caller.admin => {
+                Err(Problem::PermissionModeNotAllowed(mode.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The name of a model becomes an argument of the CLI, so it can't look like an option or hold blanks.
+fn model(value: Value) -> Reading<String> {
+    parsed(1..=100, |name| {
+        let fits = !name.starts_with('-')
+            && name
+                .chars()
+                .all(|char| !char.is_whitespace() && !char.is_control());
+        if fits {
+            Ok(name)
+        } else {
+            Err("Model should be a name without blanks that does not begin with a hyphen")
+        }
+    })(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use shared::id::KeyId;
+
+    fn read(value: Value) -> Result<Settings, Problem> {
+        let mut body = Fields::of("body", value).unwrap();
+        let settings = Settings::read(&mut body, "system", &Config::default());
+        body.finish(Some(settings))
+    }
+
+    #[test]
+    fn a_jobs_own_settings_come_before_its_sessions() {
+        let own = read(json!({"model": "opus", "allowed_tools": "Bash,Read"})).unwrap();
+        let sessions = read(json!({"model": "haiku", "max_turns": 3})).unwrap();
+        let both = own.or(sessions);
+        assert_eq!(both.model.as_deref(), Some("opus"));
+        assert_eq!(both.max_turns, Some(3));
+        assert_eq!(
+            both.allowed_tools,
+            Some(vec!["Bash".to_owned(), "Read".to_owned()])
+        );
+    }
+
+    #[test]
+    fn what_could_be_taken_for_an_option_is_refused() {
+        for value in [
+            json!({"model": "--dangerously-skip-permissions"}),
+            json!({"model": "a b"}),
+            json!({"model": ""}),
+            json!({"allowed_tools": ["--mcp-config"]}),
+            json!({"disallowed_tools": "Read,--x"}),
+        ] {
+            assert!(read(value.clone()).is_err(), "{value}");
+        }
+    }
+
+    #[test]
+    fn only_an_admin_may_skip_permission_checks() {
+        let settings = read(json!({"permission_mode": "bypassPermissions"})).unwrap();
+        let caller = |admin| Caller {
+            key_id: KeyId::anonymous(),
+            admin,
+        };
+        assert_eq!(
+            settings.allowed_to(&caller(false)).unwrap_err().code(),
+            "permission-mode-not-allowed"
+        );
+        assert!(settings.allowed_to(&caller(true)).is_ok());
+    }
+
+    #[test]
+    fn settings_survive_the_table() {
+        let settings = read(json!({"system": "x", "max_cost_usd": 1.25, "effort": "max"})).unwrap();
+        let text = serde_json::to_string(&settings).unwrap();
+        assert_eq!(serde_json::from_str::<Settings>(&text).unwrap(), settings);
+    }
+}
