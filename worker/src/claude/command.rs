@@ -221,3 +221,6 @@ fn dollars(amount: MicroUsd) -> String {
     let micros = amount.0.max(0);
     format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000)
 }
+
+#[cfg(test)]
+mod tests;

@@ -358,3 +358,8 @@ fn count(number: &Value) -> u64 {
 fn status(number: &Value) -> Option<u16> {
     number.as_u64().and_then(|number| u16::try_from(number).ok())
 }
+
+#[cfg(test)]
+pub(crate) mod fixtures;
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ pub mod cost;
 pub mod price;
 mod sentence;
 
-use crate::claude::message::{ApiRetry, RateLimit, ResultLine};
+use crate::claude::message::{ApiRetry, Message, RateLimit, ResultLine};
 use crate::gateway::failure::ApiFailure;
 use sentence::{excerpt, sentence};
 use shared::clock::Timestamp;
@@ -33,7 +33,7 @@ pub struct Ended {
     pub signal: Option<i32>,
     /// The `error` of the last assistant line that had one.
     pub last_assistant_error: Option<String>,
-    /// The last request that was sent again.
+    /// The last request that was sent again, unless a later one succeeded.
     pub last_api_retry: Option<ApiRetry>,
     /// The last word about the account's limits.
     pub rate_limit: Option<RateLimit>,
@@ -47,6 +47,42 @@ pub struct Ended {
     pub schema_wanted: bool,
     /// The time.
     pub now: Timestamp,
+}
+
+impl Ended {
+    /// What is known before the first line. The process, the gateway and the worker fill in the rest at the end.
+    pub fn new(schema_wanted: bool, now: Timestamp) -> Self {
+        Self {
+            result: None,
+            exit: None,
+            signal: None,
+            last_assistant_error: None,
+            last_api_retry: None,
+            rate_limit: None,
+            observed: None,
+            stopped: None,
+            stderr_tail: String::new(),
+            schema_wanted,
+            now,
+        }
+    }
+
+    /// Takes note of what matters at the end.
+    pub fn observe(&mut self, message: &Message) {
+        match message {
+            Message::Result(result) if self.result.is_none() && result.is_verdict() => {
+                self.result = Some(result.clone());
+            }
+            Message::Assistant(answer) if answer.error.is_some() => {
+                self.last_assistant_error.clone_from(&answer.error)
+            }
+            Message::ApiRetry(retry) => self.last_api_retry = Some(retry.clone()),
+            // An answer begins.
+            Message::Usage(_) => self.last_api_retry = None,
+            Message::RateLimit(limit) => self.rate_limit = Some(limit.clone()),
+            _ => {}
+        }
+    }
 }
 
 /// Why a worker ended a run.
@@ -233,10 +269,11 @@ fn by_result(result: &ResultLine, ended: &Ended) -> Verdict {
             .or(result.text.as_ref())
             .map_or("", String::as_str),
     );
+    let reason = result.terminal_reason.as_deref().unwrap_or_default();
     match result.subtype.as_str() {
         "success" if result.is_error => api::verdict(result, ended),
         // The model may end its turn without ever filling the schema, and the CLI calls that a success.
-        "success" if result.terminal_reason.as_deref() != Some("tool_deferred") => schema_mismatch(),
+        "success" if reason != "tool_deferred" => schema_mismatch(),
         "error_max_structured_output_retries" => schema_mismatch(),
         "error_max_turns" => Verdict::failed(
             ErrorCode::MaxTurns,
@@ -263,11 +300,22 @@ fn by_result(result: &ResultLine, ended: &Ended) -> Verdict {
             ),
         ),
         _ => api::refused_credential(ended).unwrap_or_else(|| {
+            // An interrupt that isn't this worker's comes from outside, as a signal does.
+            if reason.starts_with("aborted") {
+                return Verdict::again(
+                    ErrorCode::ClaudeKilled,
+                    sentence(
+                        "The Claude CLI was interrupted from outside",
+                        "",
+                        "Submit the job again.",
+                    ),
+                );
+            }
             Verdict::failed(
                 ErrorCode::ClaudeError,
                 sentence(
                     "The Claude CLI ended the run early",
-                    if said.is_empty() { &result.subtype } else { &said },
+                    if said.is_empty() { reason } else { &said },
                     "Submit the job again; if it fails again, see `doctor` and the worker's log.",
                 ),
             )
@@ -326,6 +374,16 @@ fn without_result(ended: &Ended) -> Verdict {
             ),
         );
     }
+    if said.contains("--json-schema") {
+        return Verdict::failed(
+            ErrorCode::InvalidRequest,
+            sentence(
+                "The schema of the output is refused",
+                &said,
+                "Correct the schema and submit the job again.",
+            ),
+        );
+    }
     let exit = ended.exit.map_or_else(
         || "without an exit code".to_owned(),
         |exit| format!("with exit code {exit}"),
@@ -358,3 +416,6 @@ fn timeout(deadline: Deadline, after: Duration, ended: &Ended) -> String {
     };
     sentence(&problem, &api::last_trouble(ended), advice)
 }
+
+#[cfg(test)]
+mod tests;

@@ -49,6 +49,30 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// All of them.
+    pub const ALL: [Self; 20] = [
+        Self::ApiUnavailable,
+        Self::AuthError,
+        Self::BillingError,
+        Self::ClaudeError,
+        Self::ClaudeKilled,
+        Self::InvalidRequest,
+        Self::MaxCost,
+        Self::MaxOutputTokens,
+        Self::MaxTurns,
+        Self::ModelNotFound,
+        Self::OutOfMemory,
+        Self::Overloaded,
+        Self::PromptTooLong,
+        Self::RateLimited,
+        Self::Refusal,
+        Self::RequestTooLarge,
+        Self::SchemaMismatch,
+        Self::SessionNotFound,
+        Self::Timeout,
+        Self::UsageLimit,
+    ];
+
     /// The word on the wire and in the table.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -199,3 +199,6 @@ fn add(sum: &mut ModelUsage, more: ModelUsage) {
     sum.usage += more.usage;
     sum.cost = Some(sum.cost.unwrap_or_default() + more.cost.unwrap_or_default());
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,29 +20,30 @@ struct Price {
 /// Thousandths of a micro-dollar per search.
 const WEB_SEARCH: u64 = 10_000_000;
 
-const fn price(input: u64, output: u64, cache_write_5m: u64, cache_write_1h: u64, cache_read: u64) -> Price {
+/// In the order of price lists: input, output, written to a cache for five minutes and for an hour, read from it.
+const fn price(each: [u64; 5]) -> Price {
     Price {
-        input,
-        output,
-        cache_write_5m,
-        cache_write_1h,
-        cache_read,
+        input: each[0],
+        output: each[1],
+        cache_write_5m: each[2],
+        cache_write_1h: each[3],
+        cache_read: each[4],
     }
 }
 
 /// What a model costs that isn't in the table. The CLI does the same.
-const UNKNOWN: Price = price(4_000, 20_000, 5_000, 8_000, 200);
+const UNKNOWN: Price = price([4_000, 20_000, 5_000, 8_000, 200]);
 
 /// List prices, by the model's name without date and context size.
 const TABLE: [(&str, Price); 8] = [
     ("claude-opus-5-5", UNKNOWN),
-    ("claude-sonnet-5-5", price(2_000, 10_000, 2_500, 4_000, 100)),
-    ("claude-haiku-5-5", price(100, 500, 125, 200, 10)),
-    ("claude-fable-5-2", price(8_000, 40_000, 10_000, 16_000, 200)),
-    ("claude-opus-4-8", price(5_000, 25_000, 6_250, 10_000, 500)),
-    ("claude-sonnet-5", price(2_000, 10_000, 2_500, 4_000, 200)),
-    ("claude-sonnet-4-5", price(3_000, 15_000, 3_750, 6_000, 300)),
-    ("claude-haiku-4-5", price(1_000, 5_000, 1_250, 2_000, 100)),
+    ("claude-sonnet-5-5", price([2_000, 10_000, 2_500, 4_000, 100])),
+    ("claude-haiku-5-5", price([100, 500, 125, 200, 10])),
+    ("claude-fable-5-2", price([8_000, 40_000, 10_000, 16_000, 200])),
+    ("claude-opus-4-8", price([5_000, 25_000, 6_250, 10_000, 500])),
+    ("claude-sonnet-5", price([2_000, 10_000, 2_500, 4_000, 200])),
+    ("claude-sonnet-4-5", price([3_000, 15_000, 3_750, 6_000, 300])),
+    ("claude-haiku-4-5", price([1_000, 5_000, 1_250, 2_000, 100])),
 ];
 
 /// What this usage of a model costs at list price. A part of a micro-dollar counts as a whole one, so that no paid

@@ -1,0 +1,745 @@
+use super::*;
+use crate::claude::message::fixtures::{self, Fixture};
+use crate::gateway::failure::{NO_CREDENTIAL, UNREACHABLE};
+use Kind::{Again, Done, Failed, Waits};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+
+/// 2026-11-24T12:00:00Z
+const NOW: Timestamp = Timestamp(1_795_521_600_000_000);
+
+/// A verdict without its words and times.
+#[derive(Debug, PartialEq, Eq)]
+enum Kind {
+    Done,
+    Failed(ErrorCode),
+    /// After the usual pause, counted.
+    Again(ErrorCode),
+    /// Until a time, not counted.
+    Waits(ErrorCode),
+}
+
+fn kind(verdict: &Verdict) -> Kind {
+    match verdict {
+        Verdict::Done => Done,
+        Verdict::Failed { code, .. } => Failed(*code),
+        Verdict::Again {
+            code,
+            when: When::Backoff { .. },
+            counts: true,
+            ..
+        } => Again(*code),
+        Verdict::Again {
+            code,
+            when: When::At(_),
+            counts: false,
+            ..
+        } => Waits(*code),
+        other => panic!("not the verdict on a run that ended by itself: {other:?}"),
+    }
+}
+
+fn message(verdict: &Verdict) -> &str {
+    match verdict {
+        Verdict::Failed { message, .. } | Verdict::Again { message, .. } => message,
+        _ => "",
+    }
+}
+
+fn ended(fixture: &Fixture) -> Ended {
+    let mut ended = Ended::new(fixture.schema, NOW);
+    fixture
+        .messages()
+        .iter()
+        .for_each(|message| ended.observe(message));
+    Ended {
+        exit: fixture.exit,
+        signal: fixture.signal,
+        stderr_tail: fixture.stderr.clone(),
+        ..ended
+    }
+}
+
+/// A run that ended with this result line.
+fn with_result(line: &Value) -> Ended {
+    let mut ended = Ended::new(false, NOW);
+    ended.observe(&Message::parse(line.to_string().as_bytes()));
+    assert!(ended.result.is_some());
+    ended
+}
+
+/// A run that an error of the API ended, with what the CLI says in that case.
+fn with_api_error(status: Option<u16>, text: &str) -> Ended {
+    with_result(
+        &json!({"type": "result", "subtype": "success", "is_error": true, "terminal_reason": "api_error",
+        "api_error_status": status, "result": text}),
+    )
+}
+
+fn failure(status: u16, error_type: &str, message: &str) -> ApiFailure {
+    ApiFailure {
+        status,
+        error_type: Some(error_type.to_owned()),
+        retry_after_seconds: None,
+        unified_reset: None,
+        message: message.to_owned(),
+    }
+}
+
+#[test]
+fn each_recorded_run_gets_its_verdict() {
+    use ErrorCode::{
+        ApiUnavailable, AuthError, BillingError, ClaudeError, ClaudeKilled, InvalidRequest, MaxCost,
+        MaxOutputTokens, MaxTurns, ModelNotFound, Overloaded, PromptTooLong, RateLimited, Refusal,
+        RequestTooLarge, SchemaMismatch, SessionNotFound, UsageLimit,
+    };
+    let table = [
+        ("text", Done, "an answer"),
+        ("thinking", Done, "an answer after thinking"),
+        ("write", Done, "a tool was used"),
+        (
+            "write-outside",
+            Done,
+            "a denied tool isn't a failure; the result names it",
+        ),
+        ("bash", Done, "a command ran"),
+        ("bash-denied", Done, "a denied command isn't a failure"),
+        (
+            "bash-fails",
+            Done,
+            "what the model does about a failed command is its answer",
+        ),
+        ("parallel", Done, "two tools at once"),
+        ("subagent", Done, "a subagent's work"),
+        ("slash", Done, "a slash is text for the model"),
+        ("resume", Done, "a resumed session"),
+        (
+            "e400",
+            Failed(InvalidRequest),
+            "the same request would be refused again",
+        ),
+        (
+            "e400-credit",
+            Failed(BillingError),
+            "known by its text; the status is 400",
+        ),
+        (
+            "e400-organization",
+            Failed(AuthError),
+            "known by its text; another credential is needed",
+        ),
+        (
+            "e400-too-long",
+            Failed(PromptTooLong),
+            "it won't get shorter by itself",
+        ),
+        ("e401", Failed(AuthError), "a wrong key stays wrong"),
+        ("e401-token", Failed(AuthError), "a wrong token too"),
+        ("e402", Failed(BillingError), "somebody must pay"),
+        ("e403", Failed(AuthError), "no permission"),
+        ("e403-revoked", Failed(AuthError), "a revoked login"),
+        ("e404", Failed(ModelNotFound), "no such model"),
+        ("e408", Again(ApiUnavailable), "a timeout at the API"),
+        ("e409", Again(ApiUnavailable), "a conflict at the API passes"),
+        ("e413", Failed(RequestTooLarge), "it won't get smaller by itself"),
+        ("e429", Again(RateLimited), "limited for seconds"),
+        (
+            "e429-long",
+            Again(RateLimited),
+            "limited for an hour, which only the gateway knows",
+        ),
+        ("e429-once", Done, "the CLI got over it"),
+        (
+            "e429-plain",
+            Again(RateLimited),
+            "limited, nobody says for how long",
+        ),
+        (
+            "e429-token",
+            Again(RateLimited),
+            "rejected without a reset time: not the account's usage limit",
+        ),
+        ("usage-limit", Waits(UsageLimit), "the five-hour limit"),
+        ("usage-limit-week", Waits(UsageLimit), "the weekly limit"),
+        ("usage-warning", Done, "a warning is no rejection"),
+        ("e500", Again(ApiUnavailable), "a server error passes"),
+        ("e500-final", Again(ApiUnavailable), "not at once, but later"),
+        ("e500-once", Done, "the CLI got over it"),
+        ("e502", Again(ApiUnavailable), "a proxy's error page"),
+        ("e503", Again(ApiUnavailable), "unavailable"),
+        ("e504", Again(ApiUnavailable), "a gateway timeout"),
+        ("e529", Again(Overloaded), "overloaded"),
+        ("e529-twice", Done, "the CLI got over it"),
+        (
+            "html",
+            Failed(ClaudeError),
+            "200 with a web page: a wrong address doesn't pass",
+        ),
+        ("stream-error", Done, "the CLI asked again without a stream"),
+        ("reset-once", Done, "the CLI got over it"),
+        ("reset", Again(ApiUnavailable), "connections break"),
+        ("refused", Again(ApiUnavailable), "the network comes back"),
+        (
+            "no-socket",
+            Again(ApiUnavailable),
+            "the gateway comes back with the next run",
+        ),
+        ("no-answer", Again(ApiUnavailable), "a mute server"),
+        ("no-login", Failed(AuthError), "no credential appears by itself"),
+        ("refusal", Failed(Refusal), "the model would refuse again"),
+        (
+            "max-tokens",
+            Failed(MaxOutputTokens),
+            "the answer would be as long again",
+        ),
+        ("max-turns", Failed(MaxTurns), "as asked"),
+        ("max-cost", Failed(MaxCost), "as asked"),
+        (
+            "max-cost-text",
+            Failed(MaxCost),
+            "the answer was whole, but it isn't in the result",
+        ),
+        ("structured", Done, "the schema is filled"),
+        ("structured-bad", Failed(SchemaMismatch), "five attempts failed"),
+        (
+            "structured-never",
+            Failed(SchemaMismatch),
+            "the CLI calls it a success",
+        ),
+        (
+            "structured-invalid",
+            Failed(InvalidRequest),
+            "no result line; stderr names the flag",
+        ),
+        (
+            "resume-unknown",
+            Again(SessionNotFound),
+            "the next attempt starts anew",
+        ),
+        (
+            "interrupt-streaming",
+            Again(ClaudeKilled),
+            "nobody here asked for it",
+        ),
+        ("interrupt-tool", Again(ClaudeKilled), "nobody here asked for it"),
+        (
+            "sigint-streaming",
+            Again(ClaudeKilled),
+            "exit code 0 is no success",
+        ),
+        (
+            "sigterm-streaming",
+            Again(ClaudeKilled),
+            "no result line; exit code 143",
+        ),
+        (
+            "sigterm-tool",
+            Again(ClaudeKilled),
+            "no result line; exit code 143",
+        ),
+        ("sigkill-streaming", Again(ClaudeKilled), "no result line"),
+        ("sigkill-tool", Again(ClaudeKilled), "no result line"),
+        (
+            "empty",
+            Failed(ClaudeError),
+            "exit code 0 without a result is no success",
+        ),
+        ("garbage-in", Failed(ClaudeError), "exit code 1, stderr only"),
+    ];
+    let mut fixtures = fixtures::all();
+
+    for (name, expected, reason) in table {
+        let fixture = fixtures
+            .remove(name)
+            .unwrap_or_else(|| panic!("there is no transcript {name}"));
+        let verdict = judge(&ended(&fixture));
+        assert_eq!(kind(&verdict), expected, "{name}: {reason}\n{verdict:?}");
+        let message = message(&verdict);
+        assert!(expected == Done || message.ends_with('.'), "{name}: {message}");
+    }
+    assert_eq!(
+        fixtures.into_keys().collect::<Vec<_>>(),
+        Vec::<String>::new(),
+        "transcripts without a line in the table"
+    );
+}
+
+#[test]
+fn a_message_says_what_was_wrong_and_what_to_do() {
+    for (name, words) in [
+        (
+            "e401",
+            vec!["credential", "ANTHROPIC_API_KEY", "claude auth login"],
+        ),
+        ("no-login", vec!["credential", "ANTHROPIC_API_KEY"]),
+        (
+            "e400-credit",
+            vec!["can't pay", "Credit balance is too low", "Add credit"],
+        ),
+        ("e404", vec!["model", "claude-sonnet-5-5", "`model`"]),
+        ("e400", vec!["messages: bad request", "Change the job's message"]),
+        ("max-turns", vec!["(2)", "`max_turns`"]),
+        ("max-cost", vec!["$0.5", "`max_cost_usd`"]),
+        ("structured-never", vec!["schema"]),
+        (
+            "refused",
+            vec!["can't be reached", "ECONNREFUSED", "ANTHROPIC_BASE_URL"],
+        ),
+        ("html", vec!["ANTHROPIC_BASE_URL", "isn't the Messages API"]),
+        ("empty", vec!["exit code 0", "without a result"]),
+        ("garbage-in", vec!["exit code 1", "SyntaxError"]),
+        ("sigkill-tool", vec!["signal 9"]),
+        ("sigterm-tool", vec!["signal 15"]),
+        ("usage-limit", vec!["5-hour limit"]),
+    ] {
+        let verdict = judge(&ended(&fixtures::named(name)));
+        for word in words {
+            assert!(
+                message(&verdict).contains(word),
+                "{name} doesn't say {word}: {}",
+                message(&verdict)
+            );
+        }
+    }
+}
+
+#[test]
+fn a_usage_limit_waits_until_its_reset() {
+    for (name, seconds) in [
+        ("usage-limit", 1_900_000_000),
+        ("usage-limit-week", 1_900_300_000),
+    ] {
+        // As if the transcript were of the hour before.
+        let now = Timestamp((seconds - 3_600) * 1_000_000);
+        let Verdict::Again { when, .. } = judge(&Ended {
+            now,
+            ..ended(&fixtures::named(name))
+        }) else {
+            panic!()
+        };
+        assert_eq!(when, When::At(Timestamp(seconds * 1_000_000)), "{name}");
+    }
+}
+
+#[test]
+fn a_reset_that_is_past_or_unknown_or_absurd_is_bounded() {
+    let limited = || Ended {
+        rate_limit: Some(RateLimit {
+            status: Some("rejected".to_owned()),
+            ..RateLimit::default()
+        }),
+        ..with_api_error(Some(429), "You've hit your 5-hour limit · resets 9:35pm (UTC)")
+    };
+    let five_minutes = NOW.plus(Duration::from_mins(5));
+    let now = NOW.unix_seconds();
+    for (resets_at, seen, at, reason) in [
+        (
+            None,
+            None,
+            five_minutes,
+            "nobody says when: not one attempt after the other",
+        ),
+        (Some(now - 60), None, five_minutes, "past, by this clock"),
+        (
+            Some(now + 60),
+            None,
+            NOW.plus(Duration::from_mins(1)),
+            "the transcript's time",
+        ),
+        (
+            None,
+            Some(now + 120),
+            NOW.plus(Duration::from_mins(2)),
+            "the gateway's time",
+        ),
+        (
+            Some(now + 60),
+            Some(now + 120),
+            NOW.plus(Duration::from_mins(2)),
+            "the gateway saw the header itself",
+        ),
+        (
+            Some(i64::MAX),
+            None,
+            NOW.plus(Duration::from_hours(8 * 24)),
+            "no limit is longer than a week",
+        ),
+        (Some(i64::MIN), None, five_minutes, "no time at all"),
+    ] {
+        let mut ended = limited();
+        ended.rate_limit.as_mut().unwrap().resets_at = resets_at;
+        ended.observed = seen.map(|reset| ApiFailure {
+            unified_reset: Some(reset),
+            ..failure(
+                429,
+                "rate_limit_error",
+                "This request would exceed your account's rate limit.",
+            )
+        });
+        let Verdict::Again { when, counts, .. } = judge(&ended) else {
+            panic!("{reason}")
+        };
+        assert_eq!((when, counts), (When::At(at), false), "{reason}");
+    }
+}
+
+#[test]
+fn what_the_gateway_saw_comes_first() {
+    let plain = || with_api_error(Some(429), "API Error: Request rejected (429) · slow down");
+    let retry_after = |seconds| {
+        Some(ApiFailure {
+            retry_after_seconds: Some(seconds),
+            ..failure(429, "rate_limit_error", "slow down")
+        })
+    };
+    for (observed, not_before, reason) in [
+        (None, None, "nothing seen"),
+        (
+            retry_after(3_600),
+            Some(NOW.plus(Duration::from_hours(1))),
+            "the CLI doesn't tell the header",
+        ),
+        (
+            retry_after(u64::MAX),
+            Some(NOW.plus(Duration::from_hours(24))),
+            "bounded",
+        ),
+    ] {
+        let Verdict::Again { when, .. } = judge(&Ended { observed, ..plain() }) else {
+            panic!("{reason}")
+        };
+        assert_eq!(when, When::Backoff { not_before }, "{reason}");
+    }
+}
+
+#[test]
+fn causes_without_a_transcript() {
+    use ErrorCode::{
+        ApiUnavailable, AuthError, BillingError, ClaudeError, InvalidRequest, ModelNotFound, Overloaded,
+        RateLimited, Refusal,
+    };
+    let seen = |status, error_type, message| Some(failure(status, error_type, message));
+    for (ended, expected, reason) in [
+        (
+            Ended {
+                observed: seen(529, "overloaded_error", "Overloaded"),
+                ..with_api_error(None, "API Error")
+            },
+            Again(Overloaded),
+            "the CLI left out the status",
+        ),
+        (
+            with_api_error(
+                None,
+                "API Error: Repeated 529 Overloaded errors. The API is at capacity",
+            ),
+            Again(Overloaded),
+            "an older CLI, and no gateway",
+        ),
+        (
+            Ended {
+                observed: seen(502, UNREACHABLE, "connection refused"),
+                ..with_api_error(Some(502), "API Error: 502")
+            },
+            Again(ApiUnavailable),
+            "the gateway reached nothing",
+        ),
+        (
+            Ended {
+                observed: seen(401, NO_CREDENTIAL, "no login"),
+                ..with_api_error(Some(401), "Not logged in")
+            },
+            Failed(AuthError),
+            "the gateway has no credential",
+        ),
+        (
+            Ended {
+                observed: seen(529, "overloaded_error", "Overloaded"),
+                ..with_api_error(Some(404), "no model")
+            },
+            Failed(ModelNotFound),
+            "an older failure that the CLI got over",
+        ),
+        (
+            Ended {
+                observed: seen(529, "overloaded_error", "Overloaded"),
+                ..with_result(
+                    &json!({"type": "result", "subtype": "success", "is_error": true, "stop_reason": "refusal"}),
+                )
+            },
+            Failed(Refusal),
+            "an older failure before a refusal",
+        ),
+        (
+            Ended {
+                observed: seen(
+                    400,
+                    "invalid_request_error",
+                    "Your credit balance is too low to access the API.",
+                ),
+                ..with_api_error(Some(400), "API Error: 400")
+            },
+            Failed(BillingError),
+            "known by the API's own text alone",
+        ),
+        (
+            with_api_error(Some(422), "API Error: 422"),
+            Failed(InvalidRequest),
+            "another 4xx",
+        ),
+        (
+            with_api_error(Some(520), "API Error: 520"),
+            Again(ApiUnavailable),
+            "another 5xx",
+        ),
+        (
+            with_api_error(None, "Something new"),
+            Failed(ClaudeError),
+            "nothing known about it",
+        ),
+        (
+            Ended {
+                last_assistant_error: Some("rate_limit".to_owned()),
+                ..with_api_error(None, "")
+            },
+            Again(RateLimited),
+            "only the assistant line says what it was",
+        ),
+        (
+            Ended {
+                last_assistant_error: Some("oauth_org_not_allowed".to_owned()),
+                ..with_api_error(None, "")
+            },
+            Failed(AuthError),
+            "the organization may not",
+        ),
+        (
+            with_result(
+                &json!({"type": "result", "subtype": "success", "is_error": false, "terminal_reason": "tool_deferred"}),
+            ),
+            Failed(ClaudeError),
+            "a hook put a tool call off: not finished",
+        ),
+        (
+            with_result(&json!({"type": "result", "subtype": "error_of_a_later_release", "is_error": true})),
+            Failed(ClaudeError),
+            "an unknown subtype",
+        ),
+        (
+            Ended {
+                stderr_tail: "Session ID 1 is already in use.\n".to_owned(),
+                exit: Some(1),
+                ..Ended::new(false, NOW)
+            },
+            Again(ClaudeError),
+            "the next attempt has another id",
+        ),
+        (
+            Ended::new(false, NOW),
+            Failed(ClaudeError),
+            "nothing is known at all",
+        ),
+    ] {
+        let verdict = judge(&ended);
+        assert_eq!(kind(&verdict), expected, "{reason}\n{verdict:?}");
+    }
+}
+
+#[test]
+fn a_run_broken_off_while_its_credential_was_refused_fails_for_that() {
+    let retry = |status| {
+        Some(ApiRetry {
+            attempt: 1,
+            max_retries: 2,
+            status: Some(status),
+            error: None,
+        })
+    };
+    let killed = || Ended {
+        signal: Some(9),
+        ..Ended::new(false, NOW)
+    };
+
+    let refused = judge(&Ended {
+        last_api_retry: retry(401),
+        ..killed()
+    });
+    let overloaded = judge(&Ended {
+        last_api_retry: retry(529),
+        ..killed()
+    });
+    let interrupted = judge(&Ended {
+        last_api_retry: retry(401),
+        ..ended(&fixtures::named("interrupt-streaming"))
+    });
+
+    assert_eq!(kind(&refused), Failed(ErrorCode::AuthError));
+    assert_eq!(kind(&overloaded), Again(ErrorCode::ClaudeKilled));
+    assert_eq!(kind(&interrupted), Failed(ErrorCode::AuthError));
+}
+
+#[test]
+fn an_answer_forgets_the_failures_before_it() {
+    let mut ended = ended(&fixtures::named("e429-once"));
+    assert_eq!(ended.last_api_retry, None);
+
+    ended.observe(&Message::ApiRetry(ApiRetry {
+        status: Some(401),
+        ..ApiRetry::default()
+    }));
+    assert!(ended.last_api_retry.is_some());
+}
+
+#[test]
+fn only_the_first_result_without_an_origin_counts() {
+    let mut ended = Ended::new(false, NOW);
+    for line in [
+        json!({"type": "result", "subtype": "error_max_turns", "is_error": true, "origin": {"kind": "peer"}}),
+        json!({"type": "result", "subtype": "success", "is_error": false, "result": "first"}),
+        json!({"type": "result", "subtype": "error_max_turns", "is_error": true}),
+    ] {
+        ended.observe(&Message::parse(line.to_string().as_bytes()));
+    }
+
+    assert_eq!(ended.result.as_ref().unwrap().text.as_deref(), Some("first"));
+    assert_eq!(judge(&ended), Verdict::Done);
+}
+
+#[test]
+fn the_worker_knows_best_why_it_ended_a_run() {
+    let timeout = Stopped::Timeout {
+        deadline: Deadline::Total,
+        after: Duration::from_mins(5),
+    };
+    let interrupted = || ended(&fixtures::named("interrupt-tool"));
+    let complete = || ended(&fixtures::named("text"));
+    let without_result = || ended(&fixtures::named("sigkill-streaming"));
+    let stopped = |stopped, ended| {
+        judge(&Ended {
+            stopped: Some(stopped),
+            ..ended
+        })
+    };
+
+    for run in [interrupted(), without_result()] {
+        assert_eq!(stopped(Stopped::Cancelled, run.clone()), Verdict::Cancelled);
+        assert_eq!(stopped(Stopped::Shutdown, run.clone()), Verdict::HandedBack);
+        assert_eq!(stopped(Stopped::LeaseLost, run.clone()), Verdict::Lost);
+        assert_eq!(kind(&stopped(timeout, run.clone())), Failed(ErrorCode::Timeout));
+        assert_eq!(
+            kind(&stopped(Stopped::OutOfMemory, run.clone())),
+            Failed(ErrorCode::OutOfMemory)
+        );
+        assert_eq!(
+            kind(&stopped(Stopped::GuardLost, run)),
+            Again(ErrorCode::ClaudeKilled)
+        );
+    }
+    for reason in [
+        Stopped::Cancelled,
+        Stopped::Shutdown,
+        timeout,
+        Stopped::OutOfMemory,
+        Stopped::GuardLost,
+    ] {
+        assert_eq!(
+            stopped(reason, complete()),
+            Verdict::Done,
+            "the whole result came in the same moment"
+        );
+    }
+    assert_eq!(
+        stopped(Stopped::LeaseLost, complete()),
+        Verdict::Lost,
+        "another worker may hold the job by now"
+    );
+}
+
+#[test]
+fn a_timeout_says_how_long_and_what_the_api_did() {
+    for (deadline, words) in [
+        (Deadline::FirstOutput, "wrote nothing in its first 120 s"),
+        (Deadline::Idle, "made no progress for 120 s"),
+        (Deadline::Total, "took longer than 120 s"),
+    ] {
+        let verdict = judge(&Ended {
+            stopped: Some(Stopped::Timeout {
+                deadline,
+                after: Duration::from_mins(2),
+            }),
+            observed: Some(failure(529, "overloaded_error", "Overloaded")),
+            ..Ended::new(false, NOW)
+        });
+        let message = message(&verdict);
+        assert!(
+            message.contains(words) && message.contains("failed with 529: Overloaded"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn storage_gets_the_later_of_pause_and_wish() {
+    let pause_ends = NOW.plus(Duration::from_secs(10));
+    let again = |when| Verdict::Again {
+        code: ErrorCode::RateLimited,
+        message: "m".to_owned(),
+        when,
+        counts: true,
+    };
+    let later = NOW.plus(Duration::from_mins(1));
+    for (when, due, waits_for, reason) in [
+        (
+            When::Backoff { not_before: None },
+            pause_ends,
+            Hold::Delay,
+            "only the pause",
+        ),
+        (
+            When::Backoff {
+                not_before: Some(NOW),
+            },
+            pause_ends,
+            Hold::Delay,
+            "the pause is longer",
+        ),
+        (
+            When::Backoff {
+                not_before: Some(later),
+            },
+            later,
+            Hold::Delay,
+            "the API's wish is longer",
+        ),
+        (When::At(NOW), NOW, Hold::UsageLimit, "a reset is exact"),
+    ] {
+        let Some(Ending::Again {
+            run_after,
+            hold,
+            counts,
+            code,
+            ..
+        }) = again(when).into_ending(pause_ends)
+        else {
+            panic!("{reason}")
+        };
+        assert_eq!(
+            (run_after, hold, counts, code.as_str()),
+            (due, waits_for, true, "rate_limited"),
+            "{reason}"
+        );
+    }
+    assert_eq!(Verdict::Lost.into_ending(NOW), None);
+    assert_eq!(Verdict::HandedBack.into_ending(NOW), Some(Ending::HandedBack));
+}
+
+#[test]
+fn no_two_codes_share_a_word() {
+    let words: BTreeSet<_> = ErrorCode::ALL.iter().map(|code| code.as_str()).collect();
+    assert_eq!(words.len(), ErrorCode::ALL.len());
+    assert!(
+        words
+            .iter()
+            .all(|word| word.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'))
+    );
+}
