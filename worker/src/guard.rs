@@ -1,1 +1,278 @@
-//! .
+//! The guard: the small process around one run, the worker's own program started again.
+//!
+//! It starts the CLI (in its sandbox or not), and ends the whole tree of the run when the CLI ends, when the worker
+//! says so or is gone, when no beat came in time, at the deadline, or when the tree outgrows its memory. It's the
+//! subreaper of the run, so whatever daemon the run made is its descendant; without children it has no descendants,
+//! and only then does it report and end. It decides nothing about jobs and reads none of the CLI's output.
+
+pub mod former;
+pub(crate) mod order;
+pub(crate) mod tree;
+
+use std::io::{self, Write as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit, Signal, WaitOptions};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
+
+use order::{EndedBy, Moment, Order, Report, ToGuard};
+
+pub use former::{end_former_runs, marker};
+
+/// The first argument that turns any program of this project into a guard.
+pub const ARGUMENT: &str = "guard";
+
+/// How long the guard waits for its order: the worker sends it at once.
+const ORDER_WITHIN: Duration = Duration::from_secs(30);
+
+/// How often the memory of the tree is added up, when it has a limit.
+const MEMORY_LOOK: Duration = Duration::from_secs(1);
+
+/// How long a run without a beat is given to read one that is waiting already.
+const LAST_BEAT: Duration = Duration::from_millis(20);
+
+/// Added to the out-of-memory score of a run, so that a machine without memory loses a run and not its worker.
+const OOM_SCORE: &str = "500";
+
+/// Runs the guard. A program calls this first of all, before it starts a thread, when its first argument is
+/// [`ARGUMENT`]; the second is the path of the worker's socket.
+pub fn main() -> ExitCode {
+    let Some(socket) = std::env::args_os().nth(2) else {
+        let _ = writeln!(io::stderr(), "guard: this command is for the worker's own use");
+        return ExitCode::from(2);
+    };
+    match guard(Path::new(&socket)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "guard: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn guard(socket: &Path) -> io::Result<()> {
+    let worker = rustix::process::getppid();
+    // Fails only for a process that is a session's leader already.
+    let _ = rustix::process::setsid();
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    // Not SIGKILL: the signal comes whenever the *thread* ends that started this process, so it must be looked into.
+    rustix::process::set_parent_process_death_signal(Some(Signal::USR1))?;
+    rustix::process::setrlimit(
+        Resource::Core,
+        Rlimit {
+            current: Some(0),
+            maximum: Some(0),
+        },
+    )?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(async {
+            let mut signals = Signals::listen()?;
+            let (read, mut reports) = UnixStream::connect(socket).await?.into_split();
+            let mut lines = BufReader::new(read).lines();
+            let first = tokio::time::timeout(ORDER_WITHIN, lines.next_line()).await??;
+            // No order: the worker went away before the run began.
+            let Some(first) = first else { return Ok(()) };
+            let order: Order = serde_json::from_str(&first)?;
+
+            let main = match start(&order) {
+                Ok(pid) => pid,
+                Err(error) => return send(&mut reports, &Report::not_started(&error, &order)).await,
+            };
+            send(&mut reports, &Report::Started).await.ok();
+            let run = Run {
+                main,
+                status: None,
+                worker,
+            };
+            let ended = run.watch(&order, &mut lines, &mut signals).await;
+            // A worker that is gone reads no report; the tree is ended all the same.
+            send(&mut reports, &ended).await.ok();
+            Ok(())
+        })
+}
+
+/// Starts the main process of the run on the guard's own standard streams and lets go of these.
+fn start(order: &Order) -> io::Result<i32> {
+    let mut command = Command::new(&order.program);
+    command
+        .args(&order.args)
+        .env_clear()
+        .envs(order.env.iter().map(|(name, value)| (name, value)));
+    command.current_dir(&order.cwd);
+    command
+        .stdin(Stdio::inherit())
+        .stdout(Stdio::inherit())
+        .stderr(Stdio::inherit());
+    if order.no_new_privileges {
+        rustix::thread::set_no_new_privs(true)?;
+    }
+    // The run inherits the score at its start; the guard then takes its own back.
+    let own_score = std::fs::read_to_string("/proc/self/oom_score_adj").ok();
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    let started = command.spawn();
+    if let Some(score) = own_score {
+        let _ = std::fs::write("/proc/self/oom_score_adj", score.trim());
+    }
+    let child = started?;
+    // The worker must see the end of the output when the run ends, and not when the guard does.
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    i32::try_from(child.id()).map_err(io::Error::other)
+}
+
+async fn send(reports: &mut OwnedWriteHalf, report: &Report) -> io::Result<()> {
+    let mut line = serde_json::to_vec(report)?;
+    line.push(b'\n');
+    reports.write_all(&line).await
+}
+
+struct Signals {
+    terminate: SignalStream,
+    interrupt: SignalStream,
+    parent_gone: SignalStream,
+    child: SignalStream,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            parent_gone: signal(SignalKind::user_defined1())?,
+            child: signal(SignalKind::child())?,
+        })
+    }
+}
+
+struct Run {
+    main: i32,
+    /// How the main process ended; absent while it lives.
+    status: Option<ExitStatus>,
+    /// The process that started the guard.
+    worker: Option<rustix::process::Pid>,
+}
+
+impl Run {
+    /// Returns when no process of the run is left.
+    async fn watch(
+        mut self,
+        order: &Order,
+        lines: &mut Lines<BufReader<OwnedReadHalf>>,
+        signals: &mut Signals,
+    ) -> Report {
+        let by = self.wait_for_a_reason(order, lines, signals).await;
+        self.end_tree().await;
+        let code = self.status.and_then(|status| status.code());
+        let signal = self.status.and_then(|status| status.signal());
+        Report::Ended { code, signal, by }
+    }
+
+    async fn wait_for_a_reason(
+        &mut self,
+        order: &Order,
+        lines: &mut Lines<BufReader<OwnedReadHalf>>,
+        signals: &mut Signals,
+    ) -> EndedBy {
+        let deadline = tokio::time::sleep(Duration::from_millis(order.deadline_ms));
+        tokio::pin!(deadline);
+        let mut memory_looks = tokio::time::interval(MEMORY_LOOK);
+        memory_looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut beat = order.sent_at;
+        loop {
+            // The main process may have ended before the signal was listened to.
+            self.reap();
+            if self.status.is_some() {
+                return EndedBy::Exited;
+            }
+            let beat_left = Duration::from_millis(order.beat_within_ms).saturating_sub(beat.age());
+            let reason = tokio::select! {
+                biased;
+                line = lines.next_line() => heard(line, &mut beat),
+                _ = signals.child.recv() => None,
+                _ = signals.terminate.recv() => Some(EndedBy::GuardLost),
+                _ = signals.interrupt.recv() => Some(EndedBy::GuardLost),
+                _ = signals.parent_gone.recv() => {
+                    (rustix::process::getppid() != self.worker).then_some(EndedBy::Worker)
+                }
+                () = &mut deadline => Some(EndedBy::Deadline),
+                _ = memory_looks.tick(), if order.memory_limit.is_some() => {
+                    order.memory_limit.is_some_and(|limit| tree::memory(own_pid()) > limit).then_some(EndedBy::Memory)
+                }
+                // After this process was itself stopped for a while, beats may be waiting to be read.
+                () = tokio::time::sleep(beat_left) => {
+                    match tokio::time::timeout(LAST_BEAT, lines.next_line()).await {
+                        Ok(line) => heard(line, &mut beat),
+                        Err(_) => Some(EndedBy::Beat),
+                    }
+                }
+            };
+            if let Some(reason) = reason {
+                return reason;
+            }
+        }
+    }
+
+    /// Kills until the kernel says that this process has no child: then it has no descendant either, since every
+    /// orphan among them becomes its child.
+    async fn end_tree(&mut self) {
+        let mut pause = Duration::from_millis(1);
+        loop {
+            for process in tree::descendants(own_pid()) {
+                process.kill();
+            }
+            if self.reap() == Left::Nothing {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+
+    /// Collects whichever children have ended, the adopted ones too.
+    fn reap(&mut self) -> Left {
+        loop {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) if pid.as_raw_nonzero().get() == self.main => {
+                    self.status = Some(ExitStatus::from_raw(status.as_raw()));
+                }
+                Ok(Some(_)) | Err(rustix::io::Errno::INTR) => {}
+                Ok(None) => return Left::Children,
+                Err(_) => return Left::Nothing,
+            }
+        }
+    }
+}
+
+/// Takes one line of the worker: a beat is noted, anything else is a reason to end.
+fn heard(line: io::Result<Option<String>>, beat: &mut Moment) -> Option<EndedBy> {
+    match line.ok().flatten().map(|line| serde_json::from_str(&line)) {
+        // The age of a beat is that of its sending: one that lay in the socket proves nothing about now.
+        Some(Ok(ToGuard::Beat { at })) => {
+            *beat = at;
+            None
+        }
+        // An order to end, the end of the worker, or words that this guard doesn't know.
+        Some(Ok(ToGuard::Kill) | Err(_)) | None => Some(EndedBy::Worker),
+    }
+}
+
+fn own_pid() -> i32 {
+    rustix::process::getpid().as_raw_nonzero().get()
+}
+
+#[derive(PartialEq, Eq)]
+enum Left {
+    Children,
+    Nothing,
+}

@@ -1,1 +1,409 @@
-//! .
+//! The directories of a run: those that stay (workspace and home, under `DATA_DIR`) and those that end with it
+//! (sockets and temporary files, in a short runtime directory). Whatever a run left in them is removed without
+//! trusting it: links aren't followed, and no depth, name or mode of a directory stands in the way.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use shared::id::{JobId, SessionId};
+use uuid::Uuid;
+
+/// The directories of a session, or of a job outside any session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Folders {
+    root: PathBuf,
+    /// Where the agent works.
+    pub workspace: PathBuf,
+    /// The agent's home, with the CLI's sessions in `.claude`.
+    pub home: PathBuf,
+}
+
+impl Folders {
+    /// `DATA_DIR/jobs/<job>`. `data_dir` should be absolute.
+    pub fn of_job(data_dir: &Path, job: &JobId) -> Self {
+        Self::at(data_dir.join("jobs").join(job.to_string()))
+    }
+
+    /// `DATA_DIR/sessions/<session>`. `data_dir` should be absolute.
+    pub fn of_session(data_dir: &Path, session: &SessionId) -> Self {
+        Self::at(data_dir.join("sessions").join(session.to_string()))
+    }
+
+    fn at(root: PathBuf) -> Self {
+        Self {
+            workspace: root.join("workspace"),
+            home: root.join("home"),
+            root,
+        }
+    }
+
+    /// Makes the directories, for this user only. Existing ones stay as they are.
+    pub fn create(&self) -> io::Result<()> {
+        private_directory(&self.workspace)?;
+        private_directory(&self.home)
+    }
+
+    /// Removes the directories with all that is in them; nothing of the run may be alive. Missing ones are no error,
+    /// and a removal that was cut short is taken up again.
+    pub async fn remove(&self) -> io::Result<()> {
+        let root = self.root.clone();
+        tokio::task::spawn_blocking(move || remove_tree(&root))
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    /// The transcript of a Claude session in this home, if the CLI has written one. The name of the directory that
+    /// holds it depends on where the agent worked, the file's name doesn't.
+    pub async fn transcript(&self, claude_session: Uuid) -> io::Result<Option<PathBuf>> {
+        let home = self.home.clone();
+        tokio::task::spawn_blocking(move || find_transcript(&home, claude_session))
+            .await
+            .map_err(io::Error::other)?
+    }
+}
+
+fn find_transcript(home: &Path, claude_session: Uuid) -> io::Result<Option<PathBuf>> {
+    let projects = home.join(".claude/projects");
+    let entries = match fs::read_dir(&projects) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    let real_home = fs::canonicalize(home)?;
+    for entry in entries {
+        let file = entry?.path().join(format!("{claude_session}.jsonl"));
+        // The agent could have put a link there to a file that isn't its own.
+        if let Ok(real) = fs::canonicalize(&file)
+            && real.starts_with(&real_home)
+            && real.is_file()
+        {
+            return Ok(Some(real));
+        }
+    }
+    Ok(None)
+}
+
+fn private_directory(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Removes a directory without recursion: each directory in it is first moved up into one place beside it. So a tree
+/// of any depth needs one open directory and short paths, and a directory without rights is opened up first.
+fn remove_tree(root: &Path) -> io::Result<()> {
+    let mut gathered = root.as_os_str().to_owned();
+    gathered.push(".removed");
+    let gathered = PathBuf::from(gathered);
+    let mut next = 0_u64;
+    match fs::symlink_metadata(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !gathered.exists() => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+        Ok(meta) if !meta.is_dir() => return fs::remove_file(root),
+        Ok(_) => {
+            private_directory(&gathered)?;
+            move_into(root, &gathered, &mut next)?;
+        }
+    }
+    loop {
+        let mut found = false;
+        for entry in fs::read_dir(&gathered)? {
+            found = true;
+            empty(&entry?.path(), &gathered, &mut next)?;
+        }
+        if !found {
+            return fs::remove_dir(&gathered);
+        }
+    }
+}
+
+/// Removes a directory's files, moves its directories into `gathered`, and then removes it.
+fn empty(directory: &Path, gathered: &Path, next: &mut u64) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            move_into(&entry.path(), gathered, next)?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    fs::remove_dir(directory)
+}
+
+fn move_into(directory: &Path, gathered: &Path, next: &mut u64) -> io::Result<()> {
+    fs::set_permissions(directory, Permissions::from_mode(0o700))?;
+    // A removal that was cut short has left numbers behind.
+    loop {
+        let to = gathered.join(next.to_string());
+        *next += 1;
+        if !to.exists() {
+            return fs::rename(directory, to);
+        }
+    }
+}
+
+/// The longest path of a runtime directory that leaves room for a run's sockets in the 107 bytes of an address.
+const MAX_RUNTIME_PATH: usize = 80;
+
+/// The runtime directory of this process. It's locked while the process lives, which tells other processes (and the
+/// system's cleaning of `/tmp`) that it's in use, and removed when this value is dropped.
+#[derive(Debug)]
+pub struct Runtime {
+    path: PathBuf,
+    _lock: File,
+    runs: AtomicU64,
+}
+
+impl Runtime {
+    /// Makes `<base>/claude-queue-<pid>-<8 hex digits>` and removes those of processes that are gone. `base` is
+    /// `XDG_RUNTIME_DIR` where it's set; `/tmp` is taken when it's missing, not a directory, or too long.
+    pub fn create(base: Option<&Path>) -> io::Result<Self> {
+        let fits = |base: &&Path| {
+            base.is_absolute() && base.is_dir() && base.as_os_str().len() + 34 <= MAX_RUNTIME_PATH
+        };
+        let base = base.filter(fits).unwrap_or(Path::new("/tmp"));
+        remove_leftovers(base);
+        loop {
+            let random = &Uuid::new_v4().simple().to_string()[..8];
+            let path = base.join(format!("claude-queue-{}-{random}", std::process::id()));
+            DirBuilder::new().mode(0o700).create(&path)?;
+            let lock = File::open(&path);
+            // Another process that starts right now may take it for a leftover.
+            match lock {
+                Ok(lock) if lock.try_lock().is_ok() && path.is_dir() => {
+                    return Ok(Self {
+                        path,
+                        _lock: lock,
+                        runs: AtomicU64::new(0),
+                    });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Its path, absolute and at most 80 bytes long.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes the directory of one run.
+    pub fn run(&self) -> io::Result<RunDir> {
+        let number = self.runs.fetch_add(1, Ordering::Relaxed);
+        let run = RunDir {
+            path: self.path.join(number.to_string()),
+        };
+        private_directory(&run.tmp())?;
+        Ok(run)
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        let _ = remove_tree(&self.path);
+    }
+}
+
+/// The runtime directory of one run; removed when dropped.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+}
+
+impl RunDir {
+    /// Its path: where the guard's socket and files for this run go.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the gateway of the run listens.
+    pub fn gateway_socket(&self) -> PathBuf {
+        self.path.join("gateway.sock")
+    }
+
+    /// Temporary files of a run without a sandbox.
+    pub fn tmp(&self) -> PathBuf {
+        self.path.join("tmp")
+    }
+
+    /// Removes it, with all that an unsandboxed run left in its temporary directory, without holding up others.
+    pub async fn remove(self) {
+        let _ = tokio::task::spawn_blocking(move || drop(self)).await;
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        // What can't be removed now goes with the runtime directory.
+        let _ = remove_tree(&self.path);
+    }
+}
+
+/// Removes the runtime directories of this user that no process has locked.
+fn remove_leftovers(base: &Path) {
+    let Ok(entries) = fs::read_dir(base) else { return };
+    let user = rustix::process::geteuid().as_raw();
+    for entry in entries.flatten() {
+        let ours = entry.file_name().to_str().is_some_and(is_runtime_name)
+            && entry
+                .metadata()
+                .is_ok_and(|meta| meta.is_dir() && meta.uid() == user);
+        if ours
+            && let Ok(directory) = File::open(entry.path())
+            && directory.try_lock().is_ok()
+        {
+            let _ = remove_tree(&entry.path());
+        }
+    }
+}
+
+fn is_runtime_name(name: &str) -> bool {
+    let name = name.strip_suffix(".removed").unwrap_or(name);
+    let Some((pid, random)) = name
+        .strip_prefix("claude-queue-")
+        .and_then(|rest| rest.split_once('-'))
+    else {
+        return false;
+    };
+    !pid.is_empty()
+        && pid.bytes().all(|byte| byte.is_ascii_digit())
+        && random.len() == 8
+        && random.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn job_folders(data: &Path) -> Folders {
+        let folders = Folders::of_job(data, &JobId::new());
+        folders.create().unwrap();
+        folders
+    }
+
+    #[test]
+    fn a_job_gets_directories_that_only_this_user_can_enter() {
+        let data = tempfile::tempdir().unwrap();
+
+        let folders = job_folders(data.path());
+
+        for directory in [
+            &folders.workspace,
+            &folders.home,
+            &data.path().join("jobs").clone(),
+        ] {
+            assert_eq!(
+                fs::metadata(directory).unwrap().permissions().mode() & 0o777,
+                0o700,
+                "{directory:?}"
+            );
+        }
+        folders.create().unwrap();
+    }
+
+    #[tokio::test]
+    async fn removal_follows_no_link_and_is_stopped_by_no_mode() {
+        let data = tempfile::tempdir().unwrap();
+        let folders = job_folders(data.path());
+        let outside = data.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("kept"), "x").unwrap();
+        symlink(&outside, folders.workspace.join("link")).unwrap();
+        let locked = folders.workspace.join("locked/deeper");
+        fs::create_dir_all(&locked).unwrap();
+        fs::write(locked.join("file"), "x").unwrap();
+        fs::set_permissions(&locked, Permissions::from_mode(0o000)).unwrap();
+
+        folders.remove().await.unwrap();
+        folders.remove().await.unwrap();
+
+        assert!(outside.join("kept").exists());
+        assert_eq!(fs::read_dir(data.path().join("jobs")).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_tree_deeper_than_any_path_is_removed() {
+        let data = tempfile::tempdir().unwrap();
+        let folders = job_folders(data.path());
+        // Built from the bottom, since no path reaches it: 3,000 levels, 200 bytes a name.
+        let name = "d".repeat(200);
+        for _ in 0..3000 {
+            let above = folders.home.join("above");
+            fs::create_dir(&above).unwrap();
+            if folders.home.join("top").exists() {
+                fs::rename(folders.home.join("top"), above.join(&name)).unwrap();
+            }
+            fs::rename(above, folders.home.join("top")).unwrap();
+        }
+
+        folders.remove().await.unwrap();
+
+        assert_eq!(fs::read_dir(data.path().join("jobs")).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_removal_that_was_cut_short_is_finished() {
+        let data = tempfile::tempdir().unwrap();
+        let folders = job_folders(data.path());
+        let gathered = PathBuf::from(format!("{}.removed", folders.root.display()));
+        fs::create_dir_all(gathered.join("0/inner")).unwrap();
+
+        folders.remove().await.unwrap();
+
+        assert!(!gathered.exists() && !folders.root.exists());
+    }
+
+    #[tokio::test]
+    async fn a_transcript_is_found_wherever_the_agent_worked_unless_it_is_a_link_out() {
+        let data = tempfile::tempdir().unwrap();
+        let folders = job_folders(data.path());
+        let (written, linked, missing) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        let project = folders.home.join(".claude/projects/-workspace");
+        fs::create_dir_all(&project).unwrap();
+        fs::write(project.join(format!("{written}.jsonl")), "{}\n").unwrap();
+        fs::write(data.path().join("secret"), "x").unwrap();
+        symlink(
+            data.path().join("secret"),
+            project.join(format!("{linked}.jsonl")),
+        )
+        .unwrap();
+
+        assert!(folders.transcript(written).await.unwrap().is_some());
+        assert_eq!(folders.transcript(linked).await.unwrap(), None);
+        assert_eq!(folders.transcript(missing).await.unwrap(), None);
+    }
+
+    #[test]
+    fn the_runtime_directory_goes_with_its_owner_and_leftovers_go_at_the_next_start() {
+        let base = tempfile::tempdir_in("/tmp").unwrap();
+        let leftover = base.path().join("claude-queue-1-0123abcd");
+        let strange = base.path().join("claude-queue-test-0123abcd");
+        fs::create_dir_all(leftover.join("0/tmp")).unwrap();
+        fs::create_dir(&strange).unwrap();
+
+        let first = Runtime::create(Some(base.path())).unwrap();
+        let second = Runtime::create(Some(base.path())).unwrap();
+        let run = second.run().unwrap();
+
+        assert!(!leftover.exists() && strange.exists());
+        assert!(first.path().exists() && run.tmp().is_dir());
+        assert!(run.gateway_socket().as_os_str().len() <= 107);
+        drop(run);
+        drop((first, second));
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_base_that_is_too_long_or_missing_is_replaced_by_tmp() {
+        let base = tempfile::tempdir().unwrap();
+        let long = base.path().join("x".repeat(90));
+        fs::create_dir(&long).unwrap();
+
+        for base in [Some(long.as_path()), Some(Path::new("/nonexistent")), None] {
+            assert!(Runtime::create(base).unwrap().path().starts_with("/tmp"));
+        }
+    }
+}

@@ -1,1 +1,638 @@
-//! .
+//! Runs the CLI through a guard and speaks to it by lines; no other file of the worker but the guard's starts
+//! processes.
+//!
+//! Standard output is read as fast as it comes, since a CLI that can't write may lose the end of its output: lines
+//! wait in memory for the reader, up to [`MAX_WAITING`] in all, and only then is the CLI made to wait.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::net::UnixListener;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinHandle;
+
+use crate::guard::former::{self, GUARD_VARIABLE, RUN_VARIABLE};
+use crate::guard::order::{Moment, Order, Report, ToGuard};
+use crate::guard::tree;
+
+pub use crate::guard::order::EndedBy;
+
+/// A longer line of output is left out, with a warning: half a JSON text says nothing. The CLI's longest lines are
+/// a tool's result and the answer's text, both far below it.
+pub const MAX_LINE: usize = 16 * 1024 * 1024;
+
+/// Bytes of output that may wait for the reader of a run.
+pub const MAX_WAITING: usize = 32 * 1024 * 1024;
+
+/// What each waiting line counts beside its bytes.
+const LINE_OVERHEAD: usize = 64;
+
+/// Bytes of standard error that are kept: the last ones.
+pub const STDERR_TAIL: usize = 4096;
+
+/// How long a guard may take to report for duty, on a machine where everything starts at once.
+const GUARD_START: Duration = Duration::from_secs(30);
+
+/// How long a guard may take to end its tree before the worker does it in its place.
+const GUARD_PATIENCE: Duration = Duration::from_secs(4);
+
+/// How long a guard that has reported the end of its run may take to end itself.
+const GUARD_EXIT: Duration = Duration::from_secs(2);
+
+/// How long the pipes of an ended run are still read. Nobody is left to hold them open but a stranger.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What to run, and for how long.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// The program, an absolute path: bubblewrap or the CLI.
+    pub program: PathBuf,
+    /// Its arguments, without its name.
+    pub args: Vec<String>,
+    /// The whole environment of the run; the marker is added when it's missing.
+    pub env: Vec<(String, String)>,
+    /// The directory that the program starts in.
+    pub cwd: PathBuf,
+    /// The run's mark ([`crate::guard::marker`]), by which its processes are found when the guard is gone.
+    pub marker: String,
+    /// The run ends when no beat is younger than this.
+    pub beat_within: Duration,
+    /// The run ends this long after its start.
+    pub deadline: Duration,
+    /// The run's own directory for the guard's socket; its path must leave room for a socket's name (107 bytes).
+    pub runtime_dir: PathBuf,
+    /// Memory that the processes of the run may hold together, in bytes, looked at every second.
+    pub memory_limit: Option<u64>,
+    /// No program of the run may change its user (`sudo`), which would get it out of reach. Bubblewrap sets this
+    /// itself, and where it's set-uid it can't start with it.
+    pub no_new_privileges: bool,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// The exit code of the main process; in the sandbox a signal n that ended the CLI shows as 128 + n.
+    pub code: Option<i32>,
+    /// The signal that ended the main process. Neither code nor signal: the guard was lost and nobody knows.
+    pub signal: Option<i32>,
+    /// Why the tree was ended.
+    pub ended_by: EndedBy,
+    /// The last 4 KB of standard error.
+    pub stderr_tail: String,
+}
+
+/// A run of the CLI. Dropping it ends the run.
+#[derive(Debug)]
+pub struct Process {
+    lines: mpsc::UnboundedReceiver<Line>,
+    stdin: Option<mpsc::UnboundedSender<String>>,
+    orders: mpsc::UnboundedSender<Told>,
+    supervisor: JoinHandle<Exit>,
+    marker: String,
+}
+
+type Line = (Vec<u8>, OwnedSemaphorePermit);
+
+enum Told {
+    Beat(Moment),
+    Kill,
+}
+
+impl Process {
+    /// Starts the run, its guard being this very program. Fails when the program can't be started, with its name in
+    /// the error.
+    pub async fn start(launch: Launch) -> io::Result<Self> {
+        Self::start_under(Path::new("/proc/self/exe"), launch).await
+    }
+
+    /// Starts the run with another program as its guard: one that calls [`crate::guard::main`].
+    pub async fn start_under(guard: &Path, launch: Launch) -> io::Result<Self> {
+        let path = launch.runtime_dir.join("guard.sock");
+        let listener = bind(&path)?;
+        // The environment of the guard stays empty but for its mark: it needs nothing and may hold no secret.
+        let mut guard = Command::new(guard)
+            .arg0("claude-queue-guard")
+            .arg(crate::guard::ARGUMENT)
+            .arg(&path)
+            .env_clear()
+            .env(GUARD_VARIABLE, &launch.marker)
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        // Waiting for a child closes its input if it still has it.
+        let stdin = guard.stdin.take();
+        let met = tokio::time::timeout(GUARD_START, meet(&listener, &mut guard, &launch)).await;
+        let _ = std::fs::remove_file(&path);
+        let (reports, writer) = match met.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok(met) => met,
+            Err(error) => {
+                let _ = guard.kill().await;
+                end_by_marker(launch.marker).await;
+                return Err(error);
+            }
+        };
+        Ok(Self::supervise(guard, stdin, reports, writer, launch))
+    }
+
+    fn supervise(
+        mut guard: Child,
+        stdin_pipe: Option<ChildStdin>,
+        reports: Reports,
+        writer: OwnedWriteHalf,
+        launch: Launch,
+    ) -> Self {
+        let (line_sender, lines) = mpsc::unbounded_channel();
+        let (stdin, stdin_lines) = mpsc::unbounded_channel();
+        let (orders, told) = mpsc::unbounded_channel();
+        let pipes = Pipes {
+            stdin: stdin_pipe.map(|pipe| tokio::spawn(write_lines(pipe, stdin_lines))),
+            stdout: guard
+                .stdout
+                .take()
+                .map(|pipe| tokio::spawn(read_lines(pipe, line_sender))),
+            stderr: guard.stderr.take().map(|pipe| tokio::spawn(read_tail(pipe))),
+        };
+        let supervisor = Supervisor {
+            guard,
+            reports,
+            writer,
+            told,
+            deadline: launch.deadline,
+        };
+        let marker = launch.marker.clone();
+        let supervisor = tokio::spawn(async move {
+            let (code, signal, ended_by) = supervisor.run(launch.marker).await;
+            Exit {
+                code,
+                signal,
+                ended_by,
+                stderr_tail: pipes.finish().await,
+            }
+        });
+        Self {
+            lines,
+            stdin: Some(stdin),
+            orders,
+            supervisor,
+            marker,
+        }
+    }
+
+    /// The next line of standard output without its line feed; `None` after the last. May be cancelled and called
+    /// again without losing a line.
+    pub async fn next_line(&mut self) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.lines.recv().await.map(|(line, _memory)| line))
+    }
+
+    /// Hands a line over for the CLI's standard input; the line feed is added. Never waits for the CLI to read it.
+    /// An error says that the input is closed, by [`Self::close_stdin`] or by the CLI.
+    #[expect(clippy::unused_async, reason = "callers needn't know that it never waits")]
+    pub async fn send(&mut self, line: &str) -> io::Result<()> {
+        let closed = || io::Error::from(io::ErrorKind::BrokenPipe);
+        self.stdin
+            .as_ref()
+            .ok_or_else(closed)?
+            .send(line.to_owned())
+            .map_err(|_| closed())
+    }
+
+    /// Closes the CLI's standard input after the lines that were sent.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Tells the guard that the lease is held at this moment. After a renewal use [`Self::renewed_at`].
+    pub fn beat(&self) {
+        self.renewed_at(Instant::now());
+    }
+
+    /// Tells the guard that the lease was held at `asked`, the moment *before* the renewal was sent to the database:
+    /// others count from when it was committed, which may be long before this worker hears of it.
+    pub fn renewed_at(&self, asked: Instant) {
+        // The supervisor is gone when the run has ended; then a beat has no meaning.
+        let _ = self.orders.send(Told::Beat(Moment::of(asked)));
+    }
+
+    /// Ends the whole tree of the run now. [`Self::wait`] returns when that is done.
+    pub fn kill(&self) {
+        let _ = self.orders.send(Told::Kill);
+    }
+
+    /// Waits for the end of the run; after that none of its processes lives. It doesn't end a run by itself, but
+    /// closes its input and drops what wasn't read.
+    pub async fn wait(self) -> Exit {
+        let Self {
+            lines,
+            stdin,
+            orders,
+            supervisor,
+            marker,
+        } = self;
+        drop((lines, stdin));
+        let exit = supervisor.await;
+        drop(orders);
+        if let Ok(exit) = exit {
+            return exit;
+        }
+        // The supervising task panicked; its guarantee is kept without it.
+        end_by_marker(marker).await;
+        Exit {
+            code: None,
+            signal: None,
+            ended_by: EndedBy::GuardLost,
+            stderr_tail: String::new(),
+        }
+    }
+}
+
+type Reports = Lines<BufReader<OwnedReadHalf>>;
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => UnixListener::bind(path),
+    }
+}
+
+/// Waits until the guard has come, gives it its order, and hears that the run has started.
+async fn meet(
+    listener: &UnixListener,
+    guard: &mut Child,
+    launch: &Launch,
+) -> io::Result<(Reports, OwnedWriteHalf)> {
+    let socket = loop {
+        let (socket, _) = tokio::select! {
+            accepted = listener.accept() => accepted?,
+            status = guard.wait() => {
+                return Err(io::Error::other(format!("the guard ended at its start: {}", status?)));
+            }
+        };
+        let caller = socket.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
+        if caller == guard.id() {
+            break socket;
+        }
+    };
+    let (read, mut writer) = socket.into_split();
+    let mut reports = BufReader::new(read).lines();
+    let mut env = launch.env.clone();
+    if !env.iter().any(|(name, _)| name == RUN_VARIABLE) {
+        env.push((RUN_VARIABLE.to_owned(), launch.marker.clone()));
+    }
+    let order = Order {
+        program: launch.program.clone(),
+        args: launch.args.clone(),
+        env,
+        cwd: launch.cwd.clone(),
+        beat_within_ms: milliseconds(launch.beat_within),
+        deadline_ms: milliseconds(launch.deadline),
+        memory_limit: launch.memory_limit,
+        no_new_privileges: launch.no_new_privileges,
+        sent_at: Moment::now(),
+    };
+    let mut line = serde_json::to_vec(&order)?;
+    line.push(b'\n');
+    writer.write_all(&line).await?;
+    let report = reports.next_line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    match serde_json::from_str(&report)? {
+        Report::NotStarted { os_error, message } => {
+            let kind = os_error.map_or(io::ErrorKind::Other, |code| {
+                io::Error::from_raw_os_error(code).kind()
+            });
+            Err(io::Error::new(kind, message))
+        }
+        Report::Started | Report::Ended { .. } => Ok((reports, writer)),
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The worker's side of the guard: passes orders on, hears its report, and does its work when it can't.
+struct Supervisor {
+    guard: Child,
+    reports: Reports,
+    writer: OwnedWriteHalf,
+    told: mpsc::UnboundedReceiver<Told>,
+    deadline: Duration,
+}
+
+type Ending = (Option<i32>, Option<i32>, EndedBy);
+
+impl Supervisor {
+    /// Returns when no process of the run lives, the guard included.
+    async fn run(mut self, marker: String) -> Ending {
+        let mut overdue = EndedBy::Deadline;
+        let patience = tokio::time::sleep(self.deadline.saturating_add(GUARD_PATIENCE));
+        tokio::pin!(patience);
+        let mut told_to_end = false;
+        let report = loop {
+            tokio::select! {
+                told = self.told.recv(), if !told_to_end => match told {
+                    Some(Told::Beat(at)) => self.tell(&ToGuard::Beat { at }),
+                    // The run's owner wants its end, or has dropped it.
+                    Some(Told::Kill) | None => {
+                        self.tell(&ToGuard::Kill);
+                        told_to_end = true;
+                        overdue = EndedBy::Worker;
+                        patience.as_mut().reset(tokio::time::Instant::now() + GUARD_PATIENCE);
+                    }
+                },
+                report = self.reports.next_line() => break report.ok().flatten(),
+                () = &mut patience => {
+                    tracing::warn!("the guard of {marker} doesn't answer: the worker ends the run itself");
+                    self.end_all(marker).await;
+                    return (None, None, overdue);
+                }
+            }
+        };
+        if let Some(Report::Ended { code, signal, by }) =
+            report.and_then(|line| serde_json::from_str(&line).ok())
+        {
+            // It has nothing left to do; one that was stopped right here is of no use.
+            if tokio::time::timeout(GUARD_EXIT, self.guard.wait()).await.is_err() {
+                let _ = self.guard.kill().await;
+            }
+            return (code, signal, by);
+        }
+        tracing::warn!("the guard of {marker} is gone: the worker ends the run itself");
+        self.end_all(marker).await;
+        (
+            None,
+            None,
+            if told_to_end {
+                EndedBy::Worker
+            } else {
+                EndedBy::GuardLost
+            },
+        )
+    }
+
+    /// A guard that doesn't read, because it's stopped, mustn't stop the worker: then the order is lost and
+    /// [`GUARD_PATIENCE`] decides.
+    fn tell(&self, order: &ToGuard) {
+        if let Ok(mut line) = serde_json::to_vec(order) {
+            line.push(b'\n');
+            let _ = self.writer.try_write(&line);
+        }
+    }
+
+    /// Ends everything without the guard's help, and the guard.
+    async fn end_all(&mut self, marker: String) {
+        // A stopped guard is still the ancestor of all, which finds those too that have dropped the mark.
+        if let Some(guard) = self.guard.id().and_then(|pid| i32::try_from(pid).ok()) {
+            // It mustn't wake in the middle and take the end of its child for the end of the run.
+            if let Some(pid) = Pid::from_raw(guard) {
+                let _ = rustix::process::kill_process(pid, Signal::STOP);
+            }
+            let _ = tokio::task::spawn_blocking(move || end_descendants(guard)).await;
+        }
+        let _ = self.guard.kill().await;
+        end_by_marker(marker).await;
+    }
+}
+
+/// Kills what is below `root` until only zombies are left there, which end with their parent.
+fn end_descendants(root: i32) {
+    let since = Instant::now();
+    while since.elapsed() < GUARD_PATIENCE {
+        let alive: Vec<_> = tree::descendants(root)
+            .into_iter()
+            .filter(|process| !process.zombie)
+            .collect();
+        if alive.is_empty() {
+            return;
+        }
+        for process in alive {
+            process.kill();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+async fn end_by_marker(marker: String) {
+    // Fails only while the runtime shuts down; the next start of a worker then does the same.
+    let _ = tokio::task::spawn_blocking(move || former::end_marked(&marker)).await;
+}
+
+/// The tasks that serve the three pipes of a run. Each ends by itself when the run does.
+struct Pipes {
+    stdin: Option<JoinHandle<()>>,
+    stdout: Option<JoinHandle<()>>,
+    stderr: Option<JoinHandle<String>>,
+}
+
+impl Pipes {
+    /// Waits for the last output of an ended run and returns the tail of its standard error.
+    async fn finish(self) -> String {
+        if let Some(stdin) = self.stdin {
+            stdin.abort();
+        }
+        if let Some(mut stdout) = self.stdout
+            && tokio::time::timeout(LAST_WORDS, &mut stdout).await.is_err()
+        {
+            stdout.abort();
+        }
+        let Some(mut stderr) = self.stderr else {
+            return String::new();
+        };
+        if let Ok(tail) = tokio::time::timeout(LAST_WORDS, &mut stderr).await {
+            return tail.unwrap_or_default();
+        }
+        stderr.abort();
+        String::new()
+    }
+}
+
+async fn write_lines(mut stdin: ChildStdin, mut lines: mpsc::UnboundedReceiver<String>) {
+    while let Some(mut line) = lines.recv().await {
+        line.push('\n');
+        // The CLI has closed its input or is gone: its output says the rest.
+        if stdin.write_all(line.as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn read_lines(stdout: impl AsyncRead + Unpin, lines: mpsc::UnboundedSender<Line>) {
+    let room = Arc::new(Semaphore::new(MAX_WAITING));
+    let mut reader = BufReader::with_capacity(64 * 1024, stdout);
+    let mut line = Vec::new();
+    let mut too_long = false;
+    loop {
+        let Ok(read) = reader.fill_buf().await else { return };
+        let end = read.iter().position(|byte| *byte == b'\n');
+        let part = &read[..end.unwrap_or(read.len())];
+        if line.len() + part.len() > MAX_LINE {
+            too_long = true;
+            line = Vec::new();
+        } else if !too_long {
+            line.extend_from_slice(part);
+        }
+        let at_end = read.is_empty();
+        let used = part.len() + usize::from(end.is_some());
+        reader.consume(used);
+        if end.is_none() && !at_end {
+            continue;
+        }
+        if too_long {
+            tracing::warn!("a line of the CLI's output over {MAX_LINE} bytes was left out");
+            too_long = false;
+        } else if end.is_some() || !line.is_empty() {
+            pass_on(std::mem::take(&mut line), &lines, &room).await;
+        }
+        if at_end {
+            return;
+        }
+    }
+}
+
+/// Waits for room in memory. When nobody wants lines any more they are dropped, so that the CLI can go on writing.
+async fn pass_on(line: Vec<u8>, lines: &mpsc::UnboundedSender<Line>, room: &Arc<Semaphore>) {
+    let size = u32::try_from(line.len() + LINE_OVERHEAD).unwrap_or(u32::MAX);
+    tokio::select! {
+        permit = Arc::clone(room).acquire_many_owned(size) => {
+            if let Ok(permit) = permit {
+                let _ = lines.send((line, permit));
+            }
+        }
+        () = lines.closed() => {}
+    }
+}
+
+async fn read_tail(mut stderr: impl AsyncRead + Unpin) -> String {
+    let mut tail = Vec::with_capacity(2 * STDERR_TAIL);
+    let mut part = [0; STDERR_TAIL];
+    while let Ok(read @ 1..) = stderr.read(&mut part).await {
+        tail.extend_from_slice(&part[..read]);
+        tail.drain(..tail.len().saturating_sub(STDERR_TAIL));
+    }
+    // The cut may have gone through a character.
+    let start = tail
+        .iter()
+        .take(3)
+        .take_while(|byte| **byte & 0b1100_0000 == 0b1000_0000)
+        .count();
+    String::from_utf8_lossy(&tail[start..]).into_owned()
+}
+
+/// Runs a program to its end outside any guard, with this environment and no input; for short questions to programs
+/// that are trusted. Ends it after `within`, which is then an error.
+pub(crate) async fn output(
+    program: &Path,
+    args: &[&str],
+    env: &[(String, String)],
+    within: Duration,
+) -> io::Result<Output> {
+    let child = Command::new(program)
+        .args(args)
+        .env_clear()
+        .envs(env.iter().map(|(name, value)| (name, value)))
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    match tokio::time::timeout(within, child.wait_with_output()).await {
+        Ok(output) => output,
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!(
+                "{} gave no answer within {} s",
+                program.display(),
+                within.as_secs()
+            ),
+        )),
+    }
+}
+
+/// The version that the CLI says it has, e.g. `2.1.331`. Fails when it can't be run or says something else.
+pub async fn cli_version(cli: &Path) -> io::Result<String> {
+    let env = [
+        ("HOME".to_owned(), "/nonexistent".to_owned()),
+        ("PATH".to_owned(), "/usr/bin:/bin".to_owned()),
+    ];
+    let output = output(cli, &["--version"], &env, Duration::from_secs(30)).await?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let version = said.split_ascii_whitespace().next().unwrap_or_default();
+    if output.status.success() && version.starts_with(|first: char| first.is_ascii_digit()) {
+        Ok(version.to_owned())
+    } else {
+        let said = String::from_utf8_lossy(if said.trim().is_empty() {
+            &output.stderr
+        } else {
+            &output.stdout
+        });
+        let said: String = said.trim().chars().take(200).collect();
+        Err(io::Error::other(format!(
+            "{} --version said no version but: {said}",
+            cli.display()
+        )))
+    }
+}
+
+/// The CLI's real file: `configured` (`CLAUDE_CLI_PATH`: a path, or a name to look up), or `claude` on `path` (the
+/// variable `PATH`). Links are followed, since only the file itself is shown to a sandboxed run, and where npm left
+/// a script in the program's place the program of its sister package is taken.
+pub fn find_cli(configured: Option<&Path>, path: Option<&OsStr>) -> io::Result<PathBuf> {
+    let wanted = configured.unwrap_or(Path::new("claude"));
+    let found = find_program(wanted, path).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("{} isn't an executable file", wanted.display()),
+        )
+    })?;
+    let real = std::fs::canonicalize(found)?;
+    Ok(native_sister(&real).unwrap_or(real))
+}
+
+/// An executable file: `name` itself when it's a path, or the first one of that name on `path`.
+pub(crate) fn find_program(name: &Path, path: Option<&OsStr>) -> Option<PathBuf> {
+    let executable = |file: &PathBuf| {
+        file.metadata()
+            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    if name.components().count() > 1 {
+        return std::path::absolute(name).ok().filter(executable);
+    }
+    std::env::split_paths(path?)
+        .filter(|folder| folder.is_absolute())
+        .map(|folder| folder.join(name))
+        .find(executable)
+}
+
+/// The program of the platform's package beside `@anthropic-ai/claude-code`, when `file` is a script of the latter.
+fn native_sister(file: &Path) -> Option<PathBuf> {
+    use std::io::Read as _;
+    let mut start = [0; 4];
+    std::fs::File::open(file).ok()?.read_exact(&mut start).ok()?;
+    if start == *b"\x7fELF" {
+        return None;
+    }
+    let package = file
+        .ancestors()
+        .find(|folder| folder.ends_with("@anthropic-ai/claude-code"))?;
+    let machine = if cfg!(target_arch = "aarch64") {
+        "arm64"
+    } else {
+        "x64"
+    };
+    find_program(
+        &package
+            .with_file_name(format!("claude-code-linux-{machine}"))
+            .join("claude"),
+        None,
+    )
+}

@@ -1,1 +1,394 @@
-//! .
+//! How the CLI is kept apart from the machine: the command line of bubblewrap, or none.
+//!
+//! In the sandbox a run sees the system read-only, its own workspace, home and `/tmp`, no process but its own, and
+//! no network but the gateway's socket. The workspace is `/workspace` on every machine, so that a session resumes
+//! on any of them. Environment is handed over on the spawn and not in arguments, which all of the machine can read.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::claude::command::CliPaths;
+use crate::claude::process;
+use crate::workspace::Runtime;
+
+const HOME: &str = "/home/agent";
+const WORKSPACE: &str = "/workspace";
+const CLI: &str = "/opt/claude";
+const GATEWAY_SOCKET: &str = "/run/gateway.sock";
+const SYSTEM_PROMPT: &str = "/run/system-prompt";
+
+/// Top folders of the system beside `/usr`: links into it on most systems, folders of their own on some.
+const SYSTEM_FOLDERS: [&str; 5] = ["bin", "sbin", "lib", "lib64", "lib32"];
+
+/// Parts of `/etc` that programs need and that hold no secret. Missing ones are left out.
+const ETC: [&str; 7] = [
+    "ssl",
+    "pki",
+    "ca-certificates",
+    "ld.so.cache",
+    "ld.so.conf",
+    "alternatives",
+    "localtime",
+];
+
+/// Files of `/etc` that the sandbox has of its own: the agent has one user, and knows one host.
+const OWN_ETC: [(&str, &str); 3] = [
+    (
+        "passwd",
+        "agent:x:1000:1000:agent:/home/agent:/bin/bash\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n",
+    ),
+    ("group", "agent:x:1000:\nnogroup:x:65534:\n"),
+    ("hosts", "127.0.0.1 localhost job\n::1 localhost\n"),
+];
+
+/// How long the trial run of the sandbox may take.
+const TRIAL: Duration = Duration::from_secs(20);
+
+/// Why the sandbox can't be used. The text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no `bwrap` program.
+    #[error(
+        "the sandbox needs bubblewrap, and there is no program `bwrap` on the PATH: install the package `bubblewrap` \
+         (Debian, Ubuntu: apt-get install bubblewrap), or set SANDBOX_ENABLED=false to run the agent with all rights \
+         of this user"
+    )]
+    Missing,
+    /// Bubblewrap is there, and the system doesn't let it work.
+    #[error(
+        "bubblewrap can't make a sandbox on this system ({said}): {remedy}; or set SANDBOX_ENABLED=false to run the \
+         agent with all rights of this user"
+    )]
+    Forbidden {
+        /// What bubblewrap wrote to standard error.
+        said: String,
+        /// What would let it work.
+        remedy: &'static str,
+    },
+    /// The trial couldn't be made.
+    #[error("could not try the sandbox")]
+    Trial(#[source] io::Error),
+}
+
+/// The files of one run, by the paths that they have for the worker. All are absolute.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The CLI's own file, links resolved ([`process::find_cli`]).
+    pub cli: PathBuf,
+    /// Where the agent works.
+    pub workspace: PathBuf,
+    /// The home directory of the agent, with the CLI's sessions.
+    pub home: PathBuf,
+    /// A directory of this run for temporary files; the sandbox has one of its own in memory.
+    pub tmp: PathBuf,
+    /// The socket of the run's gateway.
+    pub gateway_socket: PathBuf,
+    /// A file with the system prompt.
+    pub system_prompt: Option<PathBuf>,
+}
+
+/// A program to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// An absolute path.
+    pub program: PathBuf,
+    /// Without the program's name.
+    pub args: Vec<String>,
+    /// The directory that it starts in.
+    pub cwd: PathBuf,
+    /// Whether the guard has to forbid a change of user ([`process::Launch::no_new_privileges`]).
+    pub no_new_privileges: bool,
+}
+
+/// Whether runs are isolated (`SANDBOX_ENABLED`).
+#[derive(Clone, Debug)]
+pub enum Isolation {
+    /// Each run in a sandbox of its own.
+    Sandbox(Bubblewrap),
+    /// None: the CLI runs as the worker's user, with real paths.
+    Off,
+}
+
+impl Isolation {
+    /// The paths of the run as the CLI sees them.
+    pub fn paths(&self, places: &Places) -> CliPaths {
+        match self {
+            Self::Sandbox(_) => CliPaths {
+                home: HOME.into(),
+                tmp: "/tmp".into(),
+                gateway_socket: GATEWAY_SOCKET.into(),
+            },
+            Self::Off => CliPaths {
+                home: places.home.clone(),
+                tmp: places.tmp.clone(),
+                gateway_socket: places.gateway_socket.clone(),
+            },
+        }
+    }
+
+    /// The workspace as the CLI sees it.
+    pub fn workspace(&self, places: &Places) -> PathBuf {
+        match self {
+            Self::Sandbox(_) => WORKSPACE.into(),
+            Self::Off => places.workspace.clone(),
+        }
+    }
+
+    /// The file with the system prompt as the CLI sees it.
+    pub fn system_prompt(&self, places: &Places) -> Option<PathBuf> {
+        match self {
+            Self::Sandbox(_) => places.system_prompt.is_some().then(|| SYSTEM_PROMPT.into()),
+            Self::Off => places.system_prompt.clone(),
+        }
+    }
+
+    /// The program that runs the CLI with these arguments.
+    pub fn command(&self, places: &Places, cli_args: Vec<String>) -> Command {
+        match self {
+            Self::Sandbox(bubblewrap) => {
+                let mut args = bubblewrap.arguments(places);
+                args.extend(["--".to_owned(), CLI.to_owned()]);
+                args.extend(cli_args);
+                // Its own directory is of no matter: `--chdir` says where the CLI starts.
+                Command {
+                    program: bubblewrap.program.clone(),
+                    args,
+                    cwd: "/".into(),
+                    no_new_privileges: false,
+                }
+            }
+            Self::Off => Command {
+                program: places.cli.clone(),
+                args: cli_args,
+                cwd: places.workspace.clone(),
+                no_new_privileges: true,
+            },
+        }
+    }
+}
+
+/// A bubblewrap that was tried and works here: only [`check`] makes one.
+#[derive(Clone, Debug)]
+pub struct Bubblewrap {
+    program: PathBuf,
+    /// The arguments that show the system: the same for every run.
+    system: Vec<String>,
+}
+
+/// Finds bubblewrap on `path` (the variable `PATH`) and runs a program in the very sandbox that runs get. The
+/// worker doesn't start when this fails.
+pub async fn check(runtime: &Runtime, path: Option<&OsStr>) -> Result<Bubblewrap, Error> {
+    let program = process::find_program(Path::new("bwrap"), path).ok_or(Error::Missing)?;
+    let bubblewrap = prepare(program, runtime).map_err(Error::Trial)?;
+    try_it(&bubblewrap, runtime).await?;
+    Ok(bubblewrap)
+}
+
+/// Writes the sandbox's own files and looks at the system once.
+fn prepare(program: PathBuf, runtime: &Runtime) -> io::Result<Bubblewrap> {
+    let etc = runtime.path().join("etc");
+    fs::create_dir_all(&etc)?;
+    for (name, text) in OWN_ETC {
+        fs::write(etc.join(name), text)?;
+    }
+    let mut system = strings(&["--ro-bind", "/usr", "/usr"]);
+    for name in SYSTEM_FOLDERS {
+        let path = format!("/{name}");
+        match fs::read_link(&path) {
+            Ok(target) => system.extend(["--symlink".to_owned(), text(&target), path]),
+            Err(_) => system.extend(["--ro-bind-try".to_owned(), path.clone(), path]),
+        }
+    }
+    system.extend(strings(&["--dir", "/etc"]));
+    for name in ETC {
+        let path = format!("/etc/{name}");
+        system.extend(["--ro-bind-try".to_owned(), path.clone(), path]);
+    }
+    for (name, _) in OWN_ETC {
+        system.extend([
+            "--ro-bind".to_owned(),
+            text(&etc.join(name)),
+            format!("/etc/{name}"),
+        ]);
+    }
+    Ok(Bubblewrap { program, system })
+}
+
+async fn try_it(bubblewrap: &Bubblewrap, runtime: &Runtime) -> Result<(), Error> {
+    let run = runtime.run().map_err(Error::Trial)?;
+    let places = Places {
+        cli: fs::canonicalize("/bin/sh").map_err(Error::Trial)?,
+        workspace: run.tmp(),
+        home: run.tmp(),
+        tmp: run.tmp(),
+        gateway_socket: run.gateway_socket(),
+        system_prompt: None,
+    };
+    fs::write(&places.gateway_socket, "").map_err(Error::Trial)?;
+    let script = strings(&["-c", "test -w /workspace && ! test -w /usr && : > /tmp/x"]);
+    let command = Isolation::Sandbox(bubblewrap.clone()).command(&places, script);
+    let args: Vec<&str> = command.args.iter().map(String::as_str).collect();
+    let output = process::output(&command.program, &args, &[], TRIAL).await;
+    let output = output.map_err(Error::Trial)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr)
+        .trim()
+        .chars()
+        .take(300)
+        .collect::<String>();
+    let said = if said.is_empty() {
+        output.status.to_string()
+    } else {
+        said
+    };
+    Err(Error::Forbidden {
+        said,
+        remedy: remedy(|setting| fs::read_to_string(setting).ok()),
+    })
+}
+
+/// What most likely forbids user namespaces, by the settings of the kernel.
+fn remedy(setting: impl Fn(&str) -> Option<String>) -> &'static str {
+    let is = |name: &str, value: &str| setting(name).is_some_and(|text| text.trim() == value);
+    if is("/proc/sys/user/max_user_namespaces", "0") {
+        "allow user namespaces: sysctl -w user.max_user_namespaces=10000"
+    } else if is("/proc/sys/kernel/unprivileged_userns_clone", "0") {
+        "allow user namespaces: sysctl -w kernel.unprivileged_userns_clone=1"
+    } else if is("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
+        "give bwrap an AppArmor profile with `userns`, or sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
+    } else {
+        "it needs user namespaces; a container must allow them (Docker: --security-opt seccomp=unconfined \
+         --security-opt apparmor=unconfined --security-opt systempaths=unconfined)"
+    }
+}
+
+impl Bubblewrap {
+    /// All arguments before the program's.
+    fn arguments(&self, places: &Places) -> Vec<String> {
+        let mut args = strings(&["--unshare-user", "--uid", "1000", "--gid", "1000"]);
+        args.extend(strings(&[
+            "--unshare-pid",
+            "--unshare-ipc",
+            "--unshare-net",
+            "--unshare-uts",
+        ]));
+        args.extend(strings(&[
+            "--unshare-cgroup-try",
+            "--die-with-parent",
+            "--new-session",
+        ]));
+        args.extend(strings(&["--cap-drop", "ALL", "--hostname", "job"]));
+        args.extend(self.system.iter().cloned());
+        args.extend(strings(&["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]));
+        let mut bind = |how: &str, from: &Path, to: &str| {
+            args.extend([how.to_owned(), text(from), to.to_owned()]);
+        };
+        bind("--bind", &places.home, HOME);
+        bind("--bind", &places.workspace, WORKSPACE);
+        bind("--ro-bind", &places.cli, CLI);
+        bind("--ro-bind", &places.gateway_socket, GATEWAY_SOCKET);
+        if let Some(prompt) = &places.system_prompt {
+            bind("--ro-bind", prompt, SYSTEM_PROMPT);
+        }
+        args.extend(strings(&["--remount-ro", "/", "--chdir", WORKSPACE]));
+        args
+    }
+}
+
+fn strings(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// A path as an argument. The worker's paths are made of its own settings, which are text.
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places() -> Places {
+        Places {
+            cli: "/srv/claude".into(),
+            workspace: "/data/jobs/job_1/workspace".into(),
+            home: "/data/jobs/job_1/home".into(),
+            tmp: "/tmp/cq/1/tmp".into(),
+            gateway_socket: "/tmp/cq/1/gateway.sock".into(),
+            system_prompt: Some("/tmp/cq/1/system-prompt".into()),
+        }
+    }
+
+    fn sandbox() -> Isolation {
+        Isolation::Sandbox(Bubblewrap {
+            program: "/usr/bin/bwrap".into(),
+            system: strings(&["--ro-bind", "/usr", "/usr"]),
+        })
+    }
+
+    #[test]
+    fn the_sandbox_shows_the_run_its_own_places_and_nothing_else_of_the_machine() {
+        let command = sandbox().command(&places(), strings(&["-p", "--verbose"]));
+
+        let line = command.args.join(" ");
+        let expected = "--unshare-user --uid 1000 --gid 1000 --unshare-pid --unshare-ipc --unshare-net --unshare-uts \
+            --unshare-cgroup-try --die-with-parent --new-session --cap-drop ALL --hostname job --ro-bind /usr /usr \
+            --proc /proc --dev /dev --tmpfs /tmp --bind /data/jobs/job_1/home /home/agent \
+            --bind /data/jobs/job_1/workspace /workspace --ro-bind /srv/claude /opt/claude \
+            --ro-bind /tmp/cq/1/gateway.sock /run/gateway.sock --ro-bind /tmp/cq/1/system-prompt /run/system-prompt \
+            --remount-ro / --chdir /workspace -- /opt/claude -p --verbose";
+        assert_eq!(line, expected);
+        assert_eq!(command.program, Path::new("/usr/bin/bwrap"));
+    }
+
+    #[test]
+    fn paths_inside_the_sandbox_are_the_same_for_every_run() {
+        let paths = sandbox().paths(&places());
+
+        assert_eq!(paths.home, Path::new("/home/agent"));
+        assert_eq!(paths.tmp, Path::new("/tmp"));
+        assert_eq!(paths.gateway_socket, Path::new("/run/gateway.sock"));
+        assert_eq!(sandbox().workspace(&places()), Path::new("/workspace"));
+        assert_eq!(
+            sandbox().system_prompt(&places()).unwrap(),
+            Path::new("/run/system-prompt")
+        );
+    }
+
+    #[test]
+    fn without_the_sandbox_the_cli_is_started_itself_and_can_gain_no_rights() {
+        let command = Isolation::Off.command(&places(), strings(&["-p"]));
+
+        assert_eq!(command.program, Path::new("/srv/claude"));
+        assert_eq!(command.args, ["-p"]);
+        assert_eq!(command.cwd, Path::new("/data/jobs/job_1/workspace"));
+        assert!(command.no_new_privileges);
+        assert_eq!(
+            Isolation::Off.paths(&places()).home,
+            Path::new("/data/jobs/job_1/home")
+        );
+    }
+
+    #[test]
+    fn the_remedy_names_the_setting_that_forbids_namespaces() {
+        let only = |name: &'static str, value: &'static str| {
+            move |setting: &str| (setting == name).then(|| format!("{value}\n"))
+        };
+
+        assert!(remedy(only("/proc/sys/user/max_user_namespaces", "0")).contains("max_user_namespaces"));
+        assert!(remedy(only("/proc/sys/kernel/unprivileged_userns_clone", "0")).contains("userns_clone"));
+        assert!(
+            remedy(only(
+                "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+                "1"
+            ))
+            .contains("AppArmor")
+        );
+        assert!(remedy(|_| None).contains("container"));
+    }
+}

@@ -42,14 +42,17 @@ struct Detail {
 impl ApiFailure {
     /// Reads an answer with an error status. `body` may be cut: then only its status and headers count.
     pub fn read(status: u16, headers: &HeaderMap, body: &[u8]) -> Self {
-        let detail = serde_json::from_slice::<Envelope>(body).ok().map(|envelope| envelope.error);
+        let detail = serde_json::from_slice::<Envelope>(body)
+            .ok()
+            .map(|envelope| envelope.error);
         let (error_type, message) = detail.map_or((None, None), |detail| (detail.kind, detail.message));
         let mut message = message.unwrap_or_default();
         message.truncate(message.floor_char_boundary(MAX_MESSAGE));
         Self {
             status,
             error_type,
-            retry_after_seconds: number(headers, "retry-after").and_then(|seconds| u64::try_from(seconds).ok()),
+            retry_after_seconds: number(headers, "retry-after")
+                .and_then(|seconds| u64::try_from(seconds).ok()),
             unified_reset: number(headers, "anthropic-ratelimit-unified-reset"),
             message,
         }

@@ -1,0 +1,167 @@
+//! Finding a run's processes when its guard can't: each carries the run's marker in its environment.
+//!
+//! The marker names the worker, so that a worker that starts can end what a killed one left, and nothing else.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, WaitOptions};
+
+use super::tree::{self, Process};
+
+/// The variable that holds the marker in every process of a run.
+pub const RUN_VARIABLE: &str = "CLAUDE_QUEUE_RUN";
+
+/// The variable that holds the marker in the guard of a run.
+pub(crate) const GUARD_VARIABLE: &str = "CLAUDE_QUEUE_GUARD";
+
+/// How long a scan goes on while it still finds something: a process in the middle of a system call of the kernel
+/// that can't be interrupted is the only thing that lasts.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The marker of a run of this worker: `<pid>.<start time>.<pid namespace>.<run>`. `run` is the caller's name for it
+/// and must be unique in this process, e.g. the job's id and the attempt.
+pub fn marker(run: &str) -> String {
+    let pid = std::process::id().cast_signed();
+    let started = Process::of(pid).map_or(0, |process| process.started);
+    format!("{pid}.{started}.{}.{run}", pid_namespace())
+}
+
+/// Ends what runs of workers that no longer live have left on this machine, guards included, and returns how many
+/// processes that were. Runs of workers that live, and of workers in other PID namespaces, which can't be told from
+/// here, are left alone. Blocks for some milliseconds, at most for ten seconds.
+pub fn end_former_runs() -> usize {
+    let namespace = pid_namespace();
+    end_where(|marker| worker_is_gone(marker, &namespace))
+}
+
+/// Ends every process that carries this marker; blocks for some milliseconds, at most for ten seconds.
+pub(crate) fn end_marked(marker: &str) -> usize {
+    end_where(|other| other == marker)
+}
+
+fn end_where(wanted: impl Fn(&str) -> bool) -> usize {
+    let since = Instant::now();
+    let mut seen = Vec::new();
+    let mut empty_looks = 0;
+    // Twice: a process in the middle of an exec shows no environment for a moment.
+    while empty_looks < 2 && since.elapsed() < PATIENCE {
+        let mut found = Vec::new();
+        for process in tree::processes().into_iter().filter(|process| !process.zombie) {
+            match marker_of(process.pid) {
+                Some((Role::Member, marker)) if wanted(&marker) => found.push(process),
+                // While a guard is there, all of its run are its descendants, whatever their environment says.
+                Some((Role::Guard, marker)) if wanted(&marker) => {
+                    found.extend(
+                        tree::descendants(process.pid)
+                            .into_iter()
+                            .filter(|process| !process.zombie),
+                    );
+                    found.push(process);
+                }
+                _ => {}
+            }
+        }
+        for process in &found {
+            process.kill();
+            // Reaps an orphan where this worker is the init of a container; for all others it does nothing.
+            let _ = rustix::process::waitpid(Pid::from_raw(process.pid), WaitOptions::NOHANG);
+            if !seen.contains(&(process.pid, process.started)) {
+                seen.push((process.pid, process.started));
+            }
+        }
+        empty_looks = if found.is_empty() { empty_looks + 1 } else { 0 };
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    seen.len()
+}
+
+enum Role {
+    Member,
+    Guard,
+}
+
+fn marker_of(pid: i32) -> Option<(Role, String)> {
+    parse_environment(&fs::read(format!("/proc/{pid}/environ")).ok()?)
+}
+
+fn parse_environment(environment: &[u8]) -> Option<(Role, String)> {
+    environment.split(|byte| *byte == 0).find_map(|entry| {
+        let (name, value) = std::str::from_utf8(entry).ok()?.split_once('=')?;
+        match name {
+            RUN_VARIABLE => Some((Role::Member, value.to_owned())),
+            GUARD_VARIABLE => Some((Role::Guard, value.to_owned())),
+            _ => None,
+        }
+    })
+}
+
+fn worker_is_gone(marker: &str, own_namespace: &str) -> bool {
+    let mut parts = marker.splitn(4, '.');
+    let (Some(pid), Some(started), Some(namespace), Some(_run)) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    let (Ok(pid), Ok(started)) = (pid.parse::<i32>(), started.parse::<u64>()) else {
+        return false;
+    };
+    namespace == own_namespace
+        && Process::of(pid).is_none_or(|process| process.zombie || process.started != started)
+}
+
+/// The number of this process' PID namespace; pids mean nothing in another one.
+fn pid_namespace() -> String {
+    let link = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let digits = link
+        .as_os_str()
+        .as_bytes()
+        .iter()
+        .filter(|byte| byte.is_ascii_digit());
+    digits.map(|digit| char::from(*digit)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_of_a_living_worker_is_left_alone() {
+        let namespace = pid_namespace();
+
+        assert!(!worker_is_gone(&marker("job_1-1"), &namespace));
+    }
+
+    #[test]
+    fn a_pid_that_was_given_to_another_process_is_another_worker() {
+        let namespace = pid_namespace();
+        let pid = std::process::id();
+
+        assert!(worker_is_gone(
+            &format!("{pid}.1.{namespace}.job_1-1"),
+            &namespace
+        ));
+    }
+
+    #[test]
+    fn nothing_is_said_about_other_namespaces_and_other_words() {
+        let namespace = pid_namespace();
+        let pid = std::process::id();
+
+        assert!(!worker_is_gone(&format!("{pid}.1.77.job_1-1"), &namespace));
+        for text in ["", "x", "1.2.3", "a.b.c.d", &format!("x.1.{namespace}.r")] {
+            assert!(!worker_is_gone(text, &namespace), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_marker_is_found_among_other_variables() {
+        let environment = b"PATH=/bin\0CLAUDE_QUEUE_RUN=1.2.3.x=y\0HOME=/\0";
+
+        let (_, marker) = parse_environment(environment).unwrap();
+
+        assert_eq!(marker, "1.2.3.x=y");
+        assert!(parse_environment(b"X_CLAUDE_QUEUE_RUN=1\0\xff\xfe=2\0").is_none());
+    }
+}

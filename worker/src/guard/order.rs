@@ -1,0 +1,138 @@
+//! What worker and guard say to each other over their socket: one JSON text a line.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+/// A moment of the machine's monotonic clock, which all its processes share, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Moment(u64);
+
+impl Moment {
+    /// This moment.
+    pub(crate) fn now() -> Self {
+        let time = clock_gettime(ClockId::Monotonic);
+        let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+        Self(seconds * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0))
+    }
+
+    /// The same moment as `instant`, which other processes can't read.
+    pub(crate) fn of(instant: Instant) -> Self {
+        let ago = u64::try_from(instant.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        Self(Self::now().0.saturating_sub(ago))
+    }
+
+    /// How long ago it was; zero for one that is still to come.
+    pub(crate) fn age(self) -> Duration {
+        Duration::from_nanos(Self::now().0.saturating_sub(self.0))
+    }
+}
+
+/// The first line to the guard: what to start and when to end it.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Order {
+    pub(crate) program: PathBuf,
+    pub(crate) args: Vec<String>,
+    /// The whole environment of the run.
+    pub(crate) env: Vec<(String, String)>,
+    pub(crate) cwd: PathBuf,
+    /// The oldest beat that the run survives.
+    pub(crate) beat_within_ms: u64,
+    /// Counted from the start.
+    pub(crate) deadline_ms: u64,
+    /// In bytes.
+    pub(crate) memory_limit: Option<u64>,
+    /// No program of the run may gain another user's rights, so none can get out of the guard's reach.
+    pub(crate) no_new_privileges: bool,
+    /// Counts as the first beat.
+    pub(crate) sent_at: Moment,
+}
+
+/// Each further line to the guard.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ToGuard {
+    /// The worker held the job's lease at this moment.
+    Beat {
+        at: Moment,
+    },
+    Kill,
+}
+
+/// Each line from the guard.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Report {
+    Started,
+    /// Nothing runs; the guard ends.
+    NotStarted {
+        os_error: Option<i32>,
+        message: String,
+    },
+    /// No process of the run is left; the guard ends. Code and signal are the main process'.
+    Ended {
+        code: Option<i32>,
+        signal: Option<i32>,
+        by: EndedBy,
+    },
+}
+
+impl Report {
+    pub(crate) fn not_started(error: &io::Error, order: &Order) -> Self {
+        let (program, cwd) = (order.program.display(), order.cwd.display());
+        Self::NotStarted {
+            os_error: error.raw_os_error(),
+            message: format!("could not start {program} in {cwd}: {error}"),
+        }
+    }
+}
+
+/// Why the tree of a run was ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndedBy {
+    /// The main process ended by itself.
+    Exited,
+    /// No beat came in time: the worker was stopped, or had lost its lease.
+    Beat,
+    /// The run took too long.
+    Deadline,
+    /// The worker said so, or is gone.
+    Worker,
+    /// The tree used more memory than it may.
+    Memory,
+    /// Someone else ended the guard, so the run was ended too.
+    GuardLost,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_the_same_for_an_instant_and_the_raw_clock() {
+        let before = Moment::now();
+        let instant = Instant::now();
+        let after = Moment::now();
+
+        let moment = Moment::of(instant);
+
+        // `of` reads two clocks one after the other, so it may be off by what lies between.
+        assert!(moment.0 + 50_000_000 >= before.0 && moment.0 <= after.0 + 50_000_000);
+    }
+
+    #[test]
+    fn a_beat_keeps_its_moment_on_the_way() {
+        let at = Moment::now();
+        let line = serde_json::to_string(&ToGuard::Beat { at }).unwrap();
+
+        let ToGuard::Beat { at: read } = serde_json::from_str(&line).unwrap() else {
+            panic!("{line}")
+        };
+
+        assert_eq!(read, at);
+    }
+}

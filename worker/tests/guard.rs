@@ -1,0 +1,609 @@
+//! A run ends with all of its processes, whatever happens to whom: proved with a stand-in for the CLI that forks
+//! daemons which survive every polite signal, inside and outside the sandbox.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use std::{env, fs};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use worker::claude::process::{EndedBy, Exit, Launch, Process};
+use worker::claude::sandbox::{self, Isolation, Places};
+use worker::guard;
+use worker::workspace::{RunDir, Runtime};
+
+const GUARD: &str = env!("CARGO_BIN_EXE_claude-queue-worker");
+
+/// Every process of it has the token, `$1`, among its arguments. With `bare` a daemon has an empty environment.
+const STUBBORN: &str = r#"#!/bin/sh
+trap '' TERM INT HUP
+loop='trap "" TERM INT HUP; while :; do sleep 1000 "0.$0"; done'
+(setsid nohup sh -c "$loop" "$1" >/dev/null 2>&1 &)
+[ "$2" = bare ] && (setsid nohup env -i PATH=/usr/bin:/bin sh -c "$loop" "$1" >/dev/null 2>&1 &)
+sh -c "$loop" "$1" &
+sleep 0.3
+echo ready
+echo "complaint" >&2
+read -r line
+echo "heard $line"
+exit 3
+"#;
+
+/// A run of the stand-in, and the token that finds its processes without the help of what is tested.
+struct Stand {
+    _data: TempDir,
+    _runtime: Runtime,
+    _dir: RunDir,
+    launch: Launch,
+    token: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Sandboxed {
+    Yes,
+    No,
+}
+
+const BOTH: [Sandboxed; 2] = [Sandboxed::Yes, Sandboxed::No];
+
+async fn isolation(sandboxed: Sandboxed, runtime: &Runtime) -> Isolation {
+    match sandboxed {
+        Sandboxed::Yes => Isolation::Sandbox(
+            sandbox::check(runtime, env::var_os("PATH").as_deref())
+                .await
+                .unwrap(),
+        ),
+        Sandboxed::No => Isolation::Off,
+    }
+}
+
+async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand {
+    let data = tempfile::tempdir().unwrap();
+    let runtime = Runtime::create(Some(data.path())).unwrap();
+    let dir = runtime.run().unwrap();
+    let isolation = isolation(sandboxed, &runtime).await;
+    let at = |name: &str| {
+        let path = data.path().join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    };
+    let cli = data.path().join("cli");
+    fs::write(&cli, script).unwrap();
+    fs::set_permissions(&cli, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(dir.gateway_socket(), "").unwrap();
+    let places = Places {
+        cli,
+        workspace: at("workspace"),
+        home: at("home"),
+        tmp: dir.tmp(),
+        gateway_socket: dir.gateway_socket(),
+        system_prompt: None,
+    };
+    let token: String = uuid::Uuid::new_v4()
+        .as_u128()
+        .to_string()
+        .chars()
+        .rev()
+        .take(15)
+        .collect::<String>()
+        + "7";
+    let args = std::iter::once(token.as_str())
+        .chain(more.iter().copied())
+        .map(str::to_owned)
+        .collect();
+    let command = isolation.command(&places, args);
+    let launch = Launch {
+        program: command.program,
+        args: command.args,
+        env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
+        cwd: command.cwd,
+        marker: guard::marker(&format!("test-{token}")),
+        beat_within: Duration::from_secs(60),
+        deadline: Duration::from_secs(60),
+        runtime_dir: dir.path().to_owned(),
+        memory_limit: None,
+        no_new_privileges: command.no_new_privileges,
+    };
+    Stand {
+        _data: data,
+        _runtime: runtime,
+        _dir: dir,
+        launch,
+        token,
+    }
+}
+
+async fn stand(sandboxed: Sandboxed) -> Stand {
+    stand_with(sandboxed, STUBBORN, &["bare"]).await
+}
+
+impl Stand {
+    async fn start(&self) -> Process {
+        Process::start_under(Path::new(GUARD), self.launch.clone())
+            .await
+            .unwrap()
+    }
+
+    /// Starts it and waits until its daemons are there.
+    async fn started(&self) -> Process {
+        let mut process = self.start().await;
+        assert_eq!(process.next_line().await.unwrap().unwrap(), b"ready");
+        self.daemons_there().await;
+        process
+    }
+
+    /// Waits for the CLI's shell and for each daemon's shell and sleep.
+    async fn daemons_there(&self) {
+        let since = Instant::now();
+        while self.alive().len() < 5 {
+            assert!(
+                since.elapsed() < Duration::from_secs(10),
+                "the stand-in has no daemons: {:?}",
+                self.alive()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Processes with the token among their arguments that aren't zombies.
+    fn alive(&self) -> Vec<String> {
+        commands()
+            .into_iter()
+            .map(|(_, command)| command)
+            .filter(|c| c.contains(&self.token))
+            .collect()
+    }
+
+    fn assert_nothing_left(&self) {
+        assert_eq!(self.alive(), Vec::<String>::new());
+    }
+
+    async fn assert_nothing_left_within(&self, within: Duration) {
+        let since = Instant::now();
+        while !self.alive().is_empty() && since.elapsed() < within {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.assert_nothing_left();
+    }
+
+    fn guard_pid(&self) -> Pid {
+        let socket = self.launch.runtime_dir.join("guard.sock");
+        let found = commands()
+            .into_iter()
+            .find(|(_, command)| command.contains(socket.to_str().unwrap()));
+        Pid::from_raw(found.expect("no guard").0).unwrap()
+    }
+}
+
+/// Waits with open input until the run ends.
+async fn ended(mut process: Process) -> Exit {
+    while process.next_line().await.unwrap().is_some() {}
+    process.wait().await
+}
+
+/// Every living process with its arguments.
+fn commands() -> Vec<(i32, String)> {
+    fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| {
+            let pid: i32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            Some((pid, String::from_utf8_lossy(&command).replace('\0', " ")))
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cli_that_ends_by_itself_leaves_no_daemon() {
+    for sandboxed in BOTH {
+        let stand = stand(sandboxed).await;
+        let mut process = stand.started().await;
+
+        process.send("hello").await.unwrap();
+        assert_eq!(process.next_line().await.unwrap().unwrap(), b"heard hello");
+        assert_eq!(process.next_line().await.unwrap(), None);
+        let exit = process.wait().await;
+
+        stand.assert_nothing_left();
+        assert_eq!(
+            (exit.code, exit.signal, exit.ended_by),
+            (Some(3), None, EndedBy::Exited),
+            "{sandboxed:?}"
+        );
+        assert_eq!(exit.stderr_tail, "complaint\n");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_the_input_is_seen_by_the_cli() {
+    let stand = stand(Sandboxed::No).await;
+    let mut process = stand.started().await;
+
+    process.close_stdin();
+
+    assert_eq!(process.next_line().await.unwrap().unwrap(), b"heard ");
+    assert!(process.send("late").await.is_err());
+    assert_eq!(process.wait().await.code, Some(3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_to_end_leaves_nothing() {
+    for sandboxed in BOTH {
+        let stand = stand(sandboxed).await;
+        let process = stand.started().await;
+        let since = Instant::now();
+
+        process.kill();
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        assert_eq!(
+            (exit.signal, exit.ended_by),
+            (Some(9), EndedBy::Worker),
+            "{sandboxed:?}"
+        );
+        assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_run_leaves_nothing() {
+    for sandboxed in BOTH {
+        let stand = stand(sandboxed).await;
+
+        drop(stand.started().await);
+
+        stand.assert_nothing_left_within(Duration::from_secs(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_without_beats_is_ended_and_one_with_beats_is_not() {
+    for sandboxed in BOTH {
+        let mut stand = stand(sandboxed).await;
+        stand.launch.beat_within = Duration::from_secs(2);
+        let process = stand.started().await;
+        for _ in 0..6 {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            process.beat();
+        }
+        assert!(!stand.alive().is_empty());
+        let last = Instant::now();
+
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        assert_eq!(exit.ended_by, EndedBy::Beat, "{sandboxed:?}");
+        assert!(
+            (1900..4000).contains(&last.elapsed().as_millis()),
+            "{:?}",
+            last.elapsed()
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewal_counts_from_when_it_was_asked_for() {
+    let mut stand = stand(Sandboxed::No).await;
+    stand.launch.beat_within = Duration::from_secs(30);
+    let process = stand.started().await;
+
+    // The database took half a minute to say yes: others have counted since then.
+    process.renewed_at(Instant::now().checked_sub(Duration::from_secs(30)).unwrap());
+    let exit = ended(process).await;
+
+    stand.assert_nothing_left();
+    assert_eq!(exit.ended_by, EndedBy::Beat);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_deadline_ends_a_run() {
+    for sandboxed in BOTH {
+        let mut stand = stand(sandboxed).await;
+        stand.launch.deadline = Duration::from_secs(1);
+        let process = stand.started().await;
+
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        assert_eq!(exit.ended_by, EndedBy::Deadline, "{sandboxed:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_outgrows_its_memory_is_ended() {
+    for sandboxed in BOTH {
+        // tail keeps what has no line feed: 300 MB.
+        let hungry = "#!/bin/sh\n(head -c 300000000 /dev/zero; sleep 1000) | tail\n";
+        let mut stand = stand_with(sandboxed, hungry, &[]).await;
+        stand.launch.memory_limit = Some(100_000_000);
+        let process = stand.start().await;
+
+        let exit = process.wait().await;
+
+        stand.assert_nothing_left();
+        assert_eq!(exit.ended_by, EndedBy::Memory, "{sandboxed:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_guard_leaves_nothing_that_bears_the_mark() {
+    for sandboxed in BOTH {
+        // Outside the sandbox nobody can find a daemon that has lost both its guard and its mark.
+        let stand = match sandboxed {
+            Sandboxed::Yes => stand(sandboxed).await,
+            Sandboxed::No => stand_with(sandboxed, STUBBORN, &["marked"]).await,
+        };
+        let mut process = stand.start().await;
+        assert_eq!(process.next_line().await.unwrap().unwrap(), b"ready");
+
+        kill_process(stand.guard_pid(), Signal::KILL).unwrap();
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        assert_eq!(
+            (exit.code, exit.ended_by),
+            (None, EndedBy::GuardLost),
+            "{sandboxed:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminated_guard_ends_its_run_first() {
+    for sandboxed in BOTH {
+        let stand = stand(sandboxed).await;
+        let process = stand.started().await;
+
+        kill_process(stand.guard_pid(), Signal::TERM).unwrap();
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        assert_eq!(exit.ended_by, EndedBy::GuardLost, "{sandboxed:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_guard_doesnt_save_the_run_from_the_worker() {
+    for sandboxed in BOTH {
+        let stand = stand(sandboxed).await;
+        let process = stand.started().await;
+        kill_process(stand.guard_pid(), Signal::STOP).unwrap();
+        let since = Instant::now();
+
+        process.kill();
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        assert_eq!(exit.ended_by, EndedBy::Worker, "{sandboxed:?}");
+        assert!(since.elapsed() < Duration::from_secs(6), "{:?}", since.elapsed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guard_that_wakes_up_reads_its_beats_before_it_judges() {
+    let mut stand = stand(Sandboxed::No).await;
+    stand.launch.beat_within = Duration::from_secs(1);
+    let process = stand.started().await;
+    let guard = stand.guard_pid();
+
+    kill_process(guard, Signal::STOP).unwrap();
+    for _ in 0..6 {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        process.beat();
+    }
+    kill_process(guard, Signal::CONT).unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+
+    assert!(!stand.alive().is_empty());
+    process.kill();
+    process.wait().await;
+    stand.assert_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_isnt_there_is_named() {
+    let mut stand = stand(Sandboxed::No).await;
+    stand.launch.program = "/nonexistent/claude".into();
+
+    let error = Process::start_under(Path::new(GUARD), stand.launch.clone())
+        .await
+        .unwrap_err();
+
+    assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
+    assert!(error.to_string().contains("/nonexistent/claude"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn much_output_is_kept_for_a_reader_that_comes_late() {
+    let script = "#!/bin/sh\ni=0; while [ $i -lt 20000 ]; do echo \"$i $1 0123456789012345678901234567890123456789\"; i=$((i+1)); done\n";
+    let stand = stand_with(Sandboxed::Yes, script, &[]).await;
+    let mut process = stand.start().await;
+    process.close_stdin();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    stand.assert_nothing_left();
+
+    let mut lines = 0;
+    while let Some(line) = process.next_line().await.unwrap() {
+        assert!(line.starts_with(format!("{lines} ").as_bytes()));
+        lines += 1;
+    }
+
+    assert_eq!(lines, 20_000);
+    assert_eq!(process.wait().await.code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_without_end_is_left_out_and_a_torn_last_line_is_not() {
+    let script = "#!/bin/sh\necho first\nhead -c 20000000 /dev/zero\necho\nprintf last\n\
+                  head -c 10000 /dev/zero | tr '\\0' x >&2; printf 'é%.0s' $(seq 2047) >&2; printf z >&2\n";
+    let stand = stand_with(Sandboxed::No, script, &[]).await;
+    let mut process = stand.start().await;
+
+    assert_eq!(process.next_line().await.unwrap().unwrap(), b"first");
+    assert_eq!(process.next_line().await.unwrap().unwrap(), b"last");
+    assert_eq!(process.next_line().await.unwrap(), None);
+    let exit = process.wait().await;
+    // 4,096 bytes from the end is the middle of the pair of x and é.
+    assert_eq!(exit.stderr_tail, format!("x{}z", "é".repeat(2047)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cli_that_reads_nothing_stops_nobody() {
+    let stand = stand_with(
+        Sandboxed::Yes,
+        "#!/bin/sh\necho ready\nexec sleep 1000 \"0.$1\"\n",
+        &[],
+    )
+    .await;
+    let mut process = stand.start().await;
+    assert_eq!(process.next_line().await.unwrap().unwrap(), b"ready");
+
+    process.send(&"x".repeat(1_000_000)).await.unwrap();
+    process.close_stdin();
+    process.kill();
+    process.wait().await;
+
+    stand.assert_nothing_left();
+}
+
+/// A worker in a process of its own, for tests that kill or stop it.
+struct Worker {
+    process: tokio::process::Child,
+    stand: PathBuf,
+}
+
+/// Runs in that process; does nothing in an ordinary test run.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_process_of_its_own() {
+    let Some(wish) = env::var_os("GUARD_TEST_WORKER") else {
+        return;
+    };
+    let (sandboxed, beat_within) = match wish.to_str().unwrap().split_once(' ').unwrap() {
+        ("sandboxed", seconds) => (Sandboxed::Yes, seconds),
+        (_, seconds) => (Sandboxed::No, seconds),
+    };
+    let mut stand = stand_with(sandboxed, STUBBORN, &[&env::var("GUARD_TEST_BARE").unwrap()]).await;
+    stand.launch.beat_within = Duration::from_secs(beat_within.parse().unwrap());
+    let mut process = stand.start().await;
+    assert_eq!(process.next_line().await.unwrap().unwrap(), b"ready");
+    // The first line on standard error is the other process' news.
+    eprintln!("{} {}", stand.token, stand.launch.runtime_dir.display());
+    loop {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        process.beat();
+    }
+}
+
+impl Worker {
+    /// Starts it and returns it with its run's token.
+    async fn start(sandboxed: Sandboxed, beat_within: u64, bare: &str) -> (Self, Stand) {
+        let mut process = tokio::process::Command::new(env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "in_a_process_of_its_own",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+            .env(
+                "GUARD_TEST_WORKER",
+                format!(
+                    "{} {beat_within}",
+                    if sandboxed == Sandboxed::Yes {
+                        "sandboxed"
+                    } else {
+                        "open"
+                    }
+                ),
+            )
+            .env("GUARD_TEST_BARE", bare)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let news = lines.next_line().await.unwrap().unwrap();
+        let (token, runtime_dir) = news.split_once(' ').unwrap();
+        // Only what finds the processes matters here.
+        let mut found = stand(Sandboxed::No).await;
+        found.token = token.to_owned();
+        found.launch.runtime_dir = runtime_dir.into();
+        let stand = PathBuf::from(runtime_dir).ancestors().nth(2).unwrap().to_owned();
+        found.daemons_there().await;
+        (Self { process, stand }, found)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(
+            Pid::from_raw(self.process.id().unwrap().cast_signed()).unwrap(),
+            signal,
+        )
+        .unwrap();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.process.start_kill();
+        let _ = fs::remove_dir_all(&self.stand);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_takes_its_runs_with_it() {
+    for sandboxed in BOTH {
+        let (mut worker, stand) = Worker::start(sandboxed, 60, "bare").await;
+
+        worker.process.kill().await.unwrap();
+
+        stand.assert_nothing_left_within(Duration::from_secs(3)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_runs_of_a_stopped_worker_end_while_it_is_stopped() {
+    for sandboxed in BOTH {
+        let (worker, stand) = Worker::start(sandboxed, 2, "bare").await;
+        let since = Instant::now();
+
+        worker.signal(Signal::STOP);
+
+        stand.assert_nothing_left_within(Duration::from_secs(5)).await;
+        assert!(
+            since.elapsed() > Duration::from_millis(1500),
+            "{:?}",
+            since.elapsed()
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_worker_and_its_guard_left_is_ended_at_the_next_start() {
+    let mut living = stand_with(Sandboxed::No, STUBBORN, &["marked"]).await;
+    living.launch.deadline = Duration::from_secs(120);
+    let process = living.started().await;
+    // One guard is killed, another is stopped, which its daemon without a mark doesn't survive either.
+    let (mut killed, left) = Worker::start(Sandboxed::No, 60, "marked").await;
+    let (mut stopped, held) = Worker::start(Sandboxed::No, 60, "bare").await;
+    kill_process(held.guard_pid(), Signal::STOP).unwrap();
+    killed.signal(Signal::STOP);
+    kill_process(left.guard_pid(), Signal::KILL).unwrap();
+    killed.process.kill().await.unwrap();
+    stopped.process.kill().await.unwrap();
+    assert!(!left.alive().is_empty() && !held.alive().is_empty());
+
+    let ended = tokio::task::spawn_blocking(guard::end_former_runs).await.unwrap();
+
+    left.assert_nothing_left();
+    held.assert_nothing_left();
+    assert!(ended >= 8, "{ended}");
+    assert!(!living.alive().is_empty(), "a run of a living worker was ended");
+    process.kill();
+    process.wait().await;
+    living.assert_nothing_left();
+}
