@@ -1,1 +1,14 @@
-//! x
+//! The product through its binaries. Each case runs on both databases unless it has nothing to do with them.
+
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
+mod bad_input; // What may not be submitted: each its own problem, and nothing written.
+mod cancel; // A cancel, a timeout: final, paid for, and no process left.
+mod config; // Bad settings stop the start and say which.
+mod crash; // Processes that are killed and stopped: nothing lost, nothing run twice at once.
+mod events; // The stream of a job's events: replayed, live, resumed.
+mod gate; // Keys, request ids, slow clients, the drain.
+mod idempotency; // A retried submission makes one job.
+mod jobs; // From submission to result, and what can be read in between.
+mod outcomes; // What a run can end as.
+mod real_cli; // The real Claude CLI against the simulator.

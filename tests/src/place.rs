@@ -66,6 +66,14 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// A shell script as a program of this name, for a CLI that doesn't even start to be one.
+pub fn program(name: &str, script: &str) -> PathBuf {
+    let path = folder('c').join(name);
+    fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("a new file");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("the file is ours");
+    path
+}
+
 /// The root of the repository.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

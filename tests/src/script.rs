@@ -1,5 +1,5 @@
-//! What the scripted CLI (`fake-claude`) is to do, written into the prompt. A prompt without a script is answered
-//! with one sentence. The simulator and the real CLI are for what a model would do; this is for what the real CLI is
+//! What the scripted CLI (`fake-claude`) is to do, written into the prompt. A prompt without a script is answered with
+//! itself, exactly as it came. The simulator and the real CLI are for what a model would do; this is for what the real CLI is
 //! too slow or too well behaved for.
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ pub struct Script {
     /// What happens before the answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
-    /// The text of the result; a sentence of its own when empty.
+    /// The text of the result; the message itself, as the CLI got it, when empty.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub answer: String,
     /// What the answer's message costs, in USD; else that of 100 tokens in and 20 out. The steps' messages cost extra.

@@ -247,6 +247,13 @@ struct Usage {
 }
 
 impl Usage {
+    fn and(self, other: Self) -> Self {
+        Self {
+            input: self.input + other.input,
+            output: self.output + other.output,
+        }
+    }
+
     fn json(self) -> Value {
         json!({
             "input_tokens": self.input, "output_tokens": self.output,
@@ -263,13 +270,16 @@ struct Cli {
     price: (f64, f64),
     transcript: PathBuf,
     history: Vec<Value>,
-    cost_before: f64,
+    /// What earlier runs of a resumed session used; the cost shown includes it.
+    before: Usage,
     usage: Usage,
     usage_at_last_result: Usage,
     requests: u64,
     begun: Instant,
     results: u64,
     script: Script,
+    /// The text of the message that is being answered, as it came.
+    heard: String,
     lines: mpsc::Receiver<String>,
     ended: bool,
     waiting: Vec<Value>,
@@ -300,7 +310,8 @@ async fn run(options: Options) -> i32 {
             std::future::pending::<()>().await;
         }
     }
-    cli.record(&json!({ "type": "cost-state", "totalCostUSD": cli.total_cost() }));
+    let total = cli.before.and(cli.usage);
+    cli.record(&json!({ "type": "cost-state", "input": total.input, "output": total.output }));
     code
 }
 
@@ -352,25 +363,25 @@ impl Cli {
             other if other.contains("haiku") => (other, (0.1, 0.5)),
             other => (other, (4.0, 20.0)),
         };
-        let cost_before = history
-            .iter()
-            .filter(|line| line["type"] == "cost-state")
-            .filter_map(|line| line["totalCostUSD"].as_f64())
-            .next_back()
-            .unwrap_or(0.0);
+        let state = history.iter().rev().find(|line| line["type"] == "cost-state");
+        let before = state.map_or_else(Usage::default, |state| Usage {
+            input: state["input"].as_u64().unwrap_or(0),
+            output: state["output"].as_u64().unwrap_or(0),
+        });
         let mut cli = Self {
             session,
             model: model.to_owned(),
             price: (price.0 / 1e6, price.1 / 1e6),
             transcript,
             history: Vec::new(),
-            cost_before,
+            before,
             usage: Usage::default(),
             usage_at_last_result: Usage::default(),
             requests: 0,
             begun: Instant::now(),
             results: 0,
             script: Script::default(),
+            heard: String::new(),
             lines,
             ended: false,
             waiting: Vec::new(),
@@ -437,7 +448,7 @@ impl Cli {
                 "session": {
                     "total_cost_usd": self.total_cost(), "total_api_duration_ms": 0,
                     "total_duration_ms": millis(self.begun), "total_lines_added": 0, "total_lines_removed": 0,
-                    "model_usage": self.model_usage(self.usage),
+                    "model_usage": self.model_usage(self.before.and(self.usage)),
                 },
                 "subscription_type": null, "rate_limits_available": false, "rate_limits": null, "behaviors": null,
             })),
@@ -471,6 +482,7 @@ impl Cli {
         });
         self.script = pick_run(resumed.unwrap_or_default());
         self.obey_signals();
+        self.heard.clone_from(&text);
         let begun = Instant::now();
         let requests_before = self.requests;
         self.emit(self.init());
@@ -532,7 +544,7 @@ impl Cli {
 
     fn answer(&self) -> String {
         if self.script.answer.is_empty() {
-            "Hello from the scripted CLI.".to_owned()
+            self.heard.clone()
         } else {
             self.script.answer.clone()
         }
@@ -849,7 +861,7 @@ impl Cli {
             "type": "result", "subtype": "success", "is_error": false, "duration_ms": millis(begun),
             "duration_api_ms": 1, "num_turns": requests.max(1), "stop_reason": "end_turn",
             "total_cost_usd": self.total_cost(), "usage": self.usage.json(),
-            "modelUsage": self.model_usage(self.usage),
+            "modelUsage": self.model_usage(self.before.and(self.usage)),
             "model_usage_since_last_result": self.model_usage(Usage {
                 input: self.usage.input - self.usage_at_last_result.input,
                 output: self.usage.output - self.usage_at_last_result.output,
@@ -951,7 +963,7 @@ impl Cli {
     }
 
     fn total_cost(&self) -> f64 {
-        self.cost_before + self.cost(self.usage)
+        self.cost(self.before.and(self.usage))
     }
 
     fn stream(&self, id: &str, event: &Value) {

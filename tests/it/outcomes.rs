@@ -1,0 +1,425 @@
+//! What a run can end as: done, failed with a word for programs and a sentence for people, or tried again.
+
+use serde_json::{Value, json};
+use tests::both;
+use tests::client::Client;
+use tests::database::Db;
+use tests::script::{Script, Step, answer, steps};
+use tests::system::System;
+
+both!(
+    a_failed_run_says_how,
+    what_was_done_before_a_failure_is_kept,
+    a_schema_is_filled_or_the_job_fails,
+    a_passing_failure_is_tried_again,
+    a_failure_that_does_not_pass_is_tried_so_often,
+    a_lasting_failure_is_not_tried_again,
+    a_usage_limit_parks_the_job,
+    noise_on_the_output_harms_nothing,
+    a_cli_that_talks_without_end_harms_nothing,
+    what_the_cli_complained_about_is_kept,
+    another_version_of_the_cli_runs_with_a_warning,
+);
+
+async fn failed(client: &Client, script: &Script, more: Value) -> Value {
+    let mut body = json!({ "message": script.prompt(), "max_attempts": 1 });
+    body.as_object_mut()
+        .unwrap()
+        .extend(more.as_object().unwrap().clone());
+    let job = client.finished(&client.accepted_body(&body).await).await;
+    assert_eq!(job["status"], "failed", "{job:#}");
+    assert!(job["error"].as_str().unwrap().ends_with('.'), "{}", job["error"]);
+    job
+}
+
+fn api_error(status: impl Into<Option<u16>>, error: &str, text: &str) -> Step {
+    Step::ApiError {
+        status: status.into(),
+        error: error.to_owned(),
+        text: text.to_owned(),
+    }
+}
+
+async fn a_failed_run_says_how(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let cases = [
+        ("claude_error", steps([Step::Exit(3)])),
+        // An exit with 0 is no success without a result.
+        ("claude_error", steps([Step::Exit(0)])),
+        ("claude_killed", steps([Step::Die(9)])),
+        (
+            "auth_error",
+            steps([api_error(
+                401,
+                "authentication_failed",
+                "Invalid API key · Fix external API key",
+            )]),
+        ),
+        (
+            "model_not_found",
+            steps([api_error(
+                404,
+                "model_not_found",
+                "There's an issue with the selected model",
+            )]),
+        ),
+        (
+            "rate_limited",
+            steps([api_error(
+                429,
+                "rate_limit",
+                "API Error: Request rejected (429) · slow down",
+            )]),
+        ),
+        (
+            "overloaded",
+            steps([api_error(
+                529,
+                "server_error",
+                "API Error: Repeated 529 Overloaded errors.",
+            )]),
+        ),
+        (
+            "api_unavailable",
+            steps([api_error(
+                500,
+                "server_error",
+                "API Error: 500 Internal server error",
+            )]),
+        ),
+        (
+            "api_unavailable",
+            steps([api_error(
+                None,
+                "server_error",
+                "Unable to connect to API (ECONNREFUSED)",
+            )]),
+        ),
+        (
+            "billing_error",
+            steps([api_error(400, "billing_error", "Credit balance is too low")]),
+        ),
+        (
+            "max_output_tokens",
+            steps([api_error(
+                None,
+                "max_output_tokens",
+                "API Error: the response exceeded the maximum",
+            )]),
+        ),
+    ];
+
+    for (code, script) in cases {
+        let job = failed(&client, &script, json!({})).await;
+
+        assert_eq!(job["error_code"], code, "{script:?}: {job:#}");
+        let id = job["id"].as_str().unwrap();
+        let last = client.all_events(id).await.pop().unwrap();
+        assert_eq!(
+            (&last["type"], &last["data"]["code"]),
+            (&json!("error"), &json!(code))
+        );
+        assert_eq!(last["data"]["error"], job["error"]);
+    }
+    let turns = steps((0..5).map(|_| Step::Shell("true".to_owned())));
+    assert_eq!(
+        failed(&client, &turns, json!({ "max_turns": 2 })).await["error_code"],
+        "max_turns"
+    );
+    let dear = steps([Step::Spend(0.5), Step::Spend(0.5)]);
+    assert_eq!(
+        failed(&client, &dear, json!({ "max_cost_usd": 0.4 })).await["error_code"],
+        "max_cost"
+    );
+}
+
+async fn what_was_done_before_a_failure_is_kept(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let work = [
+        Step::Say("I begin.".to_owned()),
+        Step::Spend(0.5),
+        Step::Shell("echo kept > kept.txt".to_owned()),
+    ];
+
+    let job = failed(&client, &steps(work.clone()), json!({ "max_turns": 1 })).await;
+    assert_eq!(job["error_code"], "max_turns");
+    assert_eq!(job["cost"], 0.5008);
+    assert_eq!(job["result"]["is_error"], true);
+    assert_eq!(job["result"]["subtype"], "error_max_turns");
+    let workspace = system.workspace(job["id"].as_str().unwrap());
+    assert_eq!(
+        std::fs::read_to_string(workspace.join("kept.txt")).unwrap(),
+        "kept\n"
+    );
+
+    // Without a result line the cost is what was seen of it.
+    let job = failed(&client, &steps(work).then(Step::Exit(1)), json!({})).await;
+    assert_eq!(job["cost"], 0.5008);
+    assert_eq!(
+        system
+            .database()
+            .number("select count(*) from ledger where estimated")
+            .await,
+        1
+    );
+}
+
+async fn a_schema_is_filled_or_the_job_fails(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let schema = json!({ "type": "object", "properties": { "answer": { "type": "integer" } } });
+    let format = json!({ "output_format": { "type": "json_schema", "schema": schema } });
+    let mut filled = answer("not used");
+    filled.structured = Some(json!({ "answer": 42 }));
+    let mut body = json!({ "message": filled.prompt() });
+    body.as_object_mut()
+        .unwrap()
+        .extend(format.as_object().unwrap().clone());
+
+    let job = client.finished(&client.accepted_body(&body).await).await;
+    assert_eq!(
+        job["result"]["structured_output"],
+        json!({ "answer": 42 }),
+        "{job:#}"
+    );
+
+    let job = failed(&client, &answer("I would rather not."), format).await;
+    assert_eq!(job["error_code"], "schema_mismatch");
+    assert_eq!(job["result"]["content"], "I would rather not.");
+}
+
+/// A script whose first runs fail like this; the last one is done.
+fn at_last(failures: impl IntoIterator<Item = Step>) -> Script {
+    let failures = failures
+        .into_iter()
+        .map(|failure| steps([Step::Spend(0.1), failure]));
+    Script {
+        runs: failures.chain([answer("at last").costing(0.1)]).collect(),
+        ..Script::default()
+    }
+}
+
+async fn a_passing_failure_is_tried_again(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let failures = [
+        api_error(529, "server_error", "API Error: Repeated 529 Overloaded errors."),
+        Step::Die(9),
+    ];
+
+    let id = client.play(&at_last(failures)).await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(job["result"]["content"], "at last", "{job:#}");
+    assert_eq!(job["attempt"], 3);
+    assert_eq!(job["cost"], 0.3);
+    let retries: Vec<Value> = client
+        .all_events(&id)
+        .await
+        .into_iter()
+        .filter(|event| event["type"] == "retry")
+        .collect();
+    let told: Vec<&Value> = retries.iter().map(|event| &event["data"]["error_code"]).collect();
+    assert_eq!(told, ["overloaded", "claude_killed"]);
+    let paused = "select count(*) from attempt where ending = 'retry'";
+    assert_eq!(system.database().number(paused).await, 2);
+    assert_eq!(
+        system
+            .database()
+            .number("select cast(sum(cost) as bigint) from ledger")
+            .await,
+        300_000
+    );
+}
+
+async fn a_failure_that_does_not_pass_is_tried_so_often(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let script = steps([api_error(
+        500,
+        "server_error",
+        "API Error: 500 Internal server error",
+    )]);
+
+    let id = client
+        .accepted_body(&json!({ "message": script.prompt(), "max_attempts": 2 }))
+        .await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(
+        (&job["status"], &job["error_code"], &job["attempt"]),
+        (&json!("failed"), &json!("api_unavailable"), &json!(2))
+    );
+}
+
+async fn a_lasting_failure_is_not_tried_again(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+
+    for (code, failure) in [
+        (
+            "auth_error",
+            api_error(
+                401,
+                "authentication_failed",
+                "Invalid API key · Fix external API key",
+            ),
+        ),
+        (
+            "billing_error",
+            api_error(400, "billing_error", "Credit balance is too low"),
+        ),
+        (
+            "model_not_found",
+            api_error(404, "model_not_found", "There's an issue with the selected model"),
+        ),
+    ] {
+        let job = client.finished(&client.play(&at_last([failure])).await).await;
+
+        assert_eq!(
+            (&job["error_code"], &job["attempt"]),
+            (&json!(code), &json!(1)),
+            "{job:#}"
+        );
+    }
+}
+
+async fn a_usage_limit_parks_the_job(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let reset = epoch_seconds() + 3_600;
+
+    let id = client.play(&steps([Step::UsageLimit(reset)])).await;
+
+    let job = client.until(&id, |job| job["hold"] == "usage_limit").await;
+    assert_eq!(
+        (&job["status"], &job["attempt"]),
+        (&json!("queued"), &json!(1)),
+        "{job:#}"
+    );
+    assert_eq!(
+        system
+            .database()
+            .number("select run_after / 1000000 from job")
+            .await,
+        reset
+    );
+    assert_eq!(system.database().number("select failures from job").await, 0);
+    client.cancel(&id).await.data(200);
+}
+
+/// Seconds since the epoch.
+fn epoch_seconds() -> i64 {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    i64::try_from(now.as_secs()).unwrap()
+}
+
+async fn noise_on_the_output_harms_nothing(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let noise = [
+        "not json",
+        "{\"type\":",
+        "[]",
+        "{}",
+        "",
+        "null",
+        "{\"type\":\"assistant\",\"message\":5}",
+        "\u{0}\u{1}",
+    ];
+    let script = steps(noise.map(|line| Step::Raw(line.to_owned())))
+        .then(Step::Raw(format!(
+            "{{\"type\":\"assistant\",\"padding\":\"{}\"}}",
+            "x".repeat(20_000_000)
+        )))
+        .then(Step::Say("still here".to_owned()));
+
+    let id = client.play(&script.answering("done all the same")).await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(job["result"]["content"], "done all the same", "{job:#}");
+    let said = client.all_events(&id).await;
+    assert!(said.iter().any(|event| event["data"]["content"] == "still here"));
+}
+
+async fn a_cli_that_talks_without_end_harms_nothing(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let flood = Step::Flood {
+        lines: 12_000,
+        bytes: 3_000,
+    };
+
+    let id = client.play(&steps([flood]).answering("out of breath")).await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(job["result"]["content"], "out of breath", "{job:#}");
+    let events = client.all_events(&id).await;
+    assert!(events.len() <= 10_050, "{} events are stored", events.len());
+    assert!(
+        events.iter().any(|event| event["type"] == "gap"),
+        "what was cut is told"
+    );
+    assert_eq!(events.last().unwrap()["type"], "done");
+    let stored = system
+        .database()
+        .number("select cast(sum(length(data)) as bigint) from event")
+        .await;
+    assert!(stored < 17 * 1024 * 1024, "{stored} bytes of events are stored");
+}
+
+async fn what_the_cli_complained_about_is_kept(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let script = steps([
+        Step::Stderr("x".repeat(100_000)),
+        Step::Stderr("the last words".to_owned()),
+        Step::Exit(7),
+    ]);
+
+    failed(&client, &script, json!({})).await;
+
+    let tail = system
+        .database()
+        .texts("select stderr_tail from attempt")
+        .await
+        .remove(0);
+    assert!(
+        tail.len() <= 4_096 && tail.trim_end().ends_with("the last words"),
+        "{} bytes",
+        tail.len()
+    );
+}
+
+async fn another_version_of_the_cli_runs_with_a_warning(db: Db) {
+    let fake = tests::place::binary("fake-claude");
+    let script = format!(
+        "case $1 in --version) echo '9.8.7 (Claude Code)' ;; *) exec {} \"$@\" ;; esac",
+        fake.display()
+    );
+    let cli = tests::place::program("claude", &script);
+    let system = System::builder()
+        .database(db)
+        .sandbox(false)
+        .env("CLAUDE_CLI_PATH", cli.to_str().unwrap())
+        .start()
+        .await;
+    let client = system.client();
+
+    let id = client.play(&answer("old or new")).await;
+
+    assert_eq!(client.finished(&id).await["result"]["content"], "old or new");
+    assert_eq!(
+        system.database().texts("select cli_version from attempt").await,
+        ["9.8.7"]
+    );
+    let warned = system
+        .written()
+        .lines()
+        .any(|line| line.contains("9.8.7") && line.contains("2.1.331"));
+    assert!(warned, "{}", system.written());
+}

@@ -1,0 +1,164 @@
+//! The real Claude CLI, in the sandbox, through the worker's gateway, against the simulator.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tests::both;
+use tests::client::Client;
+use tests::database::Db;
+use tests::system::{ANTHROPIC_KEY, Cli, System};
+
+both!(
+    it_answers_and_only_the_gateway_knows_the_key,
+    it_writes_a_file_and_runs_a_command,
+    a_wrong_key_fails_the_job_with_what_to_do,
+    it_is_cancelled_in_the_middle_of_an_answer,
+    it_ends_at_its_timeout_in_the_middle_of_a_command,
+);
+
+async fn start(db: Db) -> (System, Client) {
+    let system = System::builder().database(db).cli(Cli::Real).start().await;
+    let client = system.client();
+    (system, client)
+}
+
+async fn it_answers_and_only_the_gateway_knows_the_key(db: Db) {
+    let (system, client) = start(db).await;
+
+    let id = client.accepted("[[scenario:default]] Say something short.").await;
+    let job = client.finished(&id).await;
+
+    assert_eq!(job["status"], "done", "{job:#}");
+    assert!(!job["result"]["content"].as_str().unwrap().is_empty());
+    assert!(job["cost"].as_f64().unwrap() > 0.0);
+    assert_eq!(job["cost"], job["result"]["cost"]);
+    assert_eq!(
+        system.database().texts("select cli_version from attempt").await,
+        ["2.1.331"]
+    );
+    let requests = system.simulator().requests();
+    assert!(!requests.is_empty());
+    assert!(
+        requests.iter().all(|request| request.credential == ANTHROPIC_KEY),
+        "{requests:#?}"
+    );
+    assert_eq!(system.run_processes(), []);
+
+    // All that a run can see of its surroundings, as its tools see it.
+    let id = client
+        .accepted("[[scenario:environment]] Show the environment.")
+        .await;
+    let job = client.finished(&id).await;
+    assert_eq!(job["status"], "done", "{job:#}");
+    let environment = std::fs::read_to_string(system.workspace(&id).join("env.txt")).unwrap();
+    assert!(environment.contains("CLAUDECODE=1"), "{environment}");
+    assert!(!environment.contains(ANTHROPIC_KEY), "{environment}");
+    let events = serde_json::to_string(&client.all_events(&id).await).unwrap();
+    assert!(!events.contains(ANTHROPIC_KEY));
+}
+
+async fn it_writes_a_file_and_runs_a_command(db: Db) {
+    let (system, client) = start(db).await;
+
+    let id = client.accepted("[[scenario:write]] Write the file.").await;
+    let job = client.finished(&id).await;
+
+    assert_eq!(job["status"], "done", "{job:#}");
+    assert_eq!(
+        std::fs::read_to_string(system.workspace(&id).join("out.txt")).unwrap(),
+        "written by a tool\n"
+    );
+    assert_eq!(names(&job["tools_used"]), ["Write"]);
+
+    let id = client.accepted("[[scenario:bash]] Run the command.").await;
+    let job = client.finished(&id).await;
+    assert_eq!(job["status"], "done", "{job:#}");
+    let result = client.event(&id, "tool_result").await;
+    let said = result["data"]["content"].as_str().unwrap();
+    assert!(said.starts_with("hello from bash\n/workspace"), "{said}");
+    assert_eq!(result["data"]["is_error"], false);
+}
+
+fn names(tools: &Value) -> Vec<&str> {
+    tools
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|tool| tool["name"].as_str().unwrap())
+        .collect()
+}
+
+async fn a_wrong_key_fails_the_job_with_what_to_do(db: Db) {
+    let (system, client) = start(db).await;
+    let begin = Instant::now();
+
+    let id = client.accepted("[[scenario:e401]] Hello?").await;
+    let job = client.finished(&id).await;
+
+    assert_eq!(
+        (&job["status"], &job["error_code"]),
+        (&json!("failed"), &json!("auth_error")),
+        "{job:#}"
+    );
+    assert_eq!(job["attempt"], 1);
+    assert!(
+        job["error"].as_str().unwrap().contains("ANTHROPIC_API_KEY"),
+        "{}",
+        job["error"]
+    );
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    assert_eq!(job["cost"], 0.0);
+    assert_eq!(
+        system.database().number("select count(*) from reservation").await,
+        0
+    );
+}
+
+async fn it_is_cancelled_in_the_middle_of_an_answer(db: Db) {
+    let (system, client) = start(db).await;
+    let id = client.accepted("[[scenario:endless]] Never stop.").await;
+    tests::eventually(Duration::from_secs(20), "an answer that streams", async || {
+        (system.simulator().open_requests() > 0).then_some(())
+    })
+    .await;
+    client.reaches(&id, "running").await;
+    let begin = Instant::now();
+
+    client.cancel(&id).await.data(202);
+    let job = client.finished(&id).await;
+
+    assert_eq!(job["status"], "cancelled", "{job:#}");
+    assert!(begin.elapsed() < Duration::from_secs(6), "{:?}", begin.elapsed());
+    assert_eq!(system.run_processes(), []);
+    // The request has ended too: nothing goes on being paid for.
+    tests::eventually(Duration::from_secs(2), "the end of the request", async || {
+        (system.simulator().open_requests() == 0).then_some(())
+    })
+    .await;
+    assert!(job["cost"].as_f64().unwrap() > 0.0, "{job:#}");
+}
+
+async fn it_ends_at_its_timeout_in_the_middle_of_a_command(db: Db) {
+    let (system, client) = start(db).await;
+    let begin = Instant::now();
+
+    let body = json!({ "message": "[[scenario:bash-sleep]] Sleep.", "timeout_seconds": 4 });
+    let id = client.accepted_body(&body).await;
+    let job = client.finished(&id).await;
+
+    assert_eq!(
+        (&job["status"], &job["error_code"]),
+        (&json!("failed"), &json!("timeout")),
+        "{job:#}"
+    );
+    assert!(begin.elapsed() < Duration::from_secs(12), "{:?}", begin.elapsed());
+    assert_eq!(system.run_processes(), []);
+    let tools: Vec<Value> = client
+        .all_events(&id)
+        .await
+        .into_iter()
+        .filter(|event| event["type"] == "tool")
+        .collect();
+    assert_eq!(tools.len(), 1, "the command had begun");
+    assert!(job["cost"].as_f64().unwrap() > 0.0, "{job:#}");
+}
