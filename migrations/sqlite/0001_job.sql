@@ -16,7 +16,7 @@ insert into queue (queue_number) values (1);
 
 -- One row for each key: how many of its jobs run, and the best of those that could.
 create table lane (
-  key_id text primary key,
+  key_id text not null primary key,
   max_running integer not null,
   running integer not null default 0 check (running >= 0),
   hold text,                          -- 'budget'
@@ -95,13 +95,13 @@ create index job_list on job (key_id, job_number desc);
 create index job_session on job (session_id, job_number desc) where session_id is not null;
 
 create table prompt (
-  job_id text primary key,
+  job_id text not null primary key,
   message text not null,
   options text not null
 ) strict;
 
 create table result (
-  job_id text primary key,
+  job_id text not null primary key,
   result text not null
 ) strict;
 
@@ -213,7 +213,7 @@ create table reservation (
 
 -- The worker processes, for people to look at. Nothing is decided by it.
 create table worker (
-  worker_id text primary key,
+  worker_id text not null primary key,
   host text not null,
   slots integer not null,
   busy integer not null,

@@ -4,8 +4,8 @@
 //! contains SQL. Rules for its text: lower case, `$1` parameters, times bound from Rust, `cast(x as bigint)` around
 //! sums (PostgreSQL's are numeric), no arrays and no JSON operators, singular table names.
 //!
-//! Locks are taken in one order, so that no two transactions wait for each other: the claim lock, group locks, a
-//! running job, lanes, queued jobs, budgets.
+//! Locks are taken in one order, so that no two transactions wait for each other: a session, the claim lock, a group,
+//! a running job, a lane (one at a time), queued jobs, budgets (the key's before the global one), the queue's row.
 
 mod budget;
 mod claim;
@@ -127,7 +127,6 @@ enum Db {
     Sqlite {
         writer: SqlitePool,
         reader: SqlitePool,
-        file: std::path::PathBuf,
     },
     Postgres(PgPool),
 }
@@ -170,18 +169,26 @@ impl Store {
             DatabaseUrl::Sqlite(path) => Self::open_sqlite(path).await?,
             DatabaseUrl::Postgres(url) => Self::open_postgres(url, slots).await?,
         };
-        let store = Self {
+        Ok(Self {
             db: Arc::new(db),
             tickets: Arc::default(),
-        };
-        store.migrate().await?;
-        Ok(store)
+        })
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Db> {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder).map_err(Error::during("make the database's folder"))?;
         }
+        // Already the switch to WAL can fail when several processes make it at once. Unlocked when the file is
+        // closed, also by a kill.
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".migrate-lock");
+        let lock =
+            std::fs::File::create(path.with_file_name(name)).map_err(Error::during("make the lock file"))?;
+        let lock = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock))
+            .await
+            .map_err(|error| Error::during("lock the lock file")(error.to_string()))?
+            .map_err(Error::during("lock the lock file"))?;
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -200,16 +207,14 @@ impl Store {
             .connect_with(options.clone())
             .await
             .map_err(Error::during("open the database"))?;
+        Self::migrate_sqlite(&writer).await?;
+        drop(lock);
         let reader = pool(4)
             .min_connections(1)
             .connect_with(options.read_only(true).create_if_missing(false))
             .await
             .map_err(Error::during("open the database"))?;
-        Ok(Db::Sqlite {
-            writer,
-            reader,
-            file: path.to_owned(),
-        })
+        Ok(Db::Sqlite { writer, reader })
     }
 
     async fn open_postgres(url: &str, slots: u32) -> Result<Db> {
@@ -233,63 +238,53 @@ impl Store {
             .connect_with(options)
             .await
             .map_err(Error::during("connect to the database"))?;
+        Self::migrate_postgres(&pool).await?;
         Ok(Db::Postgres(pool))
     }
 
+    /// Brings the tables up to date, ours and the queue library's. The caller holds the lock over all processes.
+    async fn migrate_sqlite(writer: &SqlitePool) -> Result<()> {
+        let mut ours = sqlx::migrate!("../migrations/sqlite");
+        ours.dangerous_set_table_name("migration");
+        ours.run(writer)
+            .await
+            .map_err(Error::during("bring the tables up to date"))?;
+        apalis_sqlite::SqliteStorage::<()>::migrations()
+            .run(writer)
+            .await
+            .map_err(Error::during("bring the queue's tables up to date"))?;
+        // It would make each acknowledgement walk all rows of its worker.
+        sqlx::query("drop index if exists LIdx")
+            .execute(writer)
+            .await
+            .map_err(Error::during("bring the queue's tables up to date"))?;
+        Ok(())
+    }
+
     /// Brings the tables up to date, ours and the queue library's, under one lock over all processes.
-    async fn migrate(&self) -> Result<()> {
-        match &*self.db {
-            Db::Sqlite { writer, file, .. } => {
-                let mut name = file.file_name().unwrap_or_default().to_owned();
-                name.push(".migrate-lock");
-                let lock = std::fs::File::create(file.with_file_name(name))
-                    .map_err(Error::during("make the lock file"))?;
-                // Unlocked when the file is closed, also by a kill.
-                let lock = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock))
-                    .await
-                    .map_err(|error| Error::during("lock the lock file")(error.to_string()))?
-                    .map_err(Error::during("lock the lock file"))?;
-                let mut ours = sqlx::migrate!("../migrations/sqlite");
-                ours.dangerous_set_table_name("migration");
-                ours.run(writer)
-                    .await
-                    .map_err(Error::during("bring the tables up to date"))?;
-                apalis_sqlite::SqliteStorage::<()>::migrations()
-                    .run(writer)
-                    .await
-                    .map_err(Error::during("bring the queue's tables up to date"))?;
-                // It would make each acknowledgement walk all rows of its worker.
-                sqlx::query("drop index if exists LIdx")
-                    .execute(writer)
-                    .await
-                    .map_err(Error::during("bring the queue's tables up to date"))?;
-                drop(lock);
-            }
-            Db::Postgres(pool) => {
-                let options = pool
-                    .connect_options()
-                    .as_ref()
-                    .clone()
-                    .options([("lock_timeout", "0")]);
-                let mut lock = options
-                    .connect()
-                    .await
-                    .map_err(Error::during("connect to the database"))?;
-                sqlx::query("select pg_advisory_lock(7262180437)")
-                    .execute(&mut lock)
-                    .await
-                    .map_err(Error::during("lock the database for migration"))?;
-                let mut ours = sqlx::migrate!("../migrations/postgres");
-                ours.dangerous_set_table_name("migration");
-                ours.run(pool)
-                    .await
-                    .map_err(Error::during("bring the tables up to date"))?;
-                apalis_postgres::PostgresStorage::setup(pool)
-                    .await
-                    .map_err(Error::during("bring the queue's tables up to date"))?;
-                let _ = lock.close().await;
-            }
-        }
+    async fn migrate_postgres(pool: &PgPool) -> Result<()> {
+        let options = pool
+            .connect_options()
+            .as_ref()
+            .clone()
+            .options([("lock_timeout", "0")]);
+        let mut lock = options
+            .connect()
+            .await
+            .map_err(Error::during("connect to the database"))?;
+        sqlx::query("select pg_advisory_lock(7262180437)")
+            .execute(&mut lock)
+            .await
+            .map_err(Error::during("lock the database for migration"))?;
+        let mut ours = sqlx::migrate!("../migrations/postgres");
+        ours.dangerous_set_table_name("migration");
+        ours.run(pool)
+            .await
+            .map_err(Error::during("bring the tables up to date"))?;
+        apalis_postgres::PostgresStorage::setup(pool)
+            .await
+            .map_err(Error::during("bring the queue's tables up to date"))?;
+        let _ = lock.close().await;
         Ok(())
     }
 

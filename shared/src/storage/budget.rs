@@ -3,7 +3,7 @@
 //! A budget's state of one period is a row; `spent + reserved <= limit` is a condition of every reservation. Claims
 //! are made one at a time and lock the rows they look at, so the condition is exact under any burst.
 
-use super::{Result, Store, Tx, execute, fetch, fetch_locked, read};
+use super::{Error, Result, Store, Tx, execute, fetch, fetch_locked, read};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use crate::job::{Job, Spend, TokenUsage};
@@ -148,7 +148,7 @@ impl Tx {
         amount: MicroUsd,
     ) -> Result<()> {
         for budget in budgets {
-            execute!(
+            let fits = execute!(
                 self,
                 "reserve in a budget",
                 "update budget_period set reserved = reserved + $4
@@ -159,6 +159,11 @@ impl Tx {
                 amount,
                 budget.limit
             )?;
+            // The amount was computed from the locked rows; a row that disagrees must stop the claim.
+            if fits == 0 {
+                let text = format!("{amount} don't fit into the budget of {}", budget.limit);
+                return Err(Error::during("reserve in a budget")(text));
+            }
             execute!(
                 self,
                 "reserve in a budget",
@@ -210,21 +215,25 @@ impl Tx {
             job.job_id,
             job.attempt
         )?;
-        // Always the key's budget before the global one, here as in a claim, so that no two wait for each other.
+        // A budget that was set while the attempt ran has nothing reserved for it, but it counts; one that was
+        // removed meanwhile gets back what it had reserved.
+        let mut settled: Vec<_> = reserved;
         let budgets = fetch!(
             self,
             "read budgets",
             fetch_all => (String, String, String),
             "select scope, scope_id, period from budget
-             where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')
-             order by case scope when 'key' then 1 else 2 end",
+             where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')",
             &job.key_id
         )?;
         for (scope, scope_id, period) in budgets {
-            let own = reserved.iter().find(|row| row.0 == scope && row.1 == scope_id);
-            // A budget that was set while the attempt ran has nothing reserved for it, but it counts.
-            let (start, amount) =
-                own.map_or((period_start(&period, now), MicroUsd::ZERO), |row| (row.2, row.3));
+            if !settled.iter().any(|row| row.0 == scope && row.1 == scope_id) {
+                settled.push((scope, scope_id, period_start(&period, now), MicroUsd::ZERO));
+            }
+        }
+        // Always the key's budget before the global one, here as in a claim, so that no two wait for each other.
+        settled.sort_by_key(|row| row.0 == "global");
+        for (scope, scope_id, start, amount) in settled {
             execute!(
                 self,
                 "settle in a budget",

@@ -1,7 +1,7 @@
 //! The claim: which job runs next. Highest priority first; within a priority keys take turns; within a key the
 //! oldest. Claims are made one at a time, so caps, turns and budgets are exact.
 
-use super::budget::Allowance;
+use super::budget::{self, Allowance, Applicable};
 use super::{Error, Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
@@ -70,15 +70,54 @@ impl Store {
             tx.rollback().await?;
             return Ok(Claim::Nothing);
         };
-        let claim = match tx.head_of(&key_id).await? {
-            Some(job) => tx.begin_attempt(job, claimant, now).await?,
-            None => {
+        let Some(job) = tx.head_of(&key_id).await? else {
+            tx.give_back_turn(&key_id).await?;
+            tx.commit().await?;
+            return Ok(Claim::Again);
+        };
+        // A job is ended under its group's lock, which comes before the locks that a claim holds: so in another
+        // transaction, and the turn is left untaken.
+        if job.deadline_at.is_some_and(|at| at <= now) {
+            tx.rollback().await?;
+            self.cancel_job(job.job_id, CancelReason::Deadline, now).await?;
+            return Ok(Claim::Again);
+        }
+        let budgets = tx.lock_budgets(&key_id, now).await?;
+        let claim = match budget::allow(&budgets, job.max_cost, claimant.least_reserve) {
+            Allowance::Reserve(amount) => tx.begin_attempt(job, claimant, &budgets, amount, now).await?,
+            Allowance::Wait { everybody } => {
+                tx.hold_for_budget(&key_id, everybody).await?;
                 tx.give_back_turn(&key_id).await?;
                 Claim::Again
+            }
+            Allowance::Exceeded { .. } => {
+                tx.rollback().await?;
+                self.fail_unaffordable(&job, claimant.least_reserve, now).await?;
+                return Ok(Claim::Again);
             }
         };
         tx.commit().await?;
         Ok(claim)
+    }
+
+    /// Fails a waiting job that no budget leaves enough money for, if that is still so.
+    async fn fail_unaffordable(&self, job: &Job, least: MicroUsd, now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
+        tx.lock_lane(&job.key_id).await?;
+        let budgets = tx.lock_budgets(&job.key_id, now).await?;
+        if let Allowance::Exceeded { spent, limit } = budget::allow(&budgets, job.max_cost, least) {
+            let ending = Ending::Failed {
+                code: "budget_exceeded".to_owned(),
+                message: format!(
+                    "The budget is used up: {spent} of {limit} spent. Raise it, or wait for its next period, and \
+                     submit the job again."
+                ),
+            };
+            tx.end_waiting(job.job_id, &ending, CancelReason::User, now)
+                .await?;
+        }
+        tx.commit().await
     }
 }
 
@@ -140,36 +179,14 @@ impl Tx {
         Ok(())
     }
 
-    async fn begin_attempt(&mut self, job: Job, claimant: &Claimant, now: Timestamp) -> Result<Claim> {
-        let budgets = self.lock_budgets(&job.key_id, now).await?;
-        let overdue = job.deadline_at.is_some_and(|at| at <= now);
-        let reserved = match super::budget::allow(&budgets, job.max_cost, claimant.least_reserve) {
-            _ if overdue => {
-                self.end_waiting(job.job_id, &Ending::Cancelled, CancelReason::Deadline, now)
-                    .await?;
-                self.give_back_turn(&job.key_id).await?;
-                return Ok(Claim::Again);
-            }
-            Allowance::Reserve(amount) => amount,
-            Allowance::Wait { everybody } => {
-                self.hold_for_budget(&job.key_id, everybody).await?;
-                self.give_back_turn(&job.key_id).await?;
-                return Ok(Claim::Again);
-            }
-            Allowance::Exceeded { spent, limit } => {
-                let ending = Ending::Failed {
-                    code: "budget_exceeded".to_owned(),
-                    message: format!(
-                        "The budget is used up: {spent} of {limit} spent. Raise it, or wait for its next period, and \
-                         submit the job again."
-                    ),
-                };
-                self.end_waiting(job.job_id, &ending, CancelReason::User, now)
-                    .await?;
-                self.give_back_turn(&job.key_id).await?;
-                return Ok(Claim::Again);
-            }
-        };
+    async fn begin_attempt(
+        &mut self,
+        job: Job,
+        claimant: &Claimant,
+        budgets: &[Applicable],
+        reserved: MicroUsd,
+        now: Timestamp,
+    ) -> Result<Claim> {
         let claude_session_id = uuid::Uuid::new_v4().to_string();
         let resume = self.resumable(&job).await?;
         let claimed = fetch!(
@@ -178,13 +195,13 @@ impl Tx {
             fetch_one => Job,
             "update job set status = 'running', attempt = attempt + 1, lease_owner = $2, renewals = 0,
                claude_session_id = $3, run_after = null, started_at = coalesce(started_at, $4), version = version + 1
-             where job_id = $1 returning *",
+             where job_id = $1 and status = 'queued' and hold = '' returning *",
             job.job_id,
             claimant.worker_id,
             &claude_session_id,
             now
         )?;
-        self.reserve(&claimed, &budgets, reserved).await?;
+        self.reserve(&claimed, budgets, reserved).await?;
         execute!(
             self,
             "begin an attempt",

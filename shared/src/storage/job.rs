@@ -92,8 +92,8 @@ impl Tx {
             fetch_one => Job,
             "insert into job (job_id, key_id, kind, hold, priority, group_key, session_id, run_after, deadline_at,
                max_attempts, on_worker_lost, model, effort, permission_mode, max_turns, timeout_seconds, max_cost,
-               webhook_url, custom_id, metadata, retry_of, created_at)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)
+               webhook_url, custom_id, metadata, retry_of, created_at, last_event_seq)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, 1)
              returning *",
             job.job_id,
             &job.key_id,
@@ -132,24 +132,12 @@ impl Tx {
             EventType::Status,
             json!({ "status": JobStatus::Queued, "attempt": 0 }),
         );
-        let seq = self
-            .append_events(job.job_id, 0, &[event], job.created_at)
+        self.append_events(job.job_id, 0, &[event], job.created_at)
             .await?;
-        execute!(
-            self,
-            "store a job",
-            "update job set last_event_seq = $2 where job_id = $1",
-            job.job_id,
-            seq
-        )?;
         if hold.is_empty() {
             self.became_ready(&job.key_id, job.priority);
         }
-        self.touch(job.job_id);
-        Ok(Job {
-            last_event_seq: seq,
-            ..stored
-        })
+        Ok(stored)
     }
 
     async fn cancel_waiting(
@@ -329,6 +317,9 @@ impl Store {
             let Some(job) = self.job(job_id).await? else {
                 return Ok(CancelOutcome::NoSuchJob);
             };
+            if job.status.is_final() {
+                return Ok(CancelOutcome::AlreadyFinal(job.status));
+            }
             let mut tx = self.begin().await?;
             let outcome = if job.status == JobStatus::Queued {
                 // A running job is locked before its lane everywhere, a waiting one after it.

@@ -1,10 +1,10 @@
 //! What the holder of a lease may write: events, renewals, the end. Everything is guarded by (job, attempt), so a
 //! worker that lost its lease writes nothing.
 
-use super::{Error, Result, Store, Tx, execute, fetch, fetch_locked, read};
+use super::{Error, Result, Store, Tx, TxDb, execute, fetch, fetch_locked, read};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
-use crate::id::JobId;
+use crate::id::{JobId, SessionId};
 use crate::job::{
     CancelReason, Ending, Hold, Job, JobStatus, Lease, OnWorkerLost, Report, Spend, TokenUsage,
 };
@@ -45,6 +45,28 @@ impl Store {
         Ok(signal)
     }
 
+    /// Says that `dropped` events of the run weren't kept: their numbers are used up, and a `gap` event follows them.
+    pub async fn record_gap(&self, lease: &Lease, dropped: i64, now: Timestamp) -> Result<Signal> {
+        let mut tx = self.begin().await?;
+        let row = fetch!(
+            tx,
+            "leave events out",
+            fetch_optional => (i64,),
+            "update job set last_event_seq = last_event_seq + $3 + 1, version = version + 1
+             where job_id = $1 and attempt = $2 and status = 'running' returning last_event_seq",
+            lease.job.job_id,
+            lease.job.attempt,
+            dropped
+        )?;
+        let Some((seq,)) = row else {
+            return Ok(Signal::Lost);
+        };
+        let gap = NewEvent::new(EventType::Gap, json!({ "from": seq - dropped, "to": seq - 1 }));
+        tx.append_events(lease.job.job_id, seq - 1, &[gap], now).await?;
+        tx.commit().await?;
+        Ok(Signal::Continue)
+    }
+
     /// Whether a run should go on, without writing anything.
     pub async fn signal(&self, lease: &Lease) -> Result<Signal> {
         let row = read!(
@@ -67,6 +89,7 @@ impl Store {
     pub async fn finish(&self, lease: &Lease, report: &Report, now: Timestamp) -> Result<Finish> {
         let mut tx = self.begin().await?;
         let job = &lease.job;
+        tx.lock_session(job.session_id).await?;
         tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
         let Some(job) = tx.lock_running(job.job_id, job.attempt).await? else {
             tx.rollback().await?;
@@ -81,6 +104,7 @@ impl Store {
     /// job. `false` when it was renewed or ended meanwhile.
     pub async fn take_lost(&self, job: &Job, attempt: i64, renewals: i64, now: Timestamp) -> Result<bool> {
         let mut tx = self.begin().await?;
+        tx.lock_session(job.session_id).await?;
         tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
         let current = tx.lock_running(job.job_id, attempt).await?;
         let same = match &current {
@@ -115,15 +139,15 @@ impl Tx {
             "renew a lease",
             fetch_optional => (i64, Option<CancelReason>),
             "update job set renewals = renewals + 1, last_event_seq = last_event_seq + $3,
-               version = version + case when $3 > 0 then 1 else 0 end,
-               cost = coalesce($4, cost), usage = coalesce($5, usage)
+               version = version + $6, cost = coalesce($4, cost), usage = coalesce($5, usage)
              where job_id = $1 and attempt = $2 and status = 'running'
              returning last_event_seq, case when cancel_requested_at is null then null else cancel_reason end",
             job.job_id,
             job.attempt,
             count,
             cost,
-            usage
+            usage,
+            i64::from(count > 0 || spend.is_some())
         )?;
         let Some((seq, cancel)) = row else {
             return Ok(Signal::Lost);
@@ -142,6 +166,21 @@ impl Tx {
             )?;
         }
         Ok(cancel.map_or(Signal::Continue, Signal::Cancel))
+    }
+
+    /// The session's row is written at the end of a run, but locked before the group: whoever makes a session and
+    /// a job in it in one transaction takes them in this order.
+    async fn lock_session(&mut self, session_id: Option<SessionId>) -> Result<()> {
+        if let (Some(session_id), TxDb::Postgres(_)) = (session_id, &self.db) {
+            fetch_locked!(
+                self,
+                "lock a session",
+                fetch_optional => (i64,),
+                "select session_number from session where session_id = $1",
+                session_id
+            )?;
+        }
+        Ok(())
     }
 
     async fn lock_running(&mut self, job_id: JobId, attempt: i64) -> Result<Option<Job>> {
@@ -179,6 +218,7 @@ impl Tx {
         let spend: Option<Spend> = spend.and_then(|text| serde_json::from_str(&text).ok());
         let (code, message) = ("worker_lost".to_owned(), lost_message(job));
         let ending = match job.on_worker_lost {
+            _ if job.cancel_requested_at.is_some() => Ending::Cancelled,
             OnWorkerLost::Resume => Ending::Again {
                 code,
                 message,

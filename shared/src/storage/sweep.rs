@@ -1,13 +1,15 @@
 //! What the sweeper does in the database: the same work every time, safe in every worker at once.
 
-use super::{Error, QUEUE, Result, Store, Tx, TxDb, execute, fetch, read};
+use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, execute, read};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use crate::job::Job;
+use sqlx::{Postgres, QueryBuilder, Sqlite};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// The lease of a running job, as a sweeper watches it.
-#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, sqlx::FromRow)]
 pub struct RunningLease {
     /// The job.
     pub job_id: JobId,
@@ -50,15 +52,14 @@ impl Store {
     /// One sweep: jobs whose time has come, lanes that may have money again, hints that are too low, tickets that
     /// are missing, leftovers of the queue library.
     pub async fn sweep(&self, now: Timestamp) -> Result<Swept> {
-        let mut swept = Swept::default();
-        let mut tx = self.begin().await?;
-        tx.lock_claims().await?;
-        swept.due = tx.release_due(now).await?;
-        tx.commit().await?;
+        let mut swept = Swept {
+            due: self.release_due(now).await?,
+            ..Swept::default()
+        };
         self.release_budget_holds(now).await?;
+        self.repair_hints().await?;
 
         let mut tx = self.begin().await?;
-        tx.repair_hints().await?;
         let wanted = tx.runnable().await?.min(TOP_UP);
         if wanted > 0 {
             let missing = wanted - tx.waiting_tickets(TOP_UP).await?;
@@ -149,6 +150,57 @@ impl Store {
         Ok(rows)
     }
 
+    /// Makes jobs ready whose time has come, up to a thousand. A transaction for each lane, because one that locked
+    /// several could wait in a circle.
+    async fn release_due(&self, now: Timestamp) -> Result<u64> {
+        let mut count = 0;
+        for _ in 0..10 {
+            let due = read!(
+                self,
+                "look for due jobs",
+                fetch_all => (KeyId, JobId),
+                "select key_id, job_id from job
+                 where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= $1
+                 order by run_after limit 100",
+                now
+            )?;
+            let full = due.len() == 100;
+            let mut lanes: BTreeMap<KeyId, Vec<JobId>> = BTreeMap::new();
+            for (key_id, job_id) in due {
+                lanes.entry(key_id).or_default().push(job_id);
+            }
+            for (key_id, job_ids) in lanes {
+                let mut tx = self.begin().await?;
+                tx.lock_lane(&key_id).await?;
+                count += tx.release(&key_id, &job_ids, now).await?;
+                tx.commit().await?;
+            }
+            if !full {
+                break;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Corrects hints that are too low because a process died between its commit and its correction. On SQLite,
+    /// where nobody writes at the same time, none can be.
+    async fn repair_hints(&self) -> Result<()> {
+        if matches!(&*self.db, Db::Sqlite { .. }) {
+            return Ok(());
+        }
+        let low = read!(
+            self,
+            "look for hints that are too low",
+            fetch_all => (KeyId,),
+            "select key_id from lane
+             where coalesce((
+               select max(priority) from job where key_id = lane.key_id and status = 'queued' and hold = ''), -99)
+               > coalesce(top, -99)"
+        )?;
+        let low: Vec<KeyId> = low.into_iter().map(|row| row.0).collect();
+        self.raise_again(&[], &low).await
+    }
+
     /// Lanes, and the queue, that wait for money look again when there is some: a period may have turned. A
     /// transaction for each, because one that held several lanes and budgets could wait in a circle.
     async fn release_budget_holds(&self, now: Timestamp) -> Result<()> {
@@ -174,7 +226,7 @@ impl Store {
     async fn clean_queue(&self, now: Timestamp) -> Result<(u64, u64)> {
         let before = now.unix_seconds() - i64::try_from(ABANDONED.as_secs()).unwrap_or(0);
         let cleaned = match &*self.db {
-            super::Db::Sqlite { writer, .. } => {
+            Db::Sqlite { writer, .. } => {
                 let used = sqlx::query(
                     "delete from Jobs where rowid in (
                        select rowid from Jobs
@@ -199,7 +251,7 @@ impl Store {
                     )
                 })
             }
-            super::Db::Postgres(pool) => {
+            Db::Postgres(pool) => {
                 let used = sqlx::query(
                     "delete from apalis.jobs where id = any(array(
                        select id from apalis.jobs
@@ -253,52 +305,37 @@ impl Tx {
         Ok(())
     }
 
-    /// Makes jobs ready whose time has come, 100 at most. Under the claim lock, since it locks several lanes.
-    async fn release_due(&mut self, now: Timestamp) -> Result<u64> {
-        let lanes = execute!(
-            self,
-            "lock the lanes of due jobs",
-            "update lane set running = running where key_id in (
-               select key_id from job
-               where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= $1
-               order by run_after limit 100)",
-            now
-        )?;
-        if lanes == 0 {
-            return Ok(0);
+    /// Makes these jobs of one lane, which is locked, ready: those of them that still are due.
+    async fn release(&mut self, key_id: &KeyId, job_ids: &[JobId], now: Timestamp) -> Result<u64> {
+        // Two builders, because a builder is of one database.
+        macro_rules! update {
+            ($db:ty, $tx:expr) => {{
+                let mut query = QueryBuilder::<$db>::new(
+                    "update job set hold = '', run_after = null, version = version + 1
+                     where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= ",
+                );
+                query.push_bind(now).push(" and job_id in (");
+                let mut list = query.separated(", ");
+                for job_id in job_ids {
+                    list.push_bind(*job_id);
+                }
+                query.push(") returning job_id, priority");
+                query
+                    .build_query_as::<(JobId, i64)>()
+                    .fetch_all(&mut **$tx)
+                    .await
+            }};
         }
-        let due = fetch!(
-            self,
-            "make due jobs ready",
-            fetch_all => (JobId, KeyId, i64),
-            "update job set hold = '', run_after = null, version = version + 1 where job_id in (
-               select job_id from job
-               where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= $1
-               order by run_after limit 100)
-             returning job_id, key_id, priority",
-            now
-        )?;
-        let count = u64::try_from(due.len()).unwrap_or(0);
-        for (job_id, key_id, priority) in due {
+        let released = match &mut self.db {
+            TxDb::Sqlite(tx) => update!(Sqlite, tx),
+            TxDb::Postgres(tx) => update!(Postgres, tx),
+        }
+        .map_err(Error::during("make due jobs ready"))?;
+        let count = u64::try_from(released.len()).unwrap_or(0);
+        for (job_id, priority) in released {
             self.touch(job_id);
-            self.became_ready(&key_id, priority);
+            self.became_ready(key_id, priority);
         }
         Ok(count)
-    }
-
-    /// Corrects hints that are too low because a process died between its commit and its correction.
-    async fn repair_hints(&mut self) -> Result<()> {
-        if matches!(self.db, TxDb::Postgres(_)) {
-            execute!(
-                self,
-                "repair the lanes' hints",
-                "update lane set top = (
-                   select max(priority) from job where key_id = lane.key_id and status = 'queued' and hold = '')
-                 where coalesce((
-                   select max(priority) from job where key_id = lane.key_id and status = 'queued' and hold = ''), -99)
-                   > coalesce(top, -99)"
-            )?;
-        }
-        Ok(())
     }
 }
