@@ -34,8 +34,46 @@ impl Database {
     /// the migrated template.
     pub async fn fresh(db: Db, folder: &Path) -> Self {
         let url = match db {
-            Db::Sqlite => format!("sqlite://{}", folder.join("claude-queue.db").display()),
+            Db::Sqlite => file_url(folder),
             Db::Postgres => cluster().await.fresh().await,
+        };
+        Self { db, url }
+    }
+
+    /// A database without a table: for what makes them.
+    pub async fn empty(db: Db, folder: &Path) -> Self {
+        let url = match db {
+            Db::Sqlite => file_url(folder),
+            Db::Postgres => cluster().await.create("").await,
+        };
+        Self { db, url }
+    }
+
+    /// A copy of the database that `migrate` made of an empty one, whose URL it gets: it is called once for each kind
+    /// of database, and closes all its connections. For tests that don't start the binaries.
+    pub async fn copy(db: Db, folder: &Path, migrate: impl AsyncFnOnce(&str)) -> Self {
+        static FILE: OnceCell<PathBuf> = OnceCell::const_new();
+        static NAME: OnceCell<String> = OnceCell::const_new();
+        let url = match db {
+            Db::Sqlite => {
+                let template = FILE.get_or_init(async || {
+                    let folder = place::folder('t');
+                    migrate(&file_url(&folder)).await;
+                    folder.join(FILE_NAME)
+                });
+                fs::copy(template.await, folder.join(FILE_NAME)).expect("the template is copied");
+                file_url(folder)
+            }
+            Db::Postgres => {
+                let cluster = cluster().await;
+                let template = NAME.get_or_init(async || {
+                    let url = cluster.create("").await;
+                    migrate(&url).await;
+                    let (_, name) = url.rsplit_once('/').expect("a URL has a path");
+                    name.split('?').next().unwrap_or(name).to_owned()
+                });
+                cluster.create(template.await).await
+            }
         };
         Self { db, url }
     }
@@ -137,6 +175,7 @@ pub struct Cluster {
     account: Option<Account>,
     server: Mutex<Option<Child>>,
     count: Mutex<u32>,
+    template: OnceCell<()>,
 }
 
 /// The user that PostgreSQL runs as when the tests run as root.
@@ -148,8 +187,14 @@ struct Account {
 
 const TEMPLATE: &str = "migrated";
 
+const FILE_NAME: &str = "claude-queue.db";
+
+fn file_url(folder: &Path) -> String {
+    format!("sqlite://{}", folder.join(FILE_NAME).display())
+}
+
 impl Cluster {
-    /// Makes and starts a cluster with a migrated template database.
+    /// Makes and starts a cluster.
     ///
     /// # Errors
     /// A sentence that says what is missing or what didn't work.
@@ -168,6 +213,7 @@ impl Cluster {
             account,
             server: Mutex::new(None),
             count: Mutex::new(0),
+            template: OnceCell::const_new(),
         };
         let init = cluster
             .command("initdb")
@@ -189,7 +235,6 @@ impl Cluster {
             ));
         }
         cluster.run().await?;
-        cluster.make_template().await?;
         Ok(cluster)
     }
 
@@ -258,13 +303,26 @@ impl Cluster {
     }
 
     async fn fresh(&self) -> String {
+        if let Err(error) = self.template.get_or_try_init(|| self.make_template()).await {
+            panic!("{error}");
+        }
+        self.create(TEMPLATE).await
+    }
+
+    /// A new database, empty or from a template; gives its URL.
+    async fn create(&self, template: &str) -> String {
         // One at a time: PostgreSQL refuses to copy a template while anyone is connected to it.
         let mut count = self.count.lock().await;
         *count += 1;
         let name = format!("test_{count}");
-        self.administer(&format!("create database {name} template {TEMPLATE}"))
+        let template = if template.is_empty() {
+            "template1"
+        } else {
+            template
+        };
+        self.administer(&format!("create database {name} template {template}"))
             .await
-            .expect("a database is made from the template");
+            .expect("a database is made");
         self.url(&name)
     }
 
