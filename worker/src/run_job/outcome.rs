@@ -101,6 +101,8 @@ pub enum Stopped {
     Shutdown,
     /// Another worker may hold the job by now.
     LeaseLost,
+    /// The CLI didn't start as its arguments say (`command::surprise`).
+    NotAsTold,
     /// The run's processes took more memory than they may.
     OutOfMemory,
     /// The guard around the run died, and the run with it.
@@ -224,6 +226,14 @@ pub fn judge(ended: &Ended) -> Verdict {
         .is_some_and(|result| is_complete(result, ended.schema_wanted));
     match ended.stopped {
         Some(Stopped::LeaseLost) => Verdict::Lost,
+        Some(Stopped::NotAsTold) => Verdict::failed(
+            ErrorCode::ClaudeError,
+            sentence(
+                "The Claude CLI didn't start with the settings that it was given",
+                "",
+                "See the worker's log; `doctor` checks the CLI.",
+            ),
+        ),
         _ if complete => Verdict::Done,
         Some(Stopped::Cancelled) => Verdict::Cancelled,
         Some(Stopped::Shutdown) => Verdict::HandedBack,

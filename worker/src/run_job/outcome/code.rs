@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// How a run failed, as clients see it in `error_code`. An open set: later releases may add words, none changes its
-/// meaning. Other parts of the service add `worker_lost`, `expired`, `budget_exceeded` and `internal`.
+/// meaning. Other parts of the service add `worker_lost`, `expired` and `budget_exceeded`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
     /// The API failed or couldn't be reached.
@@ -16,6 +16,8 @@ pub enum ErrorCode {
     ClaudeError,
     /// The CLI was killed from outside, or its guard was.
     ClaudeKilled,
+    /// The worker itself failed.
+    Internal,
     /// The API calls the request invalid.
     InvalidRequest,
     /// The run reached its cap on cost.
@@ -50,12 +52,13 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::ApiUnavailable,
         Self::AuthError,
         Self::BillingError,
         Self::ClaudeError,
         Self::ClaudeKilled,
+        Self::Internal,
         Self::InvalidRequest,
         Self::MaxCost,
         Self::MaxOutputTokens,
@@ -81,6 +84,7 @@ impl ErrorCode {
             Self::BillingError => "billing_error",
             Self::ClaudeError => "claude_error",
             Self::ClaudeKilled => "claude_killed",
+            Self::Internal => "internal",
             Self::InvalidRequest => "invalid_request",
             Self::MaxCost => "max_cost",
             Self::MaxOutputTokens => "max_output_tokens",

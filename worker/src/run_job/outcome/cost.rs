@@ -105,7 +105,7 @@ impl Meter {
                 })
                 .collect(),
             estimated,
-            price_version: estimated.then_some(price::VERSION),
+            price_version: estimated.then(|| price::VERSION.to_owned()),
         }
     }
 

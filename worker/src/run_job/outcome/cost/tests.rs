@@ -57,7 +57,11 @@ fn a_run_costs_what_its_result_says() {
         if !fixture.resumes {
             assert_eq!(spend.total(), result.total_cost.unwrap(), "{name}");
         }
-        assert_eq!((spend.estimated, spend.price_version), (false, None), "{name}");
+        assert_eq!(
+            (spend.estimated, spend.price_version.as_deref()),
+            (false, None),
+            "{name}"
+        );
         paid += i32::from(spend.total() > MicroUsd::ZERO);
     }
     assert!(paid > 20, "{paid} runs cost something");
