@@ -74,7 +74,7 @@ impl Ended {
                 self.result = Some(result.clone());
             }
             Message::Assistant(answer) if answer.error.is_some() => {
-                self.last_assistant_error.clone_from(&answer.error)
+                self.last_assistant_error.clone_from(&answer.error);
             }
             Message::ApiRetry(retry) => self.last_api_retry = Some(retry.clone()),
             // An answer begins.
