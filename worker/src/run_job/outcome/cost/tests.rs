@@ -94,7 +94,7 @@ fn a_killed_run_is_rebuilt_from_its_stream() {
             "{name}: {reason}"
         );
         assert_eq!(
-            (spend.estimated, spend.price_version),
+            (spend.estimated, spend.price_version.as_deref()),
             (true, Some(price::VERSION)),
             "{name}: {reason}"
         );
