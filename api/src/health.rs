@@ -1,7 +1,9 @@
 //! Whether the process lives, whether it can do its work, and how the service as a whole is.
 
 use http::{Method, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
+use shared::clock::{self, Timestamp};
+use shared::storage::WorkerRow;
 use std::time::Duration;
 use tokio::time::timeout;
 use warp::reply::Response;
@@ -12,6 +14,9 @@ use crate::request::Request;
 
 /// A database that hasn't answered by then can't be used.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// A worker that hasn't said how it is for so many microseconds isn't counted.
+const SEEN_WITHIN: i64 = 30_000_000;
 
 /// `GET /livez`: the process lives. Touches nothing else.
 pub async fn livez(request: &Request) -> Result<Response, Problem> {
@@ -35,16 +40,53 @@ pub async fn readyz(request: &Request) -> Result<Response, Problem> {
     )
 }
 
-/// `GET /api/v1/health`: always 200; the body says how things are.
+/// `GET /api/v1/health`: always 200; the body says how things are, for the service as a whole.
 pub async fn health(request: &Request) -> Result<Response, Problem> {
     only_get(request)?;
-    let (status, database) = if database_answers(request).await {
-        ("ok", "ok")
-    } else {
-        ("degraded", "error")
+    let since = Timestamp(clock::now().0 - SEEN_WITHIN);
+    let workers = match timeout(ANSWER_WITHIN, request.context.store.workers(since)).await {
+        Ok(Ok(workers)) => Some(workers),
+        Ok(Err(_)) | Err(_) => None,
     };
-    let body = json!({"status": status, "checks": {"database": database}, "meta": Meta::of(request)});
+    let mut body = describe(workers.as_deref(), clock::now());
+    body["meta"] = json!(Meta::of(request));
     reply::json(StatusCode::OK, &body)
+}
+
+/// How the service is, by its workers; `None` when the database couldn't be asked.
+fn describe(workers: Option<&[WorkerRow]>, now: Timestamp) -> Value {
+    let Some(workers) = workers else {
+        return json!({"status": "degraded", "checks": {"database": "error"}});
+    };
+    let paused: Vec<_> = workers
+        .iter()
+        .filter(|worker| worker.paused_until.is_some_and(|until| until > now))
+        .collect();
+    let (claude_cli, state) = match (workers.len(), paused.len()) {
+        (0, _) => ("not_found", "none"),
+        (all, some) if all == some => ("ok", "paused"),
+        _ => ("ok", "ok"),
+    };
+    let shown: Vec<_> = workers.iter().map(|worker| show(worker, now)).collect();
+    json!({
+        "status": if state == "ok" { "ok" } else { "degraded" },
+        "checks": {"database": "ok", "claude_cli": claude_cli, "workers": state},
+        "workers": shown,
+    })
+}
+
+fn show(worker: &WorkerRow, now: Timestamp) -> Value {
+    let paused_until = worker.paused_until.filter(|until| *until > now);
+    json!({
+        "id": worker.worker_id,
+        "slots": worker.slots,
+        "busy": worker.busy,
+        "cli_version": worker.cli_version,
+        "started_at": worker.started_at,
+        "last_seen_at": worker.last_seen_at,
+        "paused_until": paused_until,
+        "pause_reason": worker.pause_reason.as_ref().filter(|_| paused_until.is_some()),
+    })
 }
 
 async fn database_answers(request: &Request) -> bool {
@@ -59,5 +101,48 @@ fn only_get(request: &Request) -> Result<(), Problem> {
         Ok(())
     } else {
         Err(Problem::MethodNotAllowed(&[Method::GET]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::id::WorkerId;
+
+    const NOW: Timestamp = Timestamp(1_000_000_000);
+
+    fn worker(paused_until: Option<i64>) -> WorkerRow {
+        WorkerRow {
+            worker_id: WorkerId::new(),
+            host: "host".to_owned(),
+            slots: 2,
+            busy: 1,
+            cli_version: "2.1.331".to_owned(),
+            started_at: Timestamp(0),
+            last_seen_at: NOW,
+            paused_until: paused_until.map(Timestamp),
+            pause_reason: paused_until.map(|_| "three logins in a row were refused".to_owned()),
+        }
+    }
+
+    #[test]
+    fn the_service_is_well_while_one_worker_claims() {
+        let status = |workers: &[WorkerRow]| describe(Some(workers), NOW)["status"].clone();
+        assert_eq!(status(&[worker(None), worker(Some(NOW.0 + 1))]), "ok");
+        assert_eq!(status(&[worker(Some(NOW.0))]), "ok", "the pause is over");
+        assert_eq!(status(&[worker(Some(NOW.0 + 1))]), "degraded");
+        assert_eq!(status(&[]), "degraded");
+        assert_eq!(describe(None, NOW)["checks"]["database"], "error");
+    }
+
+    #[test]
+    fn a_pause_says_why_and_the_machine_is_not_named() {
+        let shown = describe(Some(&[worker(Some(NOW.0 + 1))]), NOW);
+        assert_eq!(shown["checks"]["workers"], "paused");
+        assert_eq!(
+            shown["workers"][0]["pause_reason"],
+            "three logins in a row were refused"
+        );
+        assert!(!shown.to_string().contains("\"host\""));
     }
 }

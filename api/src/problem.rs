@@ -307,7 +307,7 @@ impl Problem {
 impl From<storage::Error> for Problem {
     fn from(error: storage::Error) -> Self {
         if error.is_unavailable() {
-            let detail = "The database can't be used at the moment; nothing was stored";
+            let detail = "The database is not available at the moment";
             Self::Unavailable {
                 detail,
                 source: Some(Box::new(error)),
