@@ -115,6 +115,7 @@ impl Process {
     }
 
     /// Starts the run with another program as its guard: one that calls [`crate::guard::main`].
+    #[expect(clippy::disallowed_methods, reason = "this file starts programs")]
     pub async fn start_under(guard: &Path, launch: Launch) -> io::Result<Self> {
         let path = launch.runtime_dir.join("guard.sock");
         let listener = bind(&path)?;
@@ -529,6 +530,7 @@ async fn read_tail(mut stderr: impl AsyncRead + Unpin) -> String {
 
 /// Runs a program to its end outside any guard, with this environment and no input; for short questions to programs
 /// that are trusted. Ends it after `within`, which is then an error.
+#[expect(clippy::disallowed_methods, reason = "this file starts programs")]
 pub(crate) async fn output(
     program: &Path,
     args: &[&str],
