@@ -100,20 +100,35 @@ pub struct Anthropic {
 
 impl std::fmt::Debug for Anthropic {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Anthropic").field("base_url", &self.base_url).finish_non_exhaustive()
+        f.debug_struct("Anthropic")
+            .field("base_url", &self.base_url)
+            .finish_non_exhaustive()
     }
 }
 
 /// The permission modes of the CLI.
-pub const PERMISSION_MODES: [&str; 6] = ["default", "plan", "acceptEdits", "auto", "dontAsk", "bypassPermissions"];
+pub const PERMISSION_MODES: [&str; 6] = [
+    "default",
+    "plan",
+    "acceptEdits",
+    "auto",
+    "dontAsk",
+    "bypassPermissions",
+];
 
 /// The efforts of the CLI.
 pub const EFFORTS: [&str; 5] = ["low", "medium", "high", "xhigh", "max"];
 
 /// Variables of the Python service that have no effect here, and what to do instead.
 const WITHOUT_EFFECT: [(&str, &str); 3] = [
-    ("SANDBOX_EXCLUDED_COMMANDS", "every command runs inside the sandbox"),
-    ("CLAUDE_RETRY_MAX_ATTEMPTS", "JOB_MAX_ATTEMPTS says how often a job is tried"),
+    (
+        "SANDBOX_EXCLUDED_COMMANDS",
+        "every command runs inside the sandbox",
+    ),
+    (
+        "CLAUDE_RETRY_MAX_ATTEMPTS",
+        "JOB_MAX_ATTEMPTS says how often a job is tried",
+    ),
     ("MODERATION", "prompts aren't searched for phrases"),
 ];
 
@@ -129,18 +144,30 @@ impl Config {
         let sandbox = vars.flag("SANDBOX_ENABLED", true)?;
         if vars.or("SANDBOX_NETWORK", "none")? != "none" {
             let accepted = "none; to give runs a network, set SANDBOX_ENABLED=false on a machine that is a sandbox itself";
-            return Err(Error::new("SANDBOX_NETWORK", "has a value that this release doesn't know", accepted));
+            return Err(Error::new(
+                "SANDBOX_NETWORK",
+                "has a value that this release doesn't know",
+                accepted,
+            ));
         }
         Ok(Self {
             data_dir: PathBuf::from(vars.or("DATA_DIR", "./data")?),
-            concurrency: number(vars, "WORKER_CONCURRENCY", u32::try_from(cores).unwrap_or(2), 1, 1000)?,
+            concurrency: number(
+                vars,
+                "WORKER_CONCURRENCY",
+                u32::try_from(cores).unwrap_or(2),
+                1,
+                1000,
+            )?,
             lease: seconds(vars, "LEASE_SECONDS", 30, 2, 3600)?,
             drain: seconds(vars, "DRAIN_SECONDS", 30, 0, 86_400)?,
             first_output: seconds(vars, "JOB_FIRST_OUTPUT_SECONDS", 120, 1, 86_400)?,
             idle: seconds(vars, "JOB_IDLE_SECONDS", 600, 1, 86_400)?,
             timeout: seconds(vars, "CLAUDE_TIMEOUT_SECONDS", 300, 1, 86_400)?,
             retention: Duration::from_secs(86_400 * vars.number("JOB_RETENTION_DAYS", 30_u64, 1, 36_500)?),
-            idempotency_ttl: Duration::from_secs(3600 * vars.number("IDEMPOTENCY_TTL_HOURS", 24_u64, 1, 8760)?),
+            idempotency_ttl: Duration::from_secs(
+                3600 * vars.number("IDEMPOTENCY_TTL_HOURS", 24_u64, 1, 8760)?,
+            ),
             least_reserve: money(vars, "BUDGET_MIN_RESERVE", 0.05, 0.0, 1_000.0)?,
             backoff: Backoff {
                 base: vars.number("CLAUDE_RETRY_BASE_DELAY", 5.0, 0.01, 3600.0)?,
@@ -166,7 +193,11 @@ impl Claude {
         }
         let effort = vars.text("CLAUDE_EFFORT");
         if effort.as_deref().is_some_and(|effort| !EFFORTS.contains(&effort)) {
-            return Err(Error::new("CLAUDE_EFFORT", "has an unknown value", EFFORTS.join(" | ")));
+            return Err(Error::new(
+                "CLAUDE_EFFORT",
+                "has an unknown value",
+                EFFORTS.join(" | "),
+            ));
         }
         let mut disallowed_tools = vars.list("CLAUDE_DISALLOWED_TOOLS", "")?;
         if sandbox {
@@ -193,9 +224,15 @@ impl Anthropic {
     fn from_vars(vars: &Vars) -> Result<Self, Error> {
         let base_url = vars.or("ANTHROPIC_BASE_URL", "https://api.anthropic.com")?;
         if !base_url.starts_with("https://") && !base_url.starts_with("http://") {
-            return Err(Error::new("ANTHROPIC_BASE_URL", "isn't a URL", "https://HOST[:PORT][/PATH], or http:// on loopback"));
+            return Err(Error::new(
+                "ANTHROPIC_BASE_URL",
+                "isn't a URL",
+                "https://HOST[:PORT][/PATH], or http:// on loopback",
+            ));
         }
-        let home = vars.unlisted("HOME").map(|home| PathBuf::from(home).join(".claude"));
+        let home = vars
+            .unlisted("HOME")
+            .map(|home| PathBuf::from(home).join(".claude"));
         Ok(Self {
             api_key: vars.text("ANTHROPIC_API_KEY"),
             oauth_token: vars.text("CLAUDE_CODE_OAUTH_TOKEN"),
@@ -208,7 +245,8 @@ impl Anthropic {
 
 fn number(vars: &Vars, name: &'static str, default: u32, low: u32, high: u32) -> Result<u32, Error> {
     // The default is this machine's; the example file leaves it empty.
-    vars.text(name).map_or(Ok(default), |_| vars.number(name, default, low, high))
+    vars.text(name)
+        .map_or(Ok(default), |_| vars.number(name, default, low, high))
 }
 
 fn seconds(vars: &Vars, name: &'static str, default: u64, low: u64, high: u64) -> Result<Duration, Error> {
@@ -226,7 +264,11 @@ mod tests {
 
     #[test]
     fn pauses_grow_and_stay_within_their_bounds() {
-        let backoff = Backoff { base: 5.0, factor: 2.0, most: 300.0 };
+        let backoff = Backoff {
+            base: 5.0,
+            factor: 2.0,
+            most: 300.0,
+        };
         assert_eq!(backoff.pause(1, 0.5), Duration::from_secs(5));
         assert_eq!(backoff.pause(3, 0.5), Duration::from_secs(20));
         assert_eq!(backoff.pause(60, 1.0), Duration::from_secs(360));
@@ -239,7 +281,13 @@ mod tests {
         assert!(open.claude.allowed_tools.is_empty());
         let closed = Config::from_vars(&Vars::of([])).unwrap();
         assert_eq!(closed.claude.allowed_tools, ["Bash", "WebSearch"]);
-        let bypass = Vars::of([("SANDBOX_ENABLED", "false"), ("CLAUDE_PERMISSION_MODE", "bypassPermissions")]);
-        assert_eq!(Config::from_vars(&bypass).unwrap_err().variable, "CLAUDE_PERMISSION_MODE");
+        let bypass = Vars::of([
+            ("SANDBOX_ENABLED", "false"),
+            ("CLAUDE_PERMISSION_MODE", "bypassPermissions"),
+        ]);
+        assert_eq!(
+            Config::from_vars(&bypass).unwrap_err().variable,
+            "CLAUDE_PERMISSION_MODE"
+        );
     }
 }

@@ -3,7 +3,123 @@
 //! Start reading at [`queues`] (what wakes a slot), then [`run_job`] (the life of one run, top to bottom).
 
 pub mod claude;
+pub mod config;
+pub mod context;
 pub mod gateway;
 pub mod guard;
+mod queues;
 pub mod run_job;
+mod sweep;
 pub mod workspace;
+
+use claude::process;
+use claude::sandbox::{self, Isolation};
+pub use config::Config;
+use context::{Context, Pause};
+use gateway::Upstream;
+use gateway::credentials::Credentials;
+use shared::clock;
+use shared::env;
+use shared::id::WorkerId;
+use shared::shutdown::Shutdown;
+use shared::storage::{self, Claimant, Store, Wakeups};
+use std::sync::Arc;
+use tracing::{info, warn};
+
+/// The release of the Claude Code CLI that this worker is tested with.
+pub const TESTED_CLI: &str = "2.1.331";
+
+/// Why a worker can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A variable has a value that can't be used, or is missing.
+    #[error(transparent)]
+    Configuration(#[from] env::Error),
+    /// The database.
+    #[error("the database can't be used")]
+    Storage(#[from] storage::Error),
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
+    /// The runtime folder.
+    #[error("could not make the folder for sockets")]
+    Runtime(#[source] std::io::Error),
+}
+
+/// Runs a worker until `shutdown` asks it to stop and its runs have ended or were handed back. `ready` is called
+/// when it takes jobs.
+pub async fn run(
+    config: Config,
+    store: Store,
+    wakeups: Wakeups,
+    shutdown: Shutdown,
+    ready: impl FnOnce(WorkerId) + Send,
+) -> Result<(), Error> {
+    shared::data_dir::bind(&config.data_dir, &store.instance_id().await?)?;
+    // What a worker that was killed left behind on this machine writes into workspaces that others will get.
+    let ended = tokio::task::spawn_blocking(guard::end_former_runs)
+        .await
+        .unwrap_or(0);
+    if ended > 0 {
+        warn!(processes = ended, "ended what a former worker's runs had left");
+    }
+    let path = config.path.as_deref().map(std::ffi::OsStr::new);
+    let (cli, cli_version) = find_cli(&config).await?;
+    if cli_version != TESTED_CLI {
+        warn!("the Claude CLI is {cli_version}; this release is tested with {TESTED_CLI}");
+    }
+    let credentials = Credentials::find(&config.anthropic, &cli)?;
+    let upstream = Upstream::new(&config.anthropic.base_url)?;
+    let runtime = workspace::Runtime::create(config.runtime_dir.as_deref()).map_err(Error::Runtime)?;
+    let isolation = if config.sandbox {
+        Isolation::Sandbox(sandbox::check(&runtime, path).await?)
+    } else {
+        Isolation::Off
+    };
+
+    let worker_id = WorkerId::new();
+    let claimant = Claimant {
+        worker_id,
+        cli_version,
+        least_reserve: config.least_reserve,
+    };
+    let ctx = Arc::new(Context {
+        store,
+        wakeups,
+        claimant,
+        cli,
+        isolation,
+        runtime,
+        credentials: Arc::new(credentials),
+        upstream,
+        claiming: tokio::sync::Mutex::default(),
+        busy: tokio_util::task::TaskTracker::new(),
+        pause: Pause::default(),
+        draining: shutdown.drain,
+        handing_back: shutdown.at_once,
+        config,
+    });
+    let concurrency = ctx.config.concurrency;
+    info!(worker.id = %worker_id, slots = concurrency, sandbox = ctx.config.sandbox, "worker {worker_id} takes jobs");
+    ready(worker_id);
+    tokio::select! {
+        () = queues::serve(&ctx) => {}
+        () = sweep::sweep(&ctx, clock::now()) => {}
+    }
+    // Best effort: a row that stays is forgotten in an hour.
+    let _ = ctx.store.remove_worker(worker_id).await;
+    info!("the worker has stopped");
+    Ok(())
+}
+
+/// The CLI's own file and its version.
+async fn find_cli(config: &Config) -> Result<(std::path::PathBuf, String), env::Error> {
+    let accepted = "the path of the Claude Code CLI, or a `claude` on the PATH (npm install -g @anthropic-ai/claude-code)";
+    let unusable = |error: std::io::Error| {
+        env::Error::new("CLAUDE_CLI_PATH", format!("leads to no CLI: {error}"), accepted)
+    };
+    let path = config.path.as_deref().map(std::ffi::OsStr::new);
+    let cli = process::find_cli(config.claude.cli.as_deref(), path).map_err(unusable)?;
+    let version = process::cli_version(&cli).await.map_err(unusable)?;
+    Ok((cli, version))
+}

@@ -1,1 +1,55 @@
-fn main() {}
+//! `claude-queue-worker`: takes jobs and runs them. With the argument `guard` it is the guard of one run.
+
+use shared::env::Vars;
+use shared::shutdown::Shutdown;
+use shared::storage::{DatabaseUrl, Store, Wakeups};
+use shared::telemetry;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use worker::{Config, Error};
+
+fn main() -> ExitCode {
+    // First of all: a guard is single-threaded and small.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == worker::guard::ARGUMENT)
+    {
+        return worker::guard::main();
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let ended = match runtime {
+        Ok(runtime) => runtime.block_on(serve()),
+        Err(error) => Err(Error::Runtime(error)),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(
+                std::io::stderr(),
+                "claude-queue-worker: {}",
+                telemetry::chain(&error)
+            );
+            ExitCode::from(if matches!(error, Error::Storage(_)) { 1 } else { 2 })
+        }
+    }
+}
+
+async fn serve() -> Result<(), Error> {
+    let vars = Vars::from_process()?;
+    telemetry::start(&vars)?;
+    let config = Config::from_vars(&vars)?;
+    let url = DatabaseUrl::from_vars(&vars)?;
+    let shutdown = Shutdown::on_signals().map_err(Error::Runtime)?;
+    let store = Store::open(&url, config.concurrency).await?;
+    let listening = CancellationToken::new();
+    let wakeups = Wakeups::listen(&store, Duration::from_millis(10), listening.clone());
+    worker::run(config, store.clone(), wakeups, shutdown, |worker_id| {
+        let _ = writeln!(std::io::stdout(), "worker ready {worker_id}");
+    })
+    .await?;
+    listening.cancel();
+    store.close().await;
+    Ok(())
+}

@@ -1,3 +1,600 @@
 //! The life of one run, top to bottom: claim, prepare, run, finish.
 
 pub mod outcome;
+mod recorder;
+mod transcript;
+
+use crate::claude::command::{self, RunSpec};
+use crate::claude::message::{Block, Message, ResultLine};
+use crate::claude::process::{EndedBy, Exit, Launch, Process};
+use crate::claude::sandbox::Places;
+use crate::context::Context;
+use crate::gateway::Gateway;
+use crate::workspace::{Folders, RunDir};
+use outcome::{Deadline, Ended, ErrorCode, Meter, Stopped, Verdict};
+use recorder::Recorder;
+use serde_json::{Value, json};
+use shared::clock;
+use shared::event::{EventType, NewEvent};
+use shared::job::{Ending, Hold, Lease, Report, Spend};
+use shared::storage::{Claim, Finish, Signal};
+use shared::telemetry::chain;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, sleep_until};
+use tracing::{Instrument, error, info, info_span, warn};
+use transcript::Transcript;
+use uuid::Uuid;
+
+/// What the CLI gets for each rung of the stop ladder: to end its turn, to end itself.
+const INTERRUPT: Duration = Duration::from_secs(3);
+const CLOSE: Duration = Duration::from_secs(2);
+
+/// After its result the CLI ends by itself within a moment; longer than this and it is made to.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// How often the cost so far is told, and how often the CLI is asked for what the stream doesn't show.
+const TELL_COST: Duration = Duration::from_secs(2);
+const ASK_COST: Duration = Duration::from_secs(10);
+
+/// A tool may work longer in silence than the model.
+const TOOL_PATIENCE: u32 = 3;
+
+/// A tool's answer in an event holds no more bytes than this.
+const TOOL_RESULT: usize = 16 * 1024;
+
+/// Claims and runs until nothing is left, or until this worker may not.
+pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
+    while !ctx.draining.is_cancelled() && ctx.pause.current(clock::now()).is_none() {
+        let claimed_at = Instant::now();
+        let claim = {
+            let _one_at_a_time = ctx.claiming.lock().await;
+            ctx.store.claim(&ctx.claimant, clock::now()).await
+        };
+        match claim {
+            Ok(Claim::Run(lease)) => {
+                let span = info_span!("run", job.id = %lease.job.job_id, attempt = lease.job.attempt);
+                run(&ctx, Arc::new(*lease), claimed_at).instrument(span).await;
+            }
+            Ok(Claim::Again) => {}
+            Ok(Claim::Nothing) => return,
+            Err(error) => {
+                // The sweeper pushes another ticket when the database is back.
+                warn!(error = %chain(&error), "could not claim");
+                return;
+            }
+        }
+    }
+}
+
+async fn run(ctx: &Context, lease: Arc<Lease>, claimed_at: Instant) {
+    info!(key.id = %lease.job.key_id, "job {} begins, attempt {}", lease.job.job_id, lease.job.attempt);
+    let began = Instant::now();
+    let mut report = match Run::prepare(ctx, lease.clone()).await {
+        Ok(run) => run.follow(claimed_at).await,
+        Err(error) => {
+            error!(error = %error, "could not start the run");
+            Some(could_not_start(&error, ctx, &lease))
+        }
+    };
+    if let Some(report) = &mut report {
+        report.duration = began.elapsed();
+        finish(ctx, &lease, report).await;
+    }
+}
+
+/// Writes the end of the run, however long the database takes: the work was done and paid for.
+async fn finish(ctx: &Context, lease: &Lease, report: &Report) {
+    let duration_ms = report.duration.as_millis();
+    loop {
+        match ctx.store.finish(lease, report, clock::now()).await {
+            Ok(Finish::Became(status)) => {
+                let (job_id, status, cost) = (lease.job.job_id, status.as_str(), report.spend.total());
+                info!(
+                    job.status = status,
+                    duration_ms,
+                    cost_usd = cost.usd(),
+                    "job {job_id} is {status}, {cost}"
+                );
+                return;
+            }
+            Ok(Finish::Lost) => {
+                warn!("the lease was lost; what this run did is another attempt's to check");
+                return;
+            }
+            Err(error) => {
+                warn!(error = %chain(&error), "could not store the end of the run; trying again");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        }
+    }
+}
+
+fn could_not_start(error: &std::io::Error, ctx: &Context, lease: &Lease) -> Report {
+    let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
+    Report {
+        ending: Ending::Again {
+            code: "internal".to_owned(),
+            message: "The worker could not start the Claude CLI; its log says why.".to_owned(),
+            run_after: clock::now().plus(pause),
+            hold: Hold::Delay,
+            counts: true,
+        },
+        result: None,
+        spend: Spend::default(),
+        duration: Duration::ZERO,
+        turns: 0,
+        claude_session_id: None,
+        stderr_tail: error.to_string(),
+        exit: "not started".to_owned(),
+    }
+}
+
+/// A run under way.
+struct Run<'a> {
+    ctx: &'a Context,
+    lease: Arc<Lease>,
+    spec: RunSpec,
+    folders: Folders,
+    gateway: Gateway,
+    process: Process,
+    run_dir: RunDir,
+    total: Duration,
+    seen: Seen,
+}
+
+/// What the CLI has said so far.
+#[derive(Default)]
+struct Seen {
+    lines: u64,
+    result: Option<Box<ResultLine>>,
+    texts: Vec<String>,
+    tools: Vec<Value>,
+    open_tools: HashSet<String>,
+    assistant_error: Option<String>,
+    api_retry: Option<crate::claude::message::ApiRetry>,
+    rate_limit: Option<crate::claude::message::RateLimit>,
+}
+
+/// How far the stop ladder has been climbed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rung {
+    /// Nobody wants the run to end.
+    None,
+    /// The CLI was asked to end its turn.
+    Interrupted,
+    /// Its input is closed: it was told to end, or has given its result.
+    Closed,
+    /// Everything was killed.
+    Killed,
+}
+
+impl<'a> Run<'a> {
+    async fn prepare(ctx: &'a Context, lease: Arc<Lease>) -> std::io::Result<Self> {
+        let job = &lease.job;
+        let folders = match &job.session_id {
+            Some(session_id) => Folders::of_session(&ctx.config.data_dir, session_id),
+            None => Folders::of_job(&ctx.config.data_dir, &job.job_id),
+        };
+        folders.create()?;
+        let run_dir = ctx.runtime.run()?;
+        let resume = transcript::find(&folders, &lease).await?;
+        let spec = spec(ctx, &lease, resume.as_ref())?;
+
+        let mut places = Places {
+            cli: ctx.cli.clone(),
+            workspace: folders.workspace.clone(),
+            home: folders.home.clone(),
+            tmp: run_dir.tmp(),
+            gateway_socket: run_dir.gateway_socket(),
+            system_prompt: None,
+        };
+        if let Some(system) = lease
+            .options
+            .system
+            .as_ref()
+            .or(ctx.config.claude.system_prompt.as_ref())
+        {
+            let file = run_dir.path().join("system-prompt");
+            tokio::fs::write(&file, system).await?;
+            places.system_prompt = Some(file);
+        }
+        let spec = RunSpec {
+            system_prompt_file: ctx.isolation.system_prompt(&places),
+            ..spec
+        };
+        let (name, token) = ctx.credentials.dummy();
+        let gateway = Gateway::start(
+            &places.gateway_socket,
+            ctx.credentials.clone(),
+            &token,
+            &ctx.upstream,
+        )
+        .await?;
+
+        let marker = crate::guard::marker(&format!("{}.{}", job.job_id, job.attempt));
+        let total = job
+            .timeout_seconds
+            .and_then(|seconds| u64::try_from(seconds).ok())
+            .map_or(ctx.config.timeout, Duration::from_secs);
+        let command = ctx.isolation.command(&places, command::arguments(&spec));
+        let process = Process::start(Launch {
+            program: command.program,
+            args: command.args,
+            env: command::environment(&ctx.isolation.paths(&places), (name, &token), &marker),
+            cwd: command.cwd,
+            marker,
+            beat_within: ctx.config.lease,
+            // The worker's own deadline comes first; this one is for a worker that can't.
+            deadline: total + INTERRUPT + CLOSE + GOODBYE,
+            runtime_dir: run_dir.path().to_owned(),
+            memory_limit: None,
+            no_new_privileges: command.no_new_privileges,
+        })
+        .await?;
+        Ok(Self {
+            ctx,
+            lease,
+            spec,
+            folders,
+            gateway,
+            process,
+            run_dir,
+            total,
+            seen: Seen::default(),
+        })
+    }
+
+    /// Runs it to its end. `None` when another worker may hold the job by then, so that nothing may be written.
+    async fn follow(mut self, claimed_at: Instant) -> Option<Report> {
+        let mut meter = Meter::new(self.spec.resume.is_some());
+        let renew_every = (self.ctx.config.lease / 3).min(Duration::from_secs(10));
+        let (store, wakeups) = (self.ctx.store.clone(), &self.ctx.wakeups);
+        let mut recorder = Recorder::start(store, wakeups, self.lease.clone(), claimed_at, renew_every);
+        if self.spec.resume.is_some() {
+            // What the earlier runs of the conversation cost isn't this run's.
+            let _ = self.process.send(&command::usage_line("usage-0")).await;
+        }
+        let _ = self.process.send(&command::user_line(&self.spec)).await;
+
+        let started = Instant::now();
+        let mut last_line = started;
+        let mut ask_cost = tokio::time::interval_at(started + ASK_COST, ASK_COST);
+        let mut cost_told = started;
+        let mut stopped = None;
+        let (mut rung, mut rung_until) = (Rung::None, started + self.total);
+        loop {
+            let (silent_until, silence) = self.patience(started, last_line);
+            let lease_ends = recorder.standing().held_at + self.ctx.config.lease;
+            tokio::select! {
+                line = self.process.next_line() => {
+                    let Ok(Some(line)) = line else { break };
+                    last_line = Instant::now();
+                    let message = Message::parse(&line);
+                    meter.observe(&message);
+                    let is_result = matches!(&message, Message::Result(result) if result.origin.is_none());
+                    if let Message::Init(init) = &message
+                        && let Some(surprise) = command::surprise(&self.spec, init)
+                    {
+                        error!("the CLI isn't set up as it was told, the run is ended: {surprise}");
+                        self.process.kill();
+                    }
+                    self.note(message, &mut recorder);
+                    if is_result && rung != Rung::Killed {
+                        // Subagents go on spending until the process ends.
+                        self.process.close_stdin();
+                        (rung, rung_until) = (Rung::Closed, Instant::now() + GOODBYE);
+                    }
+                    if last_line >= cost_told + TELL_COST {
+                        cost_told = last_line;
+                        tell_cost(&meter.spend(), &mut recorder);
+                    }
+                }
+                standing = recorder.changed() => {
+                    self.process.renewed_at(standing.held_at.into_std());
+                    match standing.signal {
+                        Signal::Lost if rung != Rung::Killed => {
+                            stopped = Some(Stopped::LeaseLost);
+                            self.process.kill();
+                            (rung, rung_until) = (Rung::Killed, Instant::now() + Duration::from_hours(1));
+                        }
+                        Signal::Cancel(_) if rung == Rung::None => {
+                            stopped = Some(Stopped::Cancelled);
+                            (rung, rung_until) = self.interrupt().await;
+                        }
+                        _ => {}
+                    }
+                }
+                () = self.ctx.handing_back.cancelled(), if rung == Rung::None => {
+                    stopped = Some(Stopped::Shutdown);
+                    (rung, rung_until) = self.interrupt().await;
+                }
+                () = sleep_until(silent_until), if rung == Rung::None => {
+                    stopped = Some(silence);
+                    (rung, rung_until) = self.interrupt().await;
+                }
+                () = sleep_until(lease_ends), if rung != Rung::Killed => {
+                    stopped = Some(Stopped::LeaseLost);
+                    self.process.kill();
+                    (rung, rung_until) = (Rung::Killed, Instant::now() + Duration::from_hours(1));
+                }
+                () = sleep_until(rung_until) => {
+                    (rung, rung_until) = match rung {
+                        Rung::None => {
+                            stopped = Some(Stopped::Timeout { deadline: Deadline::Total, after: self.total });
+                            self.interrupt().await
+                        }
+                        Rung::Interrupted => {
+                            self.process.close_stdin();
+                            (Rung::Closed, Instant::now() + CLOSE)
+                        }
+                        Rung::Closed | Rung::Killed => {
+                            self.process.kill();
+                            (Rung::Killed, Instant::now() + Duration::from_hours(1))
+                        }
+                    };
+                }
+                _ = ask_cost.tick() => {
+                    let _ = self.process.send(&command::usage_line("usage")).await;
+                }
+            }
+        }
+        self.end(stopped, meter, recorder).await
+    }
+
+    /// Until when the CLI may be silent, and what it means if it is longer.
+    fn patience(&self, started: Instant, last_line: Instant) -> (Instant, Stopped) {
+        let (since, deadline, after) = if self.seen.lines == 0 {
+            (started, Deadline::FirstOutput, self.ctx.config.first_output)
+        } else if self.seen.open_tools.is_empty() {
+            (last_line, Deadline::Idle, self.ctx.config.idle)
+        } else {
+            (last_line, Deadline::Idle, self.ctx.config.idle * TOOL_PATIENCE)
+        };
+        (since + after, Stopped::Timeout { deadline, after })
+    }
+
+    async fn interrupt(&mut self) -> (Rung, Instant) {
+        let _ = self.process.send(&command::interrupt_line("stop")).await;
+        (Rung::Interrupted, Instant::now() + INTERRUPT)
+    }
+
+    /// Takes note of a message, and tells it as events.
+    fn note(&mut self, message: Message, recorder: &mut Recorder) {
+        self.seen.lines += 1;
+        match message {
+            Message::Assistant(answer) => {
+                self.seen.assistant_error = answer.error.clone().or(self.seen.assistant_error.take());
+                for block in answer.blocks {
+                    self.note_block(block, answer.parent.is_none() && answer.error.is_none(), recorder);
+                }
+            }
+            Message::User(user) => {
+                for result in user.tool_results {
+                    self.seen.open_tools.remove(&result.tool_use_id);
+                    let mut data = json!({ "tool_use_id": result.tool_use_id, "is_error": result.is_error });
+                    let cut = cut(&result.content, TOOL_RESULT);
+                    if cut.len() < result.content.len() {
+                        data["truncated"] = json!(true);
+                    }
+                    data["content"] = json!(cut);
+                    recorder.event(NewEvent::new(EventType::ToolResult, data));
+                }
+            }
+            Message::ApiRetry(retry) => self.seen.api_retry = Some(retry),
+            Message::RateLimit(limit) => self.seen.rate_limit = Some(limit),
+            Message::Result(result) if result.origin.is_none() && self.seen.result.is_none() => {
+                self.seen.result = Some(result);
+            }
+            _ => {}
+        }
+    }
+
+    fn note_block(&mut self, block: Block, main: bool, recorder: &mut Recorder) {
+        match block {
+            Block::Text(text) if main => {
+                recorder.event(NewEvent::new(
+                    EventType::Assistant,
+                    json!({ "content": text, "tool_name": null }),
+                ));
+                self.seen.texts.push(text);
+            }
+            Block::Text(_) => {}
+            Block::ToolUse { id, name, input } => {
+                let data = json!({ "content": null, "tool_name": name, "tool_use_id": id, "input": input });
+                recorder.event(NewEvent::new(EventType::Tool, data));
+                self.seen.open_tools.insert(id);
+                if self.seen.tools.len() < 1000 {
+                    self.seen.tools.push(json!({ "name": name, "input": input }));
+                }
+            }
+        }
+    }
+
+    /// Waits until nothing of the run lives, and says what became of it.
+    async fn end(self, stopped: Option<Stopped>, meter: Meter, recorder: Recorder) -> Option<Report> {
+        let Self {
+            ctx,
+            lease,
+            spec,
+            folders,
+            gateway,
+            process,
+            run_dir,
+            total,
+            seen,
+        } = self;
+        let exit = process.wait().await;
+        let observed = gateway.last_failure();
+        drop(gateway);
+        run_dir.remove().await;
+        let stopped = stopped.or(match exit.ended_by {
+            EndedBy::Beat => Some(Stopped::LeaseLost),
+            EndedBy::Deadline => Some(Stopped::Timeout {
+                deadline: Deadline::Total,
+                after: total,
+            }),
+            EndedBy::Memory => Some(Stopped::OutOfMemory),
+            EndedBy::GuardLost => Some(Stopped::GuardLost),
+            _ => None,
+        });
+        recorder.close().await;
+
+        let spend = meter.spend();
+        let now = clock::now();
+        let verdict = outcome::judge(&Ended {
+            result: seen.result.clone(),
+            exit: exit.code,
+            signal: exit.signal,
+            last_assistant_error: seen.assistant_error.clone(),
+            last_api_retry: seen.api_retry.clone(),
+            rate_limit: seen.rate_limit.clone(),
+            observed,
+            stopped,
+            stderr_tail: exit.stderr_tail.clone(),
+            schema_wanted: spec.json_schema.is_some(),
+            now,
+        });
+        note_account(ctx, &verdict);
+        let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
+        let ending = verdict.into_ending(now.plus(pause))?;
+        let transcript = Transcript::of(&folders, spec.claude_session_id).await;
+        Some(Report {
+            ending,
+            result: result(&seen, &spend, &spec),
+            spend,
+            duration: Duration::ZERO,
+            turns: seen
+                .result
+                .as_ref()
+                .map_or(0, |result| i64::try_from(result.num_turns).unwrap_or(0)),
+            claude_session_id: transcript.map(|_| spec.claude_session_id.to_string()),
+            exit: describe(&exit),
+            stderr_tail: exit.stderr_tail,
+        })
+    }
+}
+
+/// What the account's answer means for the jobs that would be next.
+fn note_account(ctx: &Context, verdict: &Verdict) {
+    let now = clock::now();
+    if let Verdict::Again {
+        when: outcome::When::At(at),
+        message,
+        ..
+    } = verdict
+    {
+        warn!("this worker claims nothing until {at}: {message}");
+        ctx.pause.until(*at, message);
+    }
+    let refused = matches!(
+        verdict,
+        Verdict::Failed {
+            code: ErrorCode::AuthError,
+            ..
+        }
+    );
+    if ctx.pause.note_refusal(refused, now) {
+        error!("the Anthropic credential was refused three times in a row; nothing is claimed for a minute");
+    }
+}
+
+fn tell_cost(spend: &Spend, recorder: &mut Recorder) {
+    if spend.models.is_empty() {
+        return;
+    }
+    recorder.event(NewEvent::new(
+        EventType::Usage,
+        json!({ "cost": spend.total(), "usage": spend.usage() }),
+    ));
+    recorder.spend(spend.clone());
+}
+
+/// What this run of the job is asked to do, defaults filled in.
+fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> std::io::Result<RunSpec> {
+    let (job, options, defaults) = (&lease.job, &lease.options, &ctx.config.claude);
+    let claude_session_id = job
+        .claude_session_id
+        .as_deref()
+        .and_then(|id| Uuid::try_parse(id).ok())
+        .ok_or_else(|| std::io::Error::other("the attempt has no Claude session id"))?;
+    let interrupted = resume.is_some_and(|found| found.interrupted);
+    Ok(RunSpec {
+        claude_session_id,
+        resume: resume.map(|found| found.claude_session_id),
+        message_id: transcript::message_id(&job.job_id, job.attempt),
+        model: job.model.clone().unwrap_or_else(|| defaults.model.clone()),
+        effort: job.effort.clone().or_else(|| defaults.effort.clone()),
+        permission_mode: job
+            .permission_mode
+            .clone()
+            .unwrap_or_else(|| defaults.permission_mode.clone()),
+        max_turns: Some(
+            job.max_turns
+                .and_then(|turns| u32::try_from(turns).ok())
+                .unwrap_or(defaults.max_turns),
+        ),
+        max_cost: lease.reserved,
+        system_prompt_file: None,
+        json_schema: options.json_schema.clone(),
+        allowed_tools: options
+            .allowed_tools
+            .clone()
+            .unwrap_or_else(|| defaults.allowed_tools.clone()),
+        disallowed_tools: options
+            .disallowed_tools
+            .clone()
+            .unwrap_or_else(|| defaults.disallowed_tools.clone()),
+        prompt: if interrupted {
+            command::INTERRUPTED.to_owned()
+        } else {
+            lease.message.clone()
+        },
+    })
+}
+
+/// The wire's `Result`, also of a run that was cut off: what it said and did until then.
+fn result(seen: &Seen, spend: &Spend, spec: &RunSpec) -> Option<Value> {
+    let line = seen.result.as_deref();
+    if line.is_none() && seen.texts.is_empty() && seen.tools.is_empty() {
+        return None;
+    }
+    let content = line
+        .and_then(|line| line.text.clone())
+        .unwrap_or_else(|| seen.texts.join("\n"));
+    Some(json!({
+        "session_id": spec.claude_session_id.to_string(),
+        "content": content,
+        "cost": spend.total(),
+        "duration_ms": line.map_or(0, |line| line.duration_ms),
+        "num_turns": line.map_or(0, |line| line.num_turns),
+        "tools_used": seen.tools,
+        "is_error": line.is_none_or(|line| line.is_error),
+        "subtype": line.map_or("interrupted", |line| line.subtype.as_str()),
+        "structured_output": line.and_then(|line| line.structured_output.clone()),
+        "usage": spend.usage(),
+        "model_usage": spend.models.iter().map(|model| {
+            (model.model.clone(), json!({ "cost": model.cost, "usage": model.usage }))
+        }).collect::<serde_json::Map<_, _>>(),
+        "permission_denials": line.map_or(&[][..], |line| &line.permission_denials),
+        "stop_reason": line.and_then(|line| line.stop_reason.clone()),
+    }))
+}
+
+fn describe(exit: &Exit) -> String {
+    match (exit.code, exit.signal) {
+        (Some(code), _) => format!("exit {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "unknown".to_owned(),
+    }
+}
+
+fn cut(text: &str, bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes)]
+}
+
+/// From 0 to 1, for pauses that shouldn't all end at once.
+fn random() -> f64 {
+    f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+}

@@ -1,0 +1,204 @@
+//! What wakes a slot: tickets on the queue library, on either database.
+//!
+//! A ticket says nothing; its slot claims whatever job is best, and again after each job until nothing is left. Each
+//! job runs in a task of its own, which holds the slot: an error of the database ends the library's worker and drops
+//! every handler that runs, and must not drop a run.
+
+use crate::context::Context;
+use crate::run_job;
+use apalis::prelude::*;
+use apalis_core::backend::codec::Codec;
+use apalis_core::backend::ext::BackendExt;
+use apalis_postgres::PostgresStorage;
+use apalis_sqlite::SqliteStorage;
+use futures_util::future::BoxFuture;
+use shared::storage::{Pool, QUEUE, Ticket};
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context as TaskContext, Poll, ready};
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower_layer::Layer;
+use tower_service::Service;
+
+/// Wake-ups can be lost; beneath them everyone looks by himself this often.
+const SLOW_POLL: Duration = Duration::from_secs(5);
+
+/// A wake-up that comes while the library fetches is lost until the next one, so each comes three times.
+const RINGS_MS: [u64; 3] = [0, 25, 200];
+
+/// How long the library may take to stop, for a database that doesn't answer.
+const STOP: Duration = Duration::from_secs(10);
+
+/// Reads and writes tickets as JSON. Reading never fails: a payload that can't be read would end the library's
+/// worker, and an empty ticket is as good as any other.
+#[derive(Clone, Copy, Debug)]
+struct TicketCodec;
+
+impl Codec<Ticket> for TicketCodec {
+    type Compact = Vec<u8>;
+    type Error = Infallible;
+
+    fn encode(&self, ticket: &Ticket) -> Result<Vec<u8>, Infallible> {
+        Ok(serde_json::to_vec(ticket).unwrap_or_default())
+    }
+
+    fn decode(&self, bytes: &Vec<u8>) -> Result<Ticket, Infallible> {
+        Ok(serde_json::from_slice(bytes).unwrap_or_default())
+    }
+}
+
+/// The process's slots. They outlive restarts of the library's worker, and while all are taken nothing is fetched.
+#[derive(Clone)]
+struct SlotLayer(Arc<Semaphore>);
+
+impl<S> Layer<S> for SlotLayer {
+    type Service = SlotService<S>;
+
+    fn layer(&self, inner: S) -> SlotService<S> {
+        SlotService {
+            inner,
+            slots: self.0.clone(),
+            permit: None,
+            wait: None,
+        }
+    }
+}
+
+struct SlotService<S> {
+    inner: S,
+    slots: Arc<Semaphore>,
+    permit: Option<OwnedSemaphorePermit>,
+    wait: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
+}
+
+/// The slot that a ticket woke; whoever runs the job takes it.
+#[derive(Clone)]
+struct Slot(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl<S: Service<Task<A>>, A> Service<Task<A>> for SlotService<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
+        if self.permit.is_none() {
+            let slots = self.slots.clone();
+            let wait = self
+                .wait
+                .get_or_insert_with(|| Box::pin(async move { slots.acquire_owned().await.ok() }));
+            self.permit = ready!(Pin::new(wait).poll(cx));
+            self.wait = None;
+        }
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, task: Task<A>) -> S::Future {
+        let slot = Slot(Arc::new(Mutex::new(self.permit.take())));
+        self.inner.call(task.into_builder().data(slot).build())
+    }
+}
+
+async fn on_ticket(_: Ticket, ctx: Data<Arc<Context>>, slot: Data<Slot>) -> Result<(), BoxDynError> {
+    let ctx = Arc::clone(&ctx);
+    let permit = slot.0.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let slots = ctx.busy.clone();
+    slots.spawn(async move {
+        run_job::claim_and_run_until_none(ctx).await;
+        // Last: frees the slot.
+        drop(permit);
+    });
+    // Acknowledged now and not when the job ends: the job's row is what counts.
+    Ok(())
+}
+
+/// The list of what is handled, for one of the library's storages: they share no trait worth naming.
+macro_rules! monitor {
+    ($ctx:expr, $slots:expr, $pool:expr, $storage:ident, $library:ident) => {{
+        let (ctx, slots, pool) = ($ctx.clone(), $slots.clone(), $pool.clone());
+        // Never from the configuration: two processes of one name shut each other out.
+        let name = ctx.claimant.worker_id.to_string();
+        let config = $library::Config::default()
+            .queue(QUEUE)
+            .batch_size(1)
+            .lock_tasks(false)
+            // The lease alone decides who is lost.
+            .missed_heartbeats(1_000_000);
+        Monitor::new()
+            .should_restart(|worker, error| {
+                tracing::warn!(worker = worker.name(), error = %error, "the queue's worker restarts; runs go on");
+                true
+            })
+            .register(move |restarts| {
+                let pause = Duration::from_millis(250 * u64::try_from(restarts.min(20)).unwrap_or(20));
+                WorkerBuilder::new(format!("{name}-{restarts}").as_str())
+                    .backend(
+                        $storage::<Ticket>::new(&pool)
+                            .with_config(config.clone())
+                            .before_start(move |_| async move {
+                                tokio::time::sleep(pause).await;
+                                Ok(())
+                            })
+                            .with_codec(TicketCodec),
+                    )
+                    .data(ctx.clone())
+                    .layer(SlotLayer(slots.clone()))
+                    .build(on_ticket)
+            })
+    }};
+}
+
+/// Takes tickets until the worker drains, and then waits for the runs: `DRAIN_SECONDS` for them to end by
+/// themselves, then they are ended and their jobs handed back.
+pub(crate) async fn serve(ctx: &Arc<Context>) {
+    let concurrency = ctx.config.concurrency;
+    let slots = Arc::new(Semaphore::new(usize::try_from(concurrency).unwrap_or(1)));
+    while !ctx.draining.is_cancelled() {
+        take_tickets(ctx, &slots).await;
+    }
+
+    let all_free = slots.acquire_many(concurrency);
+    tokio::pin!(all_free);
+    tokio::select! {
+        _ = &mut all_free => return,
+        () = tokio::time::sleep(ctx.config.drain) => {}
+        () = ctx.handing_back.cancelled() => {}
+    }
+    ctx.handing_back.cancel();
+    let _ = all_free.await;
+}
+
+/// Takes tickets until the worker drains, or until the library gives up, which only says that it must start anew.
+async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
+    let monitor = match ctx.store.pool() {
+        Pool::Sqlite(pool) => monitor!(ctx, slots, pool, SqliteStorage, apalis_sqlite),
+        Pool::Postgres(pool) => monitor!(ctx, slots, pool, PostgresStorage, apalis_postgres),
+    };
+    let workers = monitor.context();
+    let mut changes = ctx.wakeups.slots();
+    let ring = async {
+        loop {
+            let _ = tokio::time::timeout(SLOW_POLL, changes.changed()).await;
+            for pause in RINGS_MS {
+                tokio::time::sleep(Duration::from_millis(pause)).await;
+                for worker in workers.workers() {
+                    let _ = workers.wake_worker(worker.name());
+                }
+            }
+        }
+    };
+    let draining = ctx.draining.clone();
+    let serving = monitor.run_with_signal(async move {
+        draining.cancelled().await;
+        Ok(())
+    });
+    tokio::select! {
+        ended = serving => if !ctx.draining.is_cancelled() {
+            tracing::error!(ended = ?ended.err().map(|error| error.to_string()), "the queue's monitor ended; it starts anew");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        },
+        () = ring => {}
+        () = async { ctx.draining.cancelled().await; tokio::time::sleep(STOP).await } => {}
+    }
+}

@@ -1,0 +1,232 @@
+//! Writes what a run does into the database while it runs: events in batches, the cost so far, and the renewal of the
+//! lease, all in one transaction each time; and learns there whether the run should go on.
+//!
+//! It works in a task of its own, so that a slow database never stops the run's output from being read.
+
+use shared::clock;
+use shared::event::NewEvent;
+use shared::job::{Lease, Spend};
+use shared::storage::{Signal, Store, Wakeups};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tracing::warn;
+
+/// A batch is written when it has this many events, or is this old.
+const BATCH: usize = 32;
+const BATCH_AGE: Duration = Duration::from_millis(100);
+
+/// More of a run's events than this are not kept.
+const MAX_EVENTS: usize = 10_000;
+const MAX_BYTES: usize = 16 * 1024 * 1024;
+
+/// What the recorder knows about the lease.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing {
+    /// Whether to go on.
+    pub signal: Signal,
+    /// The lease was held at this moment: when the last successful renewal was *sent*.
+    pub held_at: Instant,
+}
+
+/// Takes the events of one run.
+#[derive(Debug)]
+pub struct Recorder {
+    notes: mpsc::UnboundedSender<Note>,
+    standing: watch::Receiver<Standing>,
+    task: JoinHandle<()>,
+    kept: usize,
+    bytes: usize,
+    dropped: i64,
+}
+
+#[derive(Debug)]
+enum Note {
+    Event(NewEvent),
+    Spend(Spend),
+    Dropped(i64),
+}
+
+impl Recorder {
+    /// Starts recording the run of this lease, which was claimed at `claimed_at`. The lease is renewed each
+    /// `renew_every`, and more often when events come.
+    pub fn start(
+        store: Store,
+        wakeups: &Wakeups,
+        lease: Arc<Lease>,
+        claimed_at: Instant,
+        renew_every: Duration,
+    ) -> Self {
+        let (notes, inbox) = mpsc::unbounded_channel();
+        let (tell, standing) = watch::channel(Standing {
+            signal: Signal::Continue,
+            held_at: claimed_at,
+        });
+        let changes = wakeups.job(lease.job.job_id);
+        let writer = Writer {
+            store,
+            lease,
+            inbox,
+            tell,
+            renew_every,
+            events: Vec::new(),
+            spend: None,
+            dropped: 0,
+        };
+        let task = tokio::spawn(writer.write(changes));
+        Self {
+            notes,
+            standing,
+            task,
+            kept: 0,
+            bytes: 0,
+            dropped: 0,
+        }
+    }
+
+    /// Keeps an event, unless the run has had too many.
+    pub fn event(&mut self, event: NewEvent) {
+        self.bytes += event.data.to_string().len();
+        if self.kept >= MAX_EVENTS || self.bytes > MAX_BYTES {
+            self.dropped += 1;
+            return;
+        }
+        self.kept += 1;
+        let _ = self.notes.send(Note::Event(event));
+    }
+
+    /// Keeps what the run has cost so far.
+    pub fn spend(&self, spend: Spend) {
+        let _ = self.notes.send(Note::Spend(spend));
+    }
+
+    /// Waits for news about the lease.
+    pub async fn changed(&mut self) -> Standing {
+        if self.standing.changed().await.is_err() {
+            // The writer ends only after a loss, or by `close`, which takes the recorder.
+            std::future::pending::<()>().await;
+        }
+        *self.standing.borrow_and_update()
+    }
+
+    /// What is known about the lease.
+    pub fn standing(&self) -> Standing {
+        *self.standing.borrow()
+    }
+
+    /// Writes what is left and stops. The lease isn't renewed any more after this.
+    pub async fn close(self) {
+        let Self {
+            notes, task, dropped, ..
+        } = self;
+        if dropped > 0 {
+            let _ = notes.send(Note::Dropped(dropped));
+        }
+        drop(notes);
+        let _ = task.await;
+    }
+}
+
+struct Writer {
+    store: Store,
+    lease: Arc<Lease>,
+    inbox: mpsc::UnboundedReceiver<Note>,
+    tell: watch::Sender<Standing>,
+    renew_every: Duration,
+    events: Vec<NewEvent>,
+    spend: Option<Spend>,
+    dropped: i64,
+}
+
+impl Writer {
+    async fn write(mut self, mut changes: shared::storage::JobWakeup) {
+        let mut renew_at = Instant::now() + self.renew_every;
+        let mut flush_at = None;
+        loop {
+            let due = flush_at.unwrap_or(renew_at).min(renew_at);
+            tokio::select! {
+                note = self.inbox.recv() => match note {
+                    Some(note) => {
+                        self.take(note);
+                        flush_at = flush_at.or_else(|| (!self.events.is_empty()).then(|| Instant::now() + BATCH_AGE));
+                        if self.events.len() < BATCH {
+                            continue;
+                        }
+                    }
+                    None => break,
+                },
+                () = tokio::time::sleep_until(due) => {}
+                () = changes.changed() => {
+                    match self.store.signal(&self.lease).await {
+                        Ok(Signal::Continue) => {}
+                        Ok(signal) => self.say(signal, None),
+                        // The next renewal will tell.
+                        Err(_) => {}
+                    }
+                    if self.tell.borrow().signal == Signal::Lost {
+                        return;
+                    }
+                    continue;
+                }
+            }
+            let asked = Instant::now();
+            match self.flush().await {
+                Ok(signal) => {
+                    self.say(signal, Some(asked));
+                    if signal == Signal::Lost {
+                        return;
+                    }
+                    renew_at = asked + self.renew_every;
+                    flush_at = None;
+                }
+                Err(error) => {
+                    let job_id = self.lease.job.job_id;
+                    warn!(job.id = %job_id, error = %shared::telemetry::chain(&error), "the run's events wait");
+                    // Soon again: the lease runs out meanwhile.
+                    renew_at = Instant::now() + Duration::from_millis(500);
+                    flush_at = None;
+                }
+            }
+        }
+        // The run has ended; its last events come before its end, however long the database takes.
+        while !(self.events.is_empty() && self.spend.is_none() && self.dropped == 0) {
+            match self.flush().await {
+                Ok(Signal::Lost) => return self.say(Signal::Lost, None),
+                Ok(_) => {}
+                Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
+            }
+        }
+    }
+
+    fn take(&mut self, note: Note) {
+        match note {
+            Note::Event(event) => self.events.push(event),
+            Note::Spend(spend) => self.spend = Some(spend),
+            Note::Dropped(count) => self.dropped += count,
+        }
+    }
+
+    async fn flush(&mut self) -> shared::storage::Result<Signal> {
+        let now = clock::now();
+        let signal = self
+            .store
+            .record(&self.lease, &self.events, self.spend.as_ref(), now)
+            .await?;
+        self.events.clear();
+        self.spend = None;
+        if self.dropped > 0 && signal != Signal::Lost {
+            self.store.record_gap(&self.lease, self.dropped, now).await?;
+            self.dropped = 0;
+        }
+        Ok(signal)
+    }
+
+    fn say(&self, signal: Signal, held_at: Option<Instant>) {
+        self.tell.send_modify(|standing| {
+            standing.signal = signal;
+            standing.held_at = held_at.unwrap_or(standing.held_at);
+        });
+    }
+}

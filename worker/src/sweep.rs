@@ -1,0 +1,204 @@
+//! The sweeper: on a timer, no input, the same work every time, safe in every worker at once. It takes lost leases,
+//! ends overdue jobs, makes due ones ready, pushes missing tickets, and removes what is older than the retention.
+
+use crate::context::Context;
+use crate::workspace::Folders;
+use shared::clock::{self, Timestamp};
+use shared::job::CancelReason;
+use shared::storage::{Result, RunningLease, WorkerRow};
+use shared::telemetry::chain;
+use std::collections::HashMap;
+use std::time::Duration;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+/// How often it sweeps.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// A longer gap between two looks, and nothing can be said about what wasn't looked at.
+const GAP: Duration = Duration::from_secs(2);
+
+/// How often it looks for old data, and says how the worker is.
+const SLOWLY: Duration = Duration::from_secs(5);
+
+/// A worker that hasn't said anything for so long is forgotten.
+const GONE: Duration = Duration::from_hours(1);
+
+/// Watches leases on this process's own clock: a lease is lost when it stood still for `LEASE_SECONDS` while it was
+/// looked at without a gap. So no clock step, no skew and no outage of the database takes anybody's lease.
+#[derive(Debug, Default)]
+struct Watch {
+    seen: HashMap<RunningLease, Instant>,
+    last_look: Option<Instant>,
+}
+
+impl Watch {
+    /// Takes note of the leases as they are at `now`; gives those that have stood still for `lease`.
+    fn look(&mut self, leases: Vec<RunningLease>, now: Instant, lease: Duration) -> Vec<RunningLease> {
+        if self.last_look.is_some_and(|last| now - last > GAP) {
+            self.seen.clear();
+        }
+        self.last_look = Some(now);
+        let before = std::mem::take(&mut self.seen);
+        for lease in leases {
+            let since = before.get(&lease).copied().unwrap_or(now);
+            self.seen.insert(lease, since);
+        }
+        self.seen
+            .iter()
+            .filter(|(_, since)| now - **since >= lease)
+            .map(|(lost, _)| lost.clone())
+            .collect()
+    }
+}
+
+/// Sweeps until the worker has handed back its last run.
+pub(crate) async fn sweep(ctx: &Context, started_at: Timestamp) {
+    let mut watch = Watch::default();
+    let mut slowly = Instant::now();
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut failing = false;
+    loop {
+        ticks.tick().await;
+        let mut swept = once(ctx, &mut watch).await;
+        if swept.is_ok() && Instant::now() >= slowly {
+            slowly = Instant::now() + SLOWLY;
+            swept = rarely(ctx, started_at).await;
+        }
+        match swept {
+            Ok(()) if failing => {
+                failing = false;
+                info!("the database answers again");
+            }
+            Ok(()) => {}
+            Err(error) => {
+                // Said once for each outage.
+                if !failing {
+                    warn!(error = %chain(&error), "could not sweep; trying again each second");
+                }
+                failing = true;
+            }
+        }
+    }
+}
+
+async fn once(ctx: &Context, watch: &mut Watch) -> Result<()> {
+    let leases = ctx.store.running_leases().await?;
+    for lost in watch.look(leases, Instant::now(), ctx.config.lease) {
+        if let Some(job) = ctx.store.job(lost.job_id).await?
+            && ctx
+                .store
+                .take_lost(&job, lost.attempt, lost.renewals, clock::now())
+                .await?
+        {
+            warn!(job.id = %lost.job_id, attempt = lost.attempt, "the lease of a run was lost and is taken");
+        }
+    }
+    for job_id in ctx.store.overdue_jobs(clock::now()).await? {
+        ctx.store
+            .cancel_job(job_id, CancelReason::Deadline, clock::now())
+            .await?;
+    }
+    let swept = ctx.store.sweep(clock::now()).await?;
+    if swept.tickets > 0 {
+        tracing::debug!(tickets = swept.tickets, "tickets were missing");
+    }
+    Ok(())
+}
+
+async fn rarely(ctx: &Context, started_at: Timestamp) -> Result<()> {
+    let now = clock::now();
+    let pause = ctx.pause.current(now);
+    let row = WorkerRow {
+        worker_id: ctx.claimant.worker_id,
+        host: host(),
+        slots: i64::from(ctx.config.concurrency),
+        busy: i64::try_from(ctx.busy.len()).unwrap_or(i64::MAX),
+        cli_version: ctx.claimant.cli_version.clone(),
+        started_at,
+        last_seen_at: now,
+        paused_until: pause.as_ref().map(|(until, _)| *until),
+        pause_reason: pause.map(|(_, reason)| reason),
+    };
+    ctx.store.put_worker(&row, before(now, GONE)).await?;
+    for job in ctx.store.expired_jobs(before(now, ctx.config.retention)).await? {
+        if job.session_id.is_none() {
+            let folders = Folders::of_job(&ctx.config.data_dir, &job.job_id);
+            if let Err(error) = folders.remove().await {
+                warn!(job.id = %job.job_id, error = %error, "could not remove an expired job's workspace");
+                continue;
+            }
+        }
+        ctx.store.remove_data(job.job_id).await?;
+    }
+    ctx.store
+        .forget_idempotency(before(now, ctx.config.idempotency_ttl))
+        .await?;
+    Ok(())
+}
+
+fn before(now: Timestamp, age: Duration) -> Timestamp {
+    Timestamp(
+        now.0
+            .saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX)),
+    )
+}
+
+fn host() -> String {
+    let name = rustix::system::uname();
+    name.nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::id::JobId;
+
+    fn lease(job_id: JobId, renewals: i64) -> RunningLease {
+        RunningLease {
+            job_id,
+            attempt: 1,
+            renewals,
+        }
+    }
+
+    #[test]
+    fn a_lease_is_lost_when_it_stood_still_under_watch() {
+        let (mut watch, job, start) = (Watch::default(), JobId::new(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let limit = Duration::from_secs(3);
+
+        for second in 0..3 {
+            assert!(watch.look(vec![lease(job, 7)], at(second), limit).is_empty());
+        }
+        assert_eq!(watch.look(vec![lease(job, 7)], at(3), limit), [lease(job, 7)]);
+    }
+
+    #[test]
+    fn a_renewal_or_a_gap_begins_the_watch_again() {
+        let (mut watch, job, start) = (Watch::default(), JobId::new(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let limit = Duration::from_secs(3);
+
+        for second in 0..3 {
+            watch.look(vec![lease(job, 7)], at(second), limit);
+        }
+        assert!(
+            watch.look(vec![lease(job, 8)], at(3), limit).is_empty(),
+            "renewed"
+        );
+        assert!(
+            watch.look(vec![lease(job, 8)], at(5), limit).is_empty(),
+            "2 s old"
+        );
+        assert!(
+            watch.look(vec![lease(job, 8)], at(60), limit).is_empty(),
+            "nobody looked for 55 s"
+        );
+        for second in 61..63 {
+            assert!(watch.look(vec![lease(job, 8)], at(second), limit).is_empty());
+        }
+        assert_eq!(watch.look(vec![lease(job, 8)], at(63), limit), [lease(job, 8)]);
+    }
+}
