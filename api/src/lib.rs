@@ -4,9 +4,6 @@
 //! Read [`routes`] first: every path and who answers it. Then the way of a request: [`serve`] takes it off the wire,
 //! [`caller`] says who asks, [`request`] reads it, [`jobs`] and [`sessions`] do it, [`reply`] and [`problem`] answer.
 
-// A job has more members than `json!` takes by default.
-#![recursion_limit = "256"]
-
 pub mod caller;
 pub mod config;
 pub mod context;

@@ -1,5 +1,6 @@
 //! `claude-queue-api`: serves the API until it is told to stop.
 
+use api::problem::chain;
 use api::{Config, Context};
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
@@ -60,14 +61,7 @@ async fn serve(config: Config, database: &DatabaseUrl) -> Result<(), Box<dyn Err
 }
 
 /// Says on stderr what went wrong, with its causes.
-fn complain(error: &dyn Error) {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
+fn complain(error: &(dyn Error + 'static)) {
     // If stderr is gone, there's nobody to tell.
-    let _ = writeln!(std::io::stderr(), "claude-queue-api: {text}");
+    let _ = writeln!(std::io::stderr(), "claude-queue-api: {}", chain(error));
 }

@@ -3,11 +3,13 @@
 
 use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderName, HeaderValue, Method, StatusCode};
+use serde::Serialize;
 use serde_json::{Value, json};
 use shared::job::JobStatus;
 use shared::money::MicroUsd;
 use shared::storage;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::time::Duration;
 use warp::reply::Response;
@@ -239,19 +241,19 @@ impl Problem {
     pub fn reply(self, request: &Request) -> Response {
         self.log();
         let (status, code) = (self.status(), self.code());
-        let mut body = json!({
-            "type": format!("{}{code}", request.context.config.problem_type_base),
-            "title": title(status),
-            "status": status.as_u16(),
-            "detail": self.detail(),
-            "instance": request.path(),
-            "request_id": request.id,
-            "code": code,
-        });
-        if let (Some((name, value)), Some(members)) = (self.more(&request.id), body.as_object_mut()) {
-            members.insert(name.to_owned(), value);
-        }
-        let mut response = Response::new(body.to_string().into());
+        let body = Body {
+            kind: format!("{}{code}", request.context.config.problem_type_base),
+            title: title(status),
+            status: status.as_u16(),
+            detail: &self.detail(),
+            instance: request.path(),
+            request_id: &request.id,
+            code,
+            more: self.more(&request.id).into_iter().collect(),
+        };
+        // A body of texts and numbers can always be written.
+        let body = serde_json::to_vec(&body).unwrap_or_default();
+        let mut response = Response::new(body.into());
         *response.status_mut() = status;
         self.headers(|name, value| {
             response.headers_mut().insert(name, value);
@@ -303,6 +305,21 @@ impl Problem {
     }
 }
 
+/// The members in the order in which people read them.
+#[derive(Serialize)]
+struct Body<'p> {
+    #[serde(rename = "type")]
+    kind: String,
+    title: &'static str,
+    status: u16,
+    detail: &'p str,
+    instance: &'p str,
+    request_id: &'p str,
+    code: &'static str,
+    #[serde(flatten)]
+    more: BTreeMap<&'static str, Value>,
+}
+
 /// A database that can't be reached is a reason to try again; everything else is ours to mend.
 impl From<storage::Error> for Problem {
     fn from(error: storage::Error) -> Self {
@@ -339,13 +356,16 @@ fn title(status: StatusCode) -> &'static str {
     }
 }
 
-/// An error with all its causes, in one line.
-fn chain(error: &(dyn StdError + 'static)) -> String {
+/// An error with all its causes, in one line. A cause that the error has said already isn't said again.
+pub fn chain(error: &(dyn StdError + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
+        let said = error.to_string();
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
         cause = error.source();
     }
     text

@@ -2,14 +2,14 @@
 
 use http::StatusCode;
 use http::header::{ACCEPT, IF_NONE_MATCH};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use shared::clock;
 use shared::job::{Job, JobKind, JobStatus};
 use shared::session::Session;
 use shared::storage::JobFilter;
 use warp::reply::Response;
 
-use super::view::{self, Detail};
+use super::view::{self, Detail, Members};
 use super::wait::{self, Wait};
 use crate::caller::Caller;
 use crate::problem::Problem;
@@ -32,7 +32,10 @@ pub async fn show(request: &Request, job: Job) -> Result<Response, Problem> {
         reply::empty(StatusCode::NOT_MODIFIED)
     } else {
         let mut members = view::show(&request.context, &job, detail).await?;
-        select(&mut members, &query);
+        let fields = query.list("fields");
+        if !fields.is_empty() {
+            members.keep(&fields);
+        }
         reply::data(request, StatusCode::OK, members)?
     };
     let response = match view::look_again_after(&job, clock::now()) {
@@ -128,7 +131,7 @@ async fn answer(
 
 fn page(
     request: &Request,
-    jobs: Vec<Map<String, Value>>,
+    jobs: Vec<Members>,
     limit: i64,
     next: Option<String>,
 ) -> Result<Response, Problem> {
@@ -184,14 +187,6 @@ fn detail(query: &Query, default: Detail) -> Result<Detail, Problem> {
     )
 }
 
-/// Keeps the members that `fields` names; all when it names none.
-fn select(members: &mut Map<String, Value>, query: &Query) {
-    let names = query.list("fields");
-    if !names.is_empty() {
-        members.retain(|name, _| names.contains(&name.as_str()));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,14 +219,5 @@ mod tests {
             };
             assert_eq!(faults[0].field, field);
         }
-    }
-
-    #[test]
-    fn only_the_named_members_are_kept() {
-        let mut members = Map::from_iter([("id".to_owned(), Value::Null), ("cost".to_owned(), Value::Null)]);
-        select(&mut members, &Query::parse("fields=id,nothing"));
-        assert_eq!(members.keys().collect::<Vec<_>>(), ["id"]);
-        select(&mut members, &Query::parse(""));
-        assert_eq!(members.len(), 1);
     }
 }

@@ -21,7 +21,7 @@ use warp::reply::{Reply, Response};
 
 use super::wait::Wait;
 use crate::context::Context;
-use crate::problem::Problem;
+use crate::problem::{Problem, chain};
 use crate::reply::{self, Exclusive, Headers, X_JOB_ID};
 use crate::request::Request;
 use crate::request::headers::{EventForm, event_form, text};
@@ -233,7 +233,7 @@ impl Live {
             }
             Err(error) => {
                 // The stream outlives an outage; what was missed is in the table.
-                tracing::warn!(job.id = %self.job_id, %error, "an event stream waits for the database");
+                tracing::warn!(job.id = %self.job_id, error = %chain(&error), "an event stream waits for the database");
                 tokio::time::sleep(AFTER_FAILURE).await;
             }
         }

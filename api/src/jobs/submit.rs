@@ -11,7 +11,7 @@ use shared::storage::{IdempotencyRecord, Remembered};
 use std::time::Duration;
 use warp::reply::Response;
 
-use super::view::{self, Beside, Detail};
+use super::view::{self, Beside, Detail, Members};
 use super::wait::{self, Wait};
 use crate::caller::Caller;
 use crate::config::Config;
@@ -68,7 +68,7 @@ async fn accept(request: &Request, caller: &Caller, within: Option<Session>) -> 
 /// What became of a job that was to be stored.
 enum Stored {
     /// It is there; these are its members.
-    Accepted(Box<Job>, Map<String, Value>),
+    Accepted(Box<Job>, Members),
     /// Its request was answered before, meanwhile.
     Before(Box<IdempotencyRecord>),
 }
@@ -105,11 +105,7 @@ async fn store(
 
 /// The answer to a request whose job was accepted with these members (`None`: some time ago): 202, or 200 when the
 /// client wanted to wait and the job ended meanwhile.
-async fn answer(
-    request: &Request,
-    job: Job,
-    accepted: Option<Map<String, Value>>,
-) -> Result<Response, Problem> {
+async fn answer(request: &Request, job: Job, accepted: Option<Members>) -> Result<Response, Problem> {
     let wait = Wait::of(request)?;
     let job = wait::until(&request.context, job, wait.limit, |job| job.status.is_final()).await?;
     let ended = job.status.is_final() && !wait.limit.is_zero();
@@ -131,9 +127,9 @@ async fn answer(
 }
 
 /// The members, all or as few as the client prefers.
-fn respond(request: &Request, status: StatusCode, members: Map<String, Value>) -> Result<Response, Problem> {
+fn respond(request: &Request, status: StatusCode, members: Members) -> Result<Response, Problem> {
     if Preferences::of(&request.headers).minimal {
-        let response = reply::data(request, status, view::summary(members))?;
+        let response = reply::data(request, status, members.summary())?;
         return Ok(response.with(PREFERENCE_APPLIED, "return=minimal"));
     }
     reply::data(request, status, members)
@@ -149,13 +145,11 @@ async fn answer_again(request: &Request, first: Box<IdempotencyRecord>) -> Resul
     if let Some(job) = job {
         return Ok(answer(request, job, None).await?.with(replayed, "true"));
     }
-    let mut members = serde_json::from_str::<Map<String, Value>>(&first.body).map_err(Problem::internal)?;
-    if let Some(job_id) = first.job_id {
-        members.insert(
-            "message".to_owned(),
-            request.context.store.prompt(job_id).await?.into(),
-        );
-    }
+    let message = match first.job_id {
+        Some(job_id) => request.context.store.prompt(job_id).await?,
+        None => String::new(),
+    };
+    let members = Members::with_message(&first.body, message)?;
     let status = u16::try_from(first.status)
         .ok()
         .and_then(|status| StatusCode::from_u16(status).ok());
@@ -196,9 +190,7 @@ impl Repeat {
     }
 
     /// The answer to keep: the job as it was accepted, without the prompt, which has its own row.
-    fn record(self, job: &Job, members: &Map<String, Value>) -> Result<IdempotencyRecord, Problem> {
-        let mut kept = members.clone();
-        kept.remove("message");
+    fn record(self, job: &Job, members: &Members) -> Result<IdempotencyRecord, Problem> {
         Ok(IdempotencyRecord {
             key_id: self.caller.key_id,
             route: self.route,
@@ -206,7 +198,7 @@ impl Repeat {
             fingerprint: self.fingerprint,
             job_id: Some(job.job_id),
             status: i64::from(StatusCode::ACCEPTED.as_u16()),
-            body: serde_json::to_string(&kept).map_err(Problem::internal)?,
+            body: members.without_message()?,
             created_at: self.now,
         })
     }
