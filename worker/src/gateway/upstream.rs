@@ -38,6 +38,9 @@ impl Upstream {
         if url.query().is_some() || url.fragment().is_some() {
             return Err(unusable("has a part after its path"));
         }
+        let shown = url
+            .port()
+            .map_or_else(|| host.clone(), |port| format!("{host}:{port}"));
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_WITHIN)
             .read_timeout(SILENT)
@@ -62,7 +65,7 @@ impl Upstream {
         let client = builder.build().map_err(no_client)?;
         Ok(Self {
             base: base.trim_end_matches('/').to_owned(),
-            host,
+            host: shown,
             client,
         })
     }

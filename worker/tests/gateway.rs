@@ -1,0 +1,404 @@
+//! The gateway between a run and a stand-in for the Messages API, both spoken to by hand.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, UnixStream};
+use tokio::sync::mpsc;
+use worker::config::Anthropic;
+use worker::gateway::credentials::Credentials;
+use worker::gateway::failure::{ApiFailure, NO_CREDENTIAL, UNREACHABLE};
+use worker::gateway::{Gateway, Upstream};
+
+const TOKEN: &str = "run-0123456789";
+
+/// How an error of the gateway's own ends.
+const END_OF_ERROR: &str = r#""type":"error"}"#;
+
+/// One connection of the stand-in: it hands over what it received and sends what it is given.
+struct Api {
+    address: String,
+    received: mpsc::UnboundedReceiver<Vec<u8>>,
+    answers: mpsc::UnboundedSender<Option<&'static str>>,
+}
+
+impl Api {
+    /// Takes one connection, and closes it at an answer of `None`.
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let (send, received) = mpsc::unbounded_channel();
+        let (answers, mut answer) = mpsc::unbounded_channel::<Option<&'static str>>();
+        tokio::spawn(async move {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let mut buffer = vec![0; 65_536];
+            loop {
+                tokio::select! {
+                    read = socket.read(&mut buffer) => match read {
+                        Ok(0) | Err(_) => return,
+                        Ok(read) => { let _ = send.send(buffer[..read].to_vec()); }
+                    },
+                    text = answer.recv() => match text {
+                        Some(Some(text)) => socket.write_all(text.as_bytes()).await.unwrap(),
+                        _ => return,
+                    },
+                }
+            }
+        });
+        Self {
+            address,
+            received,
+            answers,
+        }
+    }
+
+    /// Everything received until it holds `end`.
+    async fn received_until(&mut self, end: &str) -> String {
+        let mut all = String::new();
+        while !all.contains(end) {
+            let part = tokio::time::timeout(Duration::from_secs(5), self.received.recv()).await;
+            let part = part
+                .unwrap_or_else(|_| panic!("no {end:?} came in: {all}"))
+                .expect("the connection ended");
+            all.push_str(&String::from_utf8_lossy(&part));
+        }
+        all
+    }
+
+    fn answer(&self, text: &'static str) {
+        self.answers.send(Some(text)).unwrap();
+    }
+}
+
+/// The run's side.
+struct Client {
+    gateway: Gateway,
+    socket: PathBuf,
+    _folder: TempDir,
+}
+
+impl Client {
+    async fn start(address: &str, credentials: Credentials) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("gateway.sock");
+        let upstream = Upstream::new(address).unwrap();
+        let gateway = Gateway::start(&socket, Arc::new(credentials), TOKEN, &upstream)
+            .await
+            .unwrap();
+        Self {
+            gateway,
+            socket,
+            _folder: folder,
+        }
+    }
+
+    async fn send(&self, request: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(&self.socket).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream
+    }
+}
+
+async fn read_until(stream: &mut UnixStream, end: &str) -> String {
+    let mut all = String::new();
+    let mut buffer = vec![0; 4096];
+    while !all.contains(end) {
+        let read = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut buffer)).await;
+        let read = read.unwrap_or_else(|_| panic!("no {end:?} came: {all}")).unwrap();
+        assert_ne!(read, 0, "the answer ended before {end:?}: {all}");
+        all.push_str(&String::from_utf8_lossy(&buffer[..read]));
+    }
+    all
+}
+
+fn api_key() -> Credentials {
+    let settings = Anthropic {
+        api_key: Some("sk-ant-real".to_owned()),
+        ..Anthropic::default()
+    };
+    Credentials::find(&settings, "/nonexistent".as_ref()).unwrap()
+}
+
+fn request(credential: &str, body: &str) -> String {
+    format!(
+        "POST /v1/messages?beta=true HTTP/1.1\r\nHost: gw\r\n{credential}\r\nanthropic-beta: a,b\r\n\
+         Accept-Encoding: gzip, br\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+#[tokio::test]
+async fn the_credential_is_swapped_and_the_rest_passes() {
+    let mut api = Api::start().await;
+    let client = Client::start(&format!("{}/s/name", api.address), api_key()).await;
+    let mut stream = client
+        .send(&request(&format!("x-api-key: {TOKEN}"), "{\"model\":\"x\"}"))
+        .await;
+
+    let received = api.received_until("{\"model\":\"x\"}").await.to_lowercase();
+    api.answer("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nrequest-id: req_1\r\n\r\nhi");
+    let answer = read_until(&mut stream, "hi").await;
+
+    assert!(
+        received.starts_with("post /s/name/v1/messages?beta=true http/1.1\r\n"),
+        "{received}"
+    );
+    for line in [
+        "x-api-key: sk-ant-real\r\n",
+        "anthropic-beta: a,b\r\n",
+        "accept-encoding: identity\r\n",
+    ] {
+        assert!(received.contains(line), "{line} isn't in {received}");
+    }
+    assert!(
+        received.contains("content-length: 13\r\n") && !received.contains("chunked"),
+        "{received}"
+    );
+    assert!(
+        !received.contains(TOKEN) && !received.contains("host: gw"),
+        "{received}"
+    );
+    assert!(
+        answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.contains("request-id: req_1"),
+        "{answer}"
+    );
+    assert_eq!(
+        (client.gateway.requests(), client.gateway.last_failure()),
+        (1, None)
+    );
+}
+
+#[tokio::test]
+async fn a_bearer_token_is_swapped_for_the_real_one() {
+    let mut api = Api::start().await;
+    let settings = Anthropic {
+        oauth_token: Some("sk-ant-oat01-real".to_owned()),
+        ..Anthropic::default()
+    };
+    let credentials = Credentials::find(&settings, "/nonexistent".as_ref()).unwrap();
+    let client = Client::start(&api.address, credentials).await;
+    let _stream = client
+        .send(&request(&format!("Authorization: Bearer {TOKEN}"), "{}"))
+        .await;
+
+    let received = api.received_until("{}").await.to_lowercase();
+
+    assert!(
+        received.contains("authorization: bearer sk-ant-oat01-real\r\n"),
+        "{received}"
+    );
+    assert!(
+        !received.contains("x-api-key") && !received.contains(TOKEN),
+        "{received}"
+    );
+}
+
+#[tokio::test]
+async fn a_request_without_the_runs_token_goes_nowhere() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key()).await;
+
+    for credential in [
+        "x-api-key: run-0123456788",
+        "Authorization: Bearer run",
+        "x-other: 1",
+    ] {
+        let mut stream = client.send(&request(credential, "{}")).await;
+        let answer = read_until(&mut stream, END_OF_ERROR).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 401 ") && answer.contains("authentication_error"),
+            "{answer}"
+        );
+    }
+
+    assert_eq!(client.gateway.requests(), 0);
+    assert!(api.received.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn other_paths_of_the_account_are_closed() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key()).await;
+
+    for line in [
+        "GET /v1/files",
+        "POST /v1/messages/batches",
+        "DELETE /v1/messages",
+        "POST /",
+    ] {
+        let request =
+            format!("{line} HTTP/1.1\r\nHost: gw\r\nx-api-key: {TOKEN}\r\nContent-Length: 0\r\n\r\n");
+        let mut stream = client.send(&request).await;
+        let answer = read_until(&mut stream, END_OF_ERROR).await;
+        assert!(answer.starts_with("HTTP/1.1 404 "), "{line}: {answer}");
+    }
+
+    assert!(api.received.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn each_event_passes_when_it_comes() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key()).await;
+    let mut stream = client.send(&request(&format!("x-api-key: {TOKEN}"), "{}")).await;
+    api.received_until("{}").await;
+
+    api.answer("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n");
+    api.answer("b\r\nevent: one\n\r\n");
+    // The second event is sent only after the first one has arrived.
+    read_until(&mut stream, "event: one\n").await;
+    api.answer("b\r\nevent: two\n\r\n0\r\n\r\n");
+    read_until(&mut stream, "event: two\n").await;
+}
+
+#[tokio::test]
+async fn a_body_passes_when_it_comes() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key()).await;
+    let mut stream = client
+        .send(&format!(
+            "POST /v1/messages HTTP/1.1\r\nHost: gw\r\nx-api-key: {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n"
+        ))
+        .await;
+
+    api.received_until("first").await;
+    stream.write_all(b"6\r\nsecond\r\n0\r\n\r\n").await.unwrap();
+    api.received_until("second").await;
+}
+
+#[tokio::test]
+async fn a_run_that_hangs_up_ends_its_request() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key()).await;
+    let stream = client.send(&request(&format!("x-api-key: {TOKEN}"), "{}")).await;
+    api.received_until("{}").await;
+
+    drop(stream);
+
+    let ended = tokio::time::timeout(Duration::from_secs(5), api.received.recv()).await;
+    assert_eq!(ended.expect("the request goes on"), None);
+}
+
+#[tokio::test]
+async fn a_dropped_gateway_ends_its_requests_and_its_socket() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key()).await;
+    let mut stream = client.send(&request(&format!("x-api-key: {TOKEN}"), "{}")).await;
+    api.received_until("{}").await;
+
+    drop(client.gateway);
+
+    let mut rest = Vec::new();
+    tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(rest.is_empty());
+    assert!(UnixStream::connect(&client.socket).await.is_err());
+}
+
+#[tokio::test]
+async fn a_failure_is_remembered_until_a_request_succeeds() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key()).await;
+    let call = request(&format!("x-api-key: {TOKEN}"), "{}");
+    let mut stream = client.send(&call).await;
+    api.received_until("{}").await;
+
+    api.answer(
+        "HTTP/1.1 429 Too Many Requests\r\nretry-after: 4000\r\nContent-Length: 66\r\n\r\n\
+         {\"type\":\"error\",\"error\":{\"type\":\"rate_limit_error\",\"message\":\"x\"}}",
+    );
+    let answer = read_until(&mut stream, "}}").await;
+
+    assert!(
+        answer.starts_with("HTTP/1.1 429 ") && answer.contains("retry-after: 4000"),
+        "{answer}"
+    );
+    let failure = client.gateway.last_failure().unwrap();
+    assert_eq!((failure.status, failure.retry_after_seconds), (429, Some(4000)));
+    assert_eq!(failure.error_type.as_deref(), Some("rate_limit_error"));
+
+    stream.write_all(call.as_bytes()).await.unwrap();
+    api.received_until("{}").await;
+    api.answer("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    read_until(&mut stream, "ok").await;
+    assert_eq!(
+        (client.gateway.requests(), client.gateway.last_failure()),
+        (2, None)
+    );
+}
+
+#[tokio::test]
+async fn an_api_that_isnt_there_is_a_bad_gateway_with_a_reason() {
+    let port = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let client = Client::start(&format!("http://127.0.0.1:{port}"), api_key()).await;
+    let since = Instant::now();
+
+    let mut stream = client.send(&request(&format!("x-api-key: {TOKEN}"), "{}")).await;
+    let answer = read_until(&mut stream, END_OF_ERROR).await;
+
+    assert!(
+        answer.starts_with("HTTP/1.1 502 ") && answer.contains("could not be reached"),
+        "{answer}"
+    );
+    let ApiFailure {
+        status,
+        error_type,
+        message,
+        ..
+    } = client.gateway.last_failure().unwrap();
+    assert_eq!((status, error_type.as_deref()), (502, Some(UNREACHABLE)));
+    assert!(message.contains("refused"), "{message}");
+    assert!(since.elapsed() < Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn a_login_that_ended_is_said_to_the_run_and_the_worker() {
+    let api = Api::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join(".credentials.json");
+    std::fs::write(&file, r#"{"claudeAiOauth":{"accessToken":"a"}}"#).unwrap();
+    let settings = Anthropic {
+        config_dir: Some(folder.path().to_owned()),
+        ..Anthropic::default()
+    };
+    let credentials = Credentials::find(&settings, "/nonexistent".as_ref()).unwrap();
+    let client = Client::start(&api.address, credentials).await;
+    std::fs::remove_file(&file).unwrap();
+
+    let mut stream = client
+        .send(&request(&format!("Authorization: Bearer {TOKEN}"), "{}"))
+        .await;
+    let answer = read_until(&mut stream, END_OF_ERROR).await;
+
+    assert!(
+        answer.starts_with("HTTP/1.1 401 ") && answer.contains("claude auth login"),
+        "{answer}"
+    );
+    assert_eq!(
+        client.gateway.last_failure().unwrap().error_type.as_deref(),
+        Some(NO_CREDENTIAL)
+    );
+}
+
+#[tokio::test]
+async fn a_socket_with_too_long_a_path_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("x".repeat(120));
+    let upstream = Upstream::new("http://127.0.0.1:1").unwrap();
+
+    assert!(
+        Gateway::start(&socket, Arc::new(api_key()), TOKEN, &upstream)
+            .await
+            .is_err()
+    );
+}
