@@ -181,10 +181,12 @@ impl Tx {
     }
 
     /// Writes an attempt's cost into the ledger and moves it from reserved to spent, in the periods that it was
-    /// reserved in. The caller holds the job's row and lane, so this happens once for each attempt.
-    pub(super) async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<()> {
+    /// reserved in. The caller holds the job's row and lane, so this happens once for each attempt. Gives the cost
+    /// that was written.
+    pub(super) async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<MicroUsd> {
+        let mut cost = MicroUsd::ZERO;
         for model in &spend.models {
-            execute!(
+            let written = execute!(
                 self,
                 "write the ledger",
                 "insert into ledger (at, key_id, job_id, attempt, session_id, model, cost, input_tokens, output_tokens,
@@ -205,8 +207,11 @@ impl Tx {
                 spend.estimated,
                 &spend.price_version
             )?;
+            // A model that is named twice has one line, and counts once everywhere.
+            if written > 0 {
+                cost += model.cost;
+            }
         }
-        let cost = spend.total();
         let reserved = fetch!(
             self,
             "read reservations",
@@ -257,7 +262,7 @@ impl Tx {
                 }
             }
         }
-        Ok(())
+        Ok(cost)
     }
 
     /// What the job's settled attempts cost, in money and in tokens.

@@ -283,7 +283,7 @@ impl Tx {
         } else if next.hold.is_empty() {
             self.became_ready(&job.key_id, job.priority);
         }
-        self.settle(job, &report.spend, now).await?;
+        let spent = self.settle(job, &report.spend, now).await?;
         let (cost, usage) = self.settled(job.job_id).await?;
         execute!(
             self,
@@ -304,10 +304,10 @@ impl Tx {
             now,
             if lost.is_empty() { next.attempt_ending } else { lost },
             &next.error_code,
-            report.spend.total(),
+            spent,
             report.turns,
-            &report.exit,
-            report.stderr_tail.replace('\0', "\u{fffd}")
+            storable(&report.exit),
+            storable(&report.stderr_tail)
         )?;
         if let Some(result) = &report.result {
             execute!(
@@ -327,7 +327,7 @@ impl Tx {
                    claude_session_id = coalesce($5, claude_session_id)
                  where session_id = $1",
                 session_id,
-                report.spend.total(),
+                spent,
                 report.turns,
                 now,
                 report.claude_session_id.as_ref().filter(|_| next.status.is_final())
@@ -362,7 +362,7 @@ impl Next {
         let failed = |failures, code: &str, message: &str| Self {
             status: JobStatus::Failed,
             failures,
-            error: Some(message.to_owned()),
+            error: Some(storable(message)),
             error_code: Some(code.to_owned()),
             attempt_ending: "failed",
             ..Self::of_done(job)
@@ -464,6 +464,11 @@ impl Next {
             }
         }
     }
+}
+
+/// PostgreSQL's text holds no NUL, and what a program wrote may.
+fn storable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
 }
 
 fn lost_message(job: &Job) -> String {
