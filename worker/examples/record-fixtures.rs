@@ -446,6 +446,10 @@ async fn record(case: &Case, claude: &Path, simulator: &Simulator) -> Outcome<(S
     };
     (case.run)(&mut spec);
     let start = |spec: &RunSpec| {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a tool for developers, without guard and sandbox"
+        )]
         let mut cli = Command::new(claude);
         let base_url = simulator.url_of(case.scenario, case.name);
         let mut env = command::environment(&paths, case.credential, "recording");

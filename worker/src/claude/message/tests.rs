@@ -5,14 +5,14 @@ use serde_json::json;
 use shared::money::MicroUsd;
 
 fn result_of(fixture: &Fixture) -> ResultLine {
-    let results = fixture
+    let mut results = fixture
         .messages()
         .into_iter()
         .filter_map(|message| match message {
             Message::Result(result) => Some(*result),
             _ => None,
         });
-    results.last().unwrap()
+    results.next_back().unwrap()
 }
 
 #[test]

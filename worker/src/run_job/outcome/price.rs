@@ -89,13 +89,13 @@ mod tests {
     #[test]
     fn each_kind_of_token_has_its_price() {
         let million = 1_000_000;
-        for (usage, dollars, reason) in [
+        for (usage, micros, reason) in [
             (
                 Usage {
                     input: million,
                     ..Usage::default()
                 },
-                4.0,
+                4_000_000,
                 "input",
             ),
             (
@@ -103,7 +103,7 @@ mod tests {
                     output: million,
                     ..Usage::default()
                 },
-                20.0,
+                20_000_000,
                 "output",
             ),
             (
@@ -111,7 +111,7 @@ mod tests {
                     cache_write_5m: million,
                     ..Usage::default()
                 },
-                5.0,
+                5_000_000,
                 "written to a cache",
             ),
             (
@@ -119,7 +119,7 @@ mod tests {
                     cache_write_1h: million,
                     ..Usage::default()
                 },
-                8.0,
+                8_000_000,
                 "written to a cache for an hour",
             ),
             (
@@ -127,7 +127,7 @@ mod tests {
                     cache_read: million,
                     ..Usage::default()
                 },
-                0.2,
+                200_000,
                 "read from a cache",
             ),
             (
@@ -135,12 +135,12 @@ mod tests {
                     web_searches: 3,
                     ..Usage::default()
                 },
-                0.03,
+                30_000,
                 "searches",
             ),
-            (Usage::default(), 0.0, "nothing"),
+            (Usage::default(), 0, "nothing"),
         ] {
-            assert_eq!(cost("claude-opus-5-5", usage).usd(), dollars, "{reason}");
+            assert_eq!(cost("claude-opus-5-5", usage), MicroUsd(micros), "{reason}");
         }
     }
 
