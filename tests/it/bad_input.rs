@@ -376,7 +376,7 @@ async fn what_does_not_exist_is_not_found(db: Db) {
         "/api/v1/job",
         "/api/v2/jobs",
         "/jobs",
-        "/api/v1/jobs/",
+        "/api/v1/jobs/job_1/nothing",
     ] {
         assert_eq!(client.get(path).await.status, 404, "{path}");
     }

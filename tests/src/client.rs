@@ -402,7 +402,8 @@ impl Stream {
                 .expect("the stream goes on");
             match chunk {
                 Ok(Some(chunk)) => {
-                    self.buffer.extend_from_slice(&chunk);
+                    // Lines may end in CR LF; JSON data holds neither.
+                    self.buffer.extend(chunk.iter().filter(|byte| **byte != b'\r'));
                     self.parse();
                 }
                 Ok(None) | Err(_) => self.response = None,
