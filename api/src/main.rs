@@ -2,12 +2,14 @@
 
 use api::problem::chain;
 use api::{Config, Context};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
 use shared::{env, telemetry};
 use std::error::Error;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -46,9 +48,10 @@ async fn run(config: Config, database: &DatabaseUrl) -> ExitCode {
 
 async fn serve(config: Config, database: &DatabaseUrl) -> Result<(), Box<dyn Error>> {
     let shutdown = Shutdown::on_signals()?;
+    open_more_files();
     let store = Store::open(database, DATABASE_SLOTS).await?;
     let wakeups = Wakeups::listen(&store, LOOK_EVERY, shutdown.drain.clone());
-    let listener = TcpListener::bind(config.address).await?;
+    let listener = listen(config.address).await?;
     let context = Context::new(config, store.clone(), wakeups).await?;
     writeln!(
         std::io::stdout(),
@@ -58,6 +61,25 @@ async fn serve(config: Config, database: &DatabaseUrl) -> Result<(), Box<dyn Err
     api::serve(listener, context, shutdown).await?;
     store.close().await;
     Ok(())
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, String> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|error| format!("could not listen on {address} (API_HOST, API_PORT): {error}"))
+}
+
+/// Each connection is a file, and the usual limit is low for the sake of programs that this one doesn't start.
+fn open_more_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            ..limit
+        },
+    ) {
+        tracing::debug!(%error, "the limit on open files stays as it is");
+    }
 }
 
 /// Says on stderr what went wrong, with its causes.

@@ -11,6 +11,7 @@ use hyper::body::{Body, Bytes};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::process::{Resource, getrlimit};
 use shared::shutdown::Shutdown;
 use std::convert::Infallible;
 use std::io;
@@ -32,8 +33,12 @@ use crate::context::Context;
 use crate::request::Request;
 use crate::routes::routes;
 
-/// Connections at once; more wait to be accepted.
-const MAX_CONNECTIONS: usize = 8_192;
+/// Connections at once, if the process may open so many files; more wait to be accepted.
+const MAX_CONNECTIONS: u64 = 8_192;
+/// Files that are left for everything but connections: the database, the log, a worker in the same process.
+const FILES_KEPT: u64 = 128;
+/// The largest head of a request, in bytes, and what is read of a body at a time.
+const MAX_HEAD: usize = 64 * 1024;
 /// The head of a request must have arrived this long after its connection was ready for it. This also ends
 /// connections on which nothing is asked.
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
@@ -44,7 +49,7 @@ const COMPRESS_ABOVE: u64 = 1_024;
 /// `DRAIN_SECONDS` (or until the second signal), and returns.
 pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) -> io::Result<()> {
     let (connections, cut) = (TaskTracker::new(), CancellationToken::new());
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(max_connections()));
     let app = app();
     loop {
         let accepted = tokio::select! {
@@ -72,6 +77,12 @@ pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) 
     cut.cancel();
     connections.wait().await;
     Ok(())
+}
+
+/// How many connections fit into what the process may open.
+fn max_connections() -> usize {
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(files.saturating_sub(FILES_KEPT).clamp(16, MAX_CONNECTIONS)).unwrap_or(16)
 }
 
 /// The next connection, once there's a place for it. `None` when it failed, which is no reason to stop.
@@ -126,6 +137,7 @@ async fn connection(stream: TcpStream, peer: SocketAddr, app: App, context: Cont
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN)
+        .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     // What fails here is a client that went away or never spoke HTTP.

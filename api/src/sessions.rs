@@ -5,6 +5,7 @@ use http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use shared::clock;
+use shared::id::KeyId;
 use shared::session::Session;
 use warp::reply::Response;
 
@@ -100,7 +101,8 @@ async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem>
     Ok(response.location(&format!("/api/v1/sessions/{}", session.session_number)))
 }
 
-/// `GET /sessions`: the caller's sessions, last touched first, a page of them.
+/// `GET /sessions`: the caller's sessions, last touched first, a page of them. An admin sees everybody's, or those of
+/// `user_id`.
 async fn list(request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let query = request.query();
     // As the Python service did: what is out of range is moved into it.
@@ -112,7 +114,15 @@ async fn list(request: &Request, caller: &Caller) -> Result<Response, Problem> {
         .integer("limit", i64::MIN..=i64::MAX)?
         .unwrap_or(20)
         .clamp(1, 100);
-    let owner = (!caller.admin).then_some(&caller.key_id);
+    let named = query
+        .text("user_id")
+        .filter(|user| *user != "default")
+        .map(KeyId::known);
+    let owner = if caller.admin {
+        named.as_ref()
+    } else {
+        Some(&caller.key_id)
+    };
     let (sessions, total) = request
         .context
         .store

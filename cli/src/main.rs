@@ -1,1 +1,111 @@
-fn main() {}
+//! `claude-queue`, the command for people: serves (`up`), shows (`demo`), looks after (`migrate`, `doctor`), plays the
+//! Anthropic API (`simulator`), and is a client of a running service (`submit`, `wait`, `logs`, `cancel`, `jobs`).
+//!
+//! The only crate that knows both the API and the worker. Each command is a file of its name.
+
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command for people speaks on standard output; logging is for the service"
+)]
+
+mod cancel;
+mod client;
+mod demo;
+mod doctor;
+mod failure;
+mod jobs;
+mod logs;
+mod migrate;
+mod service;
+mod show;
+mod simulator_command;
+mod submit;
+mod up;
+mod wait;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use shared::env::Vars;
+
+use failure::Failure;
+
+/// Runs Claude Code jobs from a durable queue, behind an HTTP API.
+#[derive(Debug, Parser)]
+#[command(
+    name = "claude-queue",
+    version,
+    after_help = "The client commands speak to CLAUDE_QUEUE_URL (default http://127.0.0.1:8000) with CLAUDE_QUEUE_API_KEY."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve: the API and a worker in one process, on a SQLite file unless the settings name PostgreSQL
+    Up,
+    /// Run one job from submit to result, with the real Claude CLI and simulated answers; needs no account
+    Demo(demo::Arguments),
+    /// Bring the database to this version's schema (the services do this themselves at start)
+    Migrate,
+    /// Check everything that a service needs on this machine, and say how to get what is missing
+    Doctor,
+    /// Play the Anthropic API on loopback, for tests without an account
+    Simulator(simulator_command::Arguments),
+    /// Submit a job and print its id
+    Submit(submit::Arguments),
+    /// Wait for a job to end and print its result
+    Wait(wait::Arguments),
+    /// Print what happened to a job, and follow it while it runs
+    Logs(logs::Arguments),
+    /// Cancel a job
+    Cancel(cancel::Arguments),
+    /// List jobs, the newest first
+    Jobs(jobs::Arguments),
+}
+
+fn main() -> ExitCode {
+    // A run's guard is this same program started again; it must stay a small process with one thread.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == worker::guard::ARGUMENT)
+    {
+        return worker::guard::main();
+    }
+    let arguments = Arguments::parse();
+    let ended = tokio::runtime::Runtime::new()
+        .map_err(|error| Failure::Other(format!("no runtime could be started: {error}")))
+        .and_then(|runtime| runtime.block_on(run(arguments.command)));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if let Some(message) = failure.message() {
+                eprintln!("claude-queue: {message}");
+            }
+            failure.exit_code()
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Demo(arguments) => return demo::run(arguments).await,
+        Command::Simulator(arguments) => return simulator_command::run(arguments).await,
+        _ => {}
+    }
+    let vars = Vars::from_process()?;
+    match command {
+        Command::Up => up::run(&vars).await,
+        Command::Migrate => migrate::run(&vars).await,
+        Command::Doctor => doctor::run(&vars).await,
+        Command::Submit(arguments) => submit::run(&vars, arguments).await,
+        Command::Wait(arguments) => wait::run(&vars, arguments).await,
+        Command::Logs(arguments) => logs::run(&vars, arguments).await,
+        Command::Cancel(arguments) => cancel::run(&vars, arguments).await,
+        Command::Jobs(arguments) => jobs::run(&vars, arguments).await,
+        Command::Demo(_) | Command::Simulator(_) => Ok(()),
+    }
+}

@@ -31,10 +31,10 @@ fn asked() -> BTreeMap<String, String> {
         .map(|name| ((*name).to_owned(), String::new()))
         .collect();
     let readers: [fn(&Vars); 4] = [
-        |vars| drop(api::Config::from_vars(vars).unwrap()),
-        |vars| drop(worker::Config::from_vars(vars).unwrap()),
-        |vars| drop(DatabaseUrl::from_vars(vars).unwrap()),
-        |vars| shared::telemetry::start(vars).unwrap(),
+        |vars| drop(api::Config::from_vars(vars).expect("usable defaults")),
+        |vars| drop(worker::Config::from_vars(vars).expect("usable defaults")),
+        |vars| drop(DatabaseUrl::from_vars(vars).expect("usable defaults")),
+        |vars| shared::telemetry::start(vars).expect("usable defaults"),
     ];
     for read in readers {
         // Each has variables of its own, so that two defaults of one variable can't hide each other.

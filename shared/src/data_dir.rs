@@ -3,10 +3,11 @@
 
 use crate::env::Error;
 use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Makes the folder if it isn't there, and makes sure that it belongs to the database `instance_id`.
-pub fn bind(data_dir: &Path, instance_id: &str) -> Result<(), Error> {
+/// Makes the folder if it isn't there, and makes sure that it belongs to the database `instance_id`. Gives its
+/// absolute path.
+pub fn bind(data_dir: &Path, instance_id: &str) -> Result<PathBuf, Error> {
     let unusable = |error: std::io::Error| {
         Error::new(
             "DATA_DIR",
@@ -21,25 +22,27 @@ pub fn bind(data_dir: &Path, instance_id: &str) -> Result<(), Error> {
         .create_new(true)
         .open(&file);
     match made {
-        Ok(mut made) => made
-            .write_all(instance_id.as_bytes())
-            .and_then(|()| made.sync_all())
-            .map_err(unusable),
+        Ok(mut made) => {
+            let written = made
+                .write_all(instance_id.as_bytes())
+                .and_then(|()| made.sync_all());
+            written.map_err(unusable)?;
+        }
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             let owner = std::fs::read_to_string(&file).map_err(unusable)?;
             // An empty file is one that another process of ours is just writing, or couldn't.
-            if owner.trim() == instance_id || owner.trim().is_empty() {
-                return Ok(());
+            if owner.trim() != instance_id && !owner.trim().is_empty() {
+                let problem = format!("({}) belongs to another database", data_dir.display());
+                return Err(Error::new(
+                    "DATA_DIR",
+                    problem,
+                    "the folder of this DATABASE_URL, or an empty one",
+                ));
             }
-            let problem = format!("({}) belongs to another database", data_dir.display());
-            Err(Error::new(
-                "DATA_DIR",
-                problem,
-                "the folder of this DATABASE_URL, or an empty one",
-            ))
         }
-        Err(error) => Err(unusable(error)),
+        Err(error) => return Err(unusable(error)),
     }
+    data_dir.canonicalize().map_err(unusable)
 }
 
 #[cfg(test)]

@@ -4,12 +4,14 @@
 //! * The database, SQLite or PostgreSQL: [`storage`]. Reads are methods of `Store`, writes are methods of `Tx`.
 //! * What every process needs at its start and end: [`env`], [`telemetry`], [`shutdown`].
 
+pub mod budget;
 pub mod clock;
 pub mod data_dir;
 pub mod env;
 pub mod event;
 pub mod id;
 pub mod job;
+pub mod key;
 pub mod money;
 pub mod session;
 pub mod shutdown;

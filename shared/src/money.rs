@@ -30,6 +30,11 @@ impl MicroUsd {
         self.0 as f64 / 1e6
     }
 
+    /// Whether this is at least so many percent of `whole`.
+    pub fn reaches(self, percent: i64, whole: Self) -> bool {
+        i128::from(self.0) * 100 >= i128::from(percent) * i128::from(whole.0)
+    }
+
     /// The smaller of the two amounts.
     #[must_use]
     pub fn min(self, other: Self) -> Self {

@@ -7,13 +7,16 @@
 //! Locks are taken in one order, so that no two transactions wait for each other: a session, the claim lock, a group,
 //! a running job, a lane (one at a time), queued jobs, budgets (the key's before the global one), the queue's row.
 
+mod audit;
 mod budget;
 mod claim;
 mod error;
 mod event;
 mod idempotency;
 mod job;
+mod key;
 mod ledger;
+mod limit;
 mod queue;
 mod run;
 mod session;
@@ -36,11 +39,15 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use audit::{AuditEntry, AuditRow, Refused};
+pub use budget::PutBudget;
 pub use claim::{Claim, Claimant};
 pub use error::{Error, Result};
 pub use idempotency::{IdempotencyRecord, Remembered};
 pub use job::{CancelOutcome, JobFilter, Position};
+pub use key::{KeyFilter, NewSecret};
 pub use ledger::LedgerLine;
+pub use limit::{Quota, Rate};
 pub use queue::{QUEUE, Ticket};
 pub use run::{Finish, Signal};
 pub use sweep::{RunningLease, Swept};
@@ -123,10 +130,12 @@ pub struct Store {
 
 #[derive(Debug)]
 enum Db {
-    /// One connection writes, so that writers of this process queue fairly; the others read.
+    /// One connection writes, so that writers of this process queue fairly; the others read. Rate limits have a file
+    /// of their own.
     Sqlite {
         writer: SqlitePool,
         reader: SqlitePool,
+        limits: SqlitePool,
     },
     Postgres(PgPool),
 }
@@ -208,13 +217,14 @@ impl Store {
             .await
             .map_err(Error::during("open the database"))?;
         Self::migrate_sqlite(&writer).await?;
+        let limits = limit::open_limits(path).await?;
         drop(lock);
         let reader = pool(4)
             .min_connections(1)
             .connect_with(options.read_only(true).create_if_missing(false))
             .await
             .map_err(Error::during("open the database"))?;
-        Ok(Db::Sqlite { writer, reader })
+        Ok(Db::Sqlite { writer, reader, limits })
     }
 
     async fn open_postgres(url: &str, slots: u32) -> Result<Db> {
@@ -334,7 +344,8 @@ impl Store {
     /// Closes all connections. Statements under way end first.
     pub async fn close(&self) {
         match &*self.db {
-            Db::Sqlite { writer, reader, .. } => {
+            Db::Sqlite { writer, reader, limits } => {
+                limits.close().await;
                 reader.close().await;
                 writer.close().await;
             }

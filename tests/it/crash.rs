@@ -45,7 +45,8 @@ async fn a_killed_workers_job_is_done_by_another(db: Db) {
         .await;
     let client = system.client();
     let id = client.play(&twice(Step::Sleep(60_000))).await;
-    client.event(&id, "assistant").await;
+    // What it has cost is known a moment after what it has said.
+    client.until(&id, |job| job["cost"] == 0.1).await;
     let owner = system
         .database()
         .texts("select lease_owner from job")

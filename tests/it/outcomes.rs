@@ -332,10 +332,10 @@ async fn noise_on_the_output_harms_nothing(db: Db) {
         "\u{0}\u{1}",
     ];
     let script = steps(noise.map(|line| Step::Raw(line.to_owned())))
-        .then(Step::Raw(format!(
-            "{{\"type\":\"assistant\",\"padding\":\"{}\"}}",
-            "x".repeat(20_000_000)
-        )))
+        .then(Step::Flood {
+            lines: 1,
+            bytes: 20_000_000,
+        })
         .then(Step::Say("still here".to_owned()));
 
     let id = client.play(&script.answering("done all the same")).await;

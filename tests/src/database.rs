@@ -69,8 +69,8 @@ impl Database {
                 let template = NAME.get_or_init(async || {
                     let url = cluster.create("").await;
                     migrate(&url).await;
-                    let (_, name) = url.rsplit_once('/').expect("a URL has a path");
-                    name.split('?').next().unwrap_or(name).to_owned()
+                    let (path, _) = url.split_once('?').expect("the socket's folder is a parameter");
+                    path.rsplit('/').next().unwrap_or_default().to_owned()
                 });
                 cluster.create(template.await).await
             }

@@ -351,8 +351,13 @@ impl Drop for System {
             left = processes::of_folder(&self.folder);
         }
         processes::end_folder(&self.folder, Duration::from_secs(2));
-        let written = self.written();
-        let leaks = leaks(&written);
+        let logged: String = self
+            .apis
+            .iter()
+            .chain(&self.workers)
+            .map(Process::logged)
+            .collect();
+        let leaks = leaks(&logged);
         if std::thread::panicking() {
             self.show();
         }
@@ -575,6 +580,14 @@ impl Process {
     pub fn written(&self) -> String {
         let read = |path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
         format!("{}{}", read(self.out()), read(self.log()))
+    }
+
+    /// What it wrote for the log: all, but for what `up` tells the person who started it, which is the key among others.
+    fn logged(&self) -> String {
+        match self.kind {
+            Kind::Up => fs::read_to_string(self.log()).unwrap_or_default(),
+            Kind::Api | Kind::Worker => self.written(),
+        }
     }
 
     fn exited(&mut self) -> Option<ExitStatus> {

@@ -49,13 +49,14 @@ pub enum Error {
 /// Runs a worker until `shutdown` asks it to stop and its runs have ended or were handed back. `ready` is called
 /// when it takes jobs.
 pub async fn run(
-    config: Config,
+    mut config: Config,
     store: Store,
     wakeups: Wakeups,
     shutdown: Shutdown,
     ready: impl FnOnce(WorkerId) + Send,
 ) -> Result<(), Error> {
-    shared::data_dir::bind(&config.data_dir, &store.instance_id().await?)?;
+    // Absolute, since a run starts in a folder of its own.
+    config.data_dir = shared::data_dir::bind(&config.data_dir, &store.instance_id().await?)?;
     // What a worker that was killed left behind on this machine writes into workspaces that others will get.
     let ended = tokio::task::spawn_blocking(guard::end_former_runs)
         .await

@@ -139,22 +139,18 @@ struct Run<'a> {
     folders: Folders,
     gateway: Gateway,
     process: Process,
-    run_dir: RunDir,
+    sockets: RunDir,
     total: Duration,
     seen: Seen,
 }
 
 /// What the CLI has said so far.
-#[derive(Default)]
 struct Seen {
     lines: u64,
-    result: Option<Box<ResultLine>>,
+    ended: Ended,
     texts: Vec<String>,
     tools: Vec<Value>,
     open_tools: HashSet<String>,
-    assistant_error: Option<String>,
-    api_retry: Option<crate::claude::message::ApiRetry>,
-    rate_limit: Option<crate::claude::message::RateLimit>,
 }
 
 /// How far the stop ladder has been climbed.
@@ -178,7 +174,7 @@ impl<'a> Run<'a> {
             None => Folders::of_job(&ctx.config.data_dir, &job.job_id),
         };
         folders.create()?;
-        let run_dir = ctx.runtime.run()?;
+        let sockets = ctx.runtime.run()?;
         let resume = transcript::find(&folders, &lease).await?;
         let spec = spec(ctx, &lease, resume.as_ref())?;
 
@@ -186,8 +182,8 @@ impl<'a> Run<'a> {
             cli: ctx.cli.clone(),
             workspace: folders.workspace.clone(),
             home: folders.home.clone(),
-            tmp: run_dir.tmp(),
-            gateway_socket: run_dir.gateway_socket(),
+            tmp: sockets.tmp(),
+            gateway_socket: sockets.gateway_socket(),
             system_prompt: None,
         };
         if let Some(system) = lease
@@ -196,7 +192,7 @@ impl<'a> Run<'a> {
             .as_ref()
             .or(ctx.config.claude.system_prompt.as_ref())
         {
-            let file = run_dir.path().join("system-prompt");
+            let file = sockets.path().join("system-prompt");
             tokio::fs::write(&file, system).await?;
             places.system_prompt = Some(file);
         }
@@ -213,6 +209,13 @@ impl<'a> Run<'a> {
         )
         .await?;
 
+        let seen = Seen {
+            lines: 0,
+            ended: Ended::new(spec.json_schema.is_some(), clock::now()),
+            texts: Vec::new(),
+            tools: Vec::new(),
+            open_tools: HashSet::new(),
+        };
         let marker = crate::guard::marker(&format!("{}.{}", job.job_id, job.attempt));
         let total = job
             .timeout_seconds
@@ -228,7 +231,7 @@ impl<'a> Run<'a> {
             beat_within: ctx.config.lease,
             // The worker's own deadline comes first; this one is for a worker that can't.
             deadline: total + INTERRUPT + CLOSE + GOODBYE,
-            runtime_dir: run_dir.path().to_owned(),
+            runtime_dir: sockets.path().to_owned(),
             memory_limit: None,
             no_new_privileges: command.no_new_privileges,
         })
@@ -240,9 +243,9 @@ impl<'a> Run<'a> {
             folders,
             gateway,
             process,
-            run_dir,
+            sockets,
             total,
-            seen: Seen::default(),
+            seen,
         })
     }
 
@@ -273,11 +276,12 @@ impl<'a> Run<'a> {
                     last_line = Instant::now();
                     let message = Message::parse(&line);
                     meter.observe(&message);
-                    let is_result = matches!(&message, Message::Result(result) if result.origin.is_none());
+                    let is_result = matches!(&message, Message::Result(result) if result.is_verdict());
                     if let Message::Init(init) = &message
                         && let Some(surprise) = command::surprise(&self.spec, init)
                     {
                         error!("the CLI isn't set up as it was told, the run is ended: {surprise}");
+                        stopped = Some(Stopped::NotAsTold);
                         self.process.kill();
                     }
                     self.note(message, &mut recorder);
@@ -363,9 +367,9 @@ impl<'a> Run<'a> {
     /// Takes note of a message, and tells it as events.
     fn note(&mut self, message: Message, recorder: &mut Recorder) {
         self.seen.lines += 1;
+        self.seen.ended.observe(&message);
         match message {
             Message::Assistant(answer) => {
-                self.seen.assistant_error = answer.error.clone().or(self.seen.assistant_error.take());
                 for block in answer.blocks {
                     self.note_block(block, answer.parent.is_none() && answer.error.is_none(), recorder);
                 }
@@ -373,19 +377,15 @@ impl<'a> Run<'a> {
             Message::User(user) => {
                 for result in user.tool_results {
                     self.seen.open_tools.remove(&result.tool_use_id);
-                    let mut data = json!({ "tool_use_id": result.tool_use_id, "is_error": result.is_error });
-                    let cut = cut(&result.content, TOOL_RESULT);
-                    if cut.len() < result.content.len() {
+                    let content = cut(&result.content, TOOL_RESULT);
+                    let mut data = json!({
+                        "tool_use_id": result.tool_use_id, "is_error": result.is_error, "content": content,
+                    });
+                    if content.len() < result.content.len() {
                         data["truncated"] = json!(true);
                     }
-                    data["content"] = json!(cut);
                     recorder.event(NewEvent::new(EventType::ToolResult, data));
                 }
-            }
-            Message::ApiRetry(retry) => self.seen.api_retry = Some(retry),
-            Message::RateLimit(limit) => self.seen.rate_limit = Some(limit),
-            Message::Result(result) if result.origin.is_none() && self.seen.result.is_none() => {
-                self.seen.result = Some(result);
             }
             _ => {}
         }
@@ -421,14 +421,14 @@ impl<'a> Run<'a> {
             folders,
             gateway,
             process,
-            run_dir,
+            sockets,
             total,
             seen,
         } = self;
         let exit = process.wait().await;
         let observed = gateway.last_failure();
         drop(gateway);
-        run_dir.remove().await;
+        sockets.remove().await;
         let stopped = stopped.or(match exit.ended_by {
             EndedBy::Beat => Some(Stopped::LeaseLost),
             EndedBy::Deadline => Some(Stopped::Timeout {
@@ -443,19 +443,16 @@ impl<'a> Run<'a> {
 
         let spend = meter.spend();
         let now = clock::now();
-        let verdict = outcome::judge(&Ended {
-            result: seen.result.clone(),
+        let ended = Ended {
             exit: exit.code,
             signal: exit.signal,
-            last_assistant_error: seen.assistant_error.clone(),
-            last_api_retry: seen.api_retry.clone(),
-            rate_limit: seen.rate_limit.clone(),
             observed,
             stopped,
             stderr_tail: exit.stderr_tail.clone(),
-            schema_wanted: spec.json_schema.is_some(),
             now,
-        });
+            ..seen.ended.clone()
+        };
+        let verdict = outcome::judge(&ended);
         note_account(ctx, &verdict);
         let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
         let ending = verdict.into_ending(now.plus(pause))?;
@@ -466,6 +463,7 @@ impl<'a> Run<'a> {
             spend,
             duration: Duration::ZERO,
             turns: seen
+                .ended
                 .result
                 .as_ref()
                 .map_or(0, |result| i64::try_from(result.num_turns).unwrap_or(0)),
@@ -556,7 +554,7 @@ fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> std
 
 /// The wire's `Result`, also of a run that was cut off: what it said and did until then.
 fn result(seen: &Seen, spend: &Spend, spec: &RunSpec) -> Option<Value> {
-    let line = seen.result.as_deref();
+    let line = seen.ended.result.as_deref();
     if line.is_none() && seen.texts.is_empty() && seen.tools.is_empty() {
         return None;
     }

@@ -3,24 +3,16 @@
 //! A budget's state of one period is a row; `spent + reserved <= limit` is a condition of every reservation. Claims
 //! are made one at a time and lock the rows they look at, so the condition is exact under any burst.
 
+mod manage;
+
+pub use manage::PutBudget;
+
 use super::{Error, Result, Store, Tx, execute, fetch, fetch_locked, read};
+use crate::budget::Period;
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use crate::job::{Job, Spend, TokenUsage};
 use crate::money::MicroUsd;
-use chrono::{Datelike, Days, NaiveTime};
-
-/// Where a period of this name began that holds `now`, in UTC. Weeks begin on Monday; `total` began at 0.
-pub(super) fn period_start(period: &str, now: Timestamp) -> Timestamp {
-    let today = now.to_utc().date_naive();
-    let first = match period {
-        "day" => Some(today),
-        "week" => today.checked_sub_days(Days::new(u64::from(today.weekday().num_days_from_monday()))),
-        "month" => today.with_day(1),
-        _ => None,
-    };
-    Timestamp(first.map_or(0, |day| day.and_time(NaiveTime::MIN).and_utc().timestamp_micros()))
-}
 
 /// A budget that applies to a job, and its state in the current period.
 #[derive(Clone, Debug)]
@@ -30,6 +22,8 @@ pub(super) struct Applicable {
     limit: MicroUsd,
     /// Whether jobs wait for the next period instead of failing.
     waits: bool,
+    /// Percentages at which it is told.
+    thresholds: Vec<i64>,
     period_start: Timestamp,
     spent: MicroUsd,
     reserved: MicroUsd,
@@ -87,21 +81,22 @@ impl Tx {
         let budgets = fetch!(
             self,
             "read budgets",
-            fetch_all => (String, String, MicroUsd, String, String),
-            "select scope, scope_id, limit_amount, period, on_exceeded from budget
+            fetch_all => (String, String, MicroUsd, Period, String, String),
+            "select scope, scope_id, limit_amount, period, on_exceeded, alert_thresholds from budget
              where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')
              order by case scope when 'key' then 1 else 2 end",
             key_id
         )?;
         let mut applicable = Vec::with_capacity(budgets.len());
-        for (scope, scope_id, limit, period, on_exceeded) in budgets {
-            let period_start = period_start(&period, now);
+        for (scope, scope_id, limit, period, on_exceeded, thresholds) in budgets {
+            let period_start = period.start(now);
             let (spent, reserved) = self.lock_period(&scope, &scope_id, period_start).await?;
             applicable.push(Applicable {
                 scope,
                 scope_id,
                 limit,
                 waits: on_exceeded == "hold",
+                thresholds: serde_json::from_str(&thresholds).unwrap_or_default(),
                 period_start,
                 spent,
                 reserved,
@@ -220,49 +215,106 @@ impl Tx {
             job.job_id,
             job.attempt
         )?;
-        // A budget that was set while the attempt ran has nothing reserved for it, but it counts; one that was
-        // removed meanwhile gets back what it had reserved.
-        let mut settled: Vec<_> = reserved;
         let budgets = fetch!(
             self,
             "read budgets",
-            fetch_all => (String, String, String),
-            "select scope, scope_id, period from budget
+            fetch_all => (String, String, Period, MicroUsd, String),
+            "select scope, scope_id, period, limit_amount, alert_thresholds from budget
              where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')",
             &job.key_id
         )?;
-        for (scope, scope_id, period) in budgets {
-            if !settled.iter().any(|row| row.0 == scope && row.1 == scope_id) {
-                settled.push((scope, scope_id, period_start(&period, now), MicroUsd::ZERO));
+        // A budget that was set while the attempt ran has nothing reserved for it, but it counts; one that was
+        // removed meanwhile gets back what it had reserved.
+        let mut settled = reserved;
+        for (scope, scope_id, period, ..) in &budgets {
+            if !settled.iter().any(|row| row.0 == *scope && row.1 == *scope_id) {
+                settled.push((scope.clone(), scope_id.clone(), period.start(now), MicroUsd::ZERO));
             }
         }
         // Always the key's budget before the global one, here as in a claim, so that no two wait for each other.
         settled.sort_by_key(|row| row.0 == "global");
         for (scope, scope_id, start, amount) in settled {
-            execute!(
+            let (spent,) = fetch!(
                 self,
                 "settle in a budget",
+                fetch_one => (MicroUsd,),
                 "insert into budget_period (scope, scope_id, period_start, spent) values ($1, $2, $3, $5)
                  on conflict (scope, scope_id, period_start)
-                 do update set spent = budget_period.spent + $5, reserved = budget_period.reserved - $4",
+                 do update set spent = budget_period.spent + $5, reserved = budget_period.reserved - $4
+                 returning spent",
                 &scope,
                 &scope_id,
                 start,
                 amount,
                 cost
             )?;
+            let budget = budgets
+                .iter()
+                .find(|budget| budget.0 == scope && budget.1 == scope_id);
+            if let Some((.., limit, thresholds)) = budget {
+                self.note_alerts((&scope, &scope_id), start, spent, *limit, thresholds, now)
+                    .await?;
+            }
             if scope == "global" {
-                let freed = execute!(
-                    self,
-                    "free the queue",
-                    "update queue set hold = null where hold = 'budget'"
-                )?;
-                if freed > 0 {
-                    self.ring();
-                }
+                self.free_from_budget(&KeyId::known("")).await?;
             }
         }
         Ok(cost)
+    }
+
+    /// Adds an amount that nobody had reserved to a budget whose state is locked.
+    async fn add_spent(&mut self, budget: &Applicable, amount: MicroUsd, now: Timestamp) -> Result<()> {
+        execute!(
+            self,
+            "adjust a budget",
+            "update budget_period set spent = spent + $4 where scope = $1 and scope_id = $2 and period_start = $3",
+            &budget.scope,
+            &budget.scope_id,
+            budget.period_start,
+            amount
+        )?;
+        let thresholds = serde_json::json!(budget.thresholds).to_string();
+        let spent = budget.spent + amount;
+        let name = (budget.scope.as_str(), budget.scope_id.as_str());
+        self.note_alerts(name, budget.period_start, spent, budget.limit, &thresholds, now)
+            .await
+    }
+
+    /// Remembers which thresholds of a budget have been reached in its period: each once.
+    async fn note_alerts(
+        &mut self,
+        (scope, scope_id): (&str, &str),
+        start: Timestamp,
+        spent: MicroUsd,
+        limit: MicroUsd,
+        thresholds: &str,
+        now: Timestamp,
+    ) -> Result<()> {
+        let thresholds: Vec<i64> = serde_json::from_str(thresholds).unwrap_or_default();
+        for threshold in thresholds
+            .into_iter()
+            .filter(|percent| spent.reaches(*percent, limit))
+        {
+            let new = execute!(
+                self,
+                "remember a budget's threshold",
+                "insert into budget_alert (scope, scope_id, period_start, threshold, at) values ($1, $2, $3, $4, $5)
+                 on conflict do nothing",
+                scope,
+                scope_id,
+                start,
+                threshold,
+                now
+            )?;
+            if new > 0 {
+                tracing::warn!(
+                    budget.scope = scope,
+                    key.id = scope_id,
+                    "the {scope} budget {scope_id} has reached {threshold} % of {limit}: {spent} spent"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// What the job's settled attempts cost, in money and in tokens.
@@ -312,7 +364,7 @@ impl Store {
         let budgets = read!(
             self,
             "read budgets",
-            fetch_all => (String, String, MicroUsd, String),
+            fetch_all => (String, String, MicroUsd, Period),
             "select scope, scope_id, limit_amount, period from budget
              where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')",
             key_id
@@ -325,7 +377,7 @@ impl Store {
                 "select spent from budget_period where scope = $1 and scope_id = $2 and period_start = $3",
                 scope,
                 scope_id,
-                period_start(&period, now)
+                period.start(now)
             )?;
             let spent = row.map_or(MicroUsd::ZERO, |row| row.0);
             if spent >= limit {
@@ -346,6 +398,7 @@ mod tests {
             scope_id: String::new(),
             limit: MicroUsd(limit),
             waits: false,
+            thresholds: Vec::new(),
             period_start: Timestamp(0),
             spent: MicroUsd(spent),
             reserved: MicroUsd(reserved),
@@ -382,15 +435,5 @@ mod tests {
             Allowance::Wait { everybody: true },
             "the tightest decides"
         );
-    }
-
-    #[test]
-    fn periods_begin_at_midnight_on_monday_and_on_the_first() {
-        let now = Timestamp::parse("2026-11-26T15:04:05Z").unwrap();
-        let start = |period| super::period_start(period, now).to_string();
-        assert_eq!(start("total"), "1970-01-01T00:00:00.000000+00:00");
-        assert_eq!(start("day"), "2026-11-26T00:00:00.000000+00:00");
-        assert_eq!(start("week"), "2026-11-23T00:00:00.000000+00:00");
-        assert_eq!(start("month"), "2026-11-01T00:00:00.000000+00:00");
     }
 }

@@ -251,13 +251,20 @@ impl Tx {
         let attempts = fetch!(
             self,
             "read earlier attempts",
-            fetch_all => (i64, String),
-            "select attempt, claude_session_id from attempt where job_id = $1 order by attempt desc",
+            fetch_all => (i64, String, Option<String>),
+            "select attempt, claude_session_id, error_code from attempt where job_id = $1 order by attempt desc",
             job.job_id
         )?;
+        // The CLI couldn't continue a conversation whose transcript is there: trying again would end the same way.
+        if attempts
+            .iter()
+            .any(|(.., code)| code.as_deref() == Some("session_not_found"))
+        {
+            return Ok(Vec::new());
+        }
         let mut resumable: Vec<Resume> = attempts
             .into_iter()
-            .map(|(attempt, claude_session_id)| Resume {
+            .map(|(attempt, claude_session_id, _)| Resume {
                 claude_session_id,
                 interrupted: Some(attempt),
             })

@@ -116,15 +116,21 @@ impl Tx {
         Ok(())
     }
 
-    /// How many slots could find a job: for each lane with ready jobs, the room below its cap. A bound, not a count.
+    /// How many jobs could begin, more or less: ready jobs of lanes with room, counted up to 64 in each of 64 lanes.
     pub(super) async fn runnable(&mut self) -> Result<i64> {
         let row = fetch!(
             self,
             "look for runnable jobs",
             fetch_one => (i64,),
-            "select cast(coalesce(sum(max_running - running), 0) as bigint) from lane
-             where top is not null and hold is null and running < max_running
-               and not exists (select 1 from queue where paused or hold is not null)"
+            "select cast(coalesce(sum(ready), 0) as bigint) from (
+               select (
+                 select count(*) from (
+                   select 1 from job
+                   where job.key_id = lane.key_id and job.status = 'queued' and job.hold = '' limit 64) as heads) as ready
+               from lane
+               where top is not null and hold is null and running < max_running
+                 and not exists (select 1 from queue where paused or hold is not null)
+               limit 64) as lanes"
         )?;
         Ok(row.0)
     }

@@ -303,7 +303,7 @@ impl Tx {
             job.attempt,
             now,
             if lost.is_empty() { next.attempt_ending } else { lost },
-            &next.error_code,
+            &next.attempt_code,
             spent,
             report.turns,
             storable(&report.exit),
@@ -354,6 +354,8 @@ struct Next {
     error_code: Option<String>,
     cancel_reason: Option<CancelReason>,
     attempt_ending: &'static str,
+    /// How the attempt failed, also when the job itself hasn't.
+    attempt_code: Option<String>,
 }
 
 impl Next {
@@ -365,6 +367,7 @@ impl Next {
             error: Some(storable(message)),
             error_code: Some(code.to_owned()),
             attempt_ending: "failed",
+            attempt_code: Some(code.to_owned()),
             ..Self::of_done(job)
         };
         // Another attempt of a job that somebody wants cancelled would be one too many.
@@ -396,8 +399,7 @@ impl Next {
                     hold: if later { hold.as_str() } else { "" },
                     run_after: later.then_some(*run_after),
                     failures,
-                    // Kept on the attempt; the job itself hasn't failed.
-                    error_code: None,
+                    attempt_code: Some(code.clone()),
                     attempt_ending: "retry",
                     ..next
                 }
@@ -415,6 +417,7 @@ impl Next {
             error_code: None,
             cancel_reason: None,
             attempt_ending: "done",
+            attempt_code: None,
         }
     }
 

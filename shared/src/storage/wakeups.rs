@@ -76,7 +76,7 @@ impl Wakeups {
                         super::Db::Postgres(pool) => listen_to(pool, &told).await,
                     };
                     if let Err(error) = ended {
-                        tracing::warn!(error = %chain(&error), "wake-ups are interrupted; everyone looks by himself");
+                        tracing::warn!(error = %crate::telemetry::chain(&error), "wake-ups are interrupted; everyone looks by himself");
                     }
                     told.wake_all();
                     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -205,16 +205,4 @@ async fn newest_event(connection: &mut SqliteConnection) -> Result<i64> {
         .await
         .map_err(Error::during("watch the database"))?;
     Ok(row.0)
-}
-
-/// An error with all its causes, as one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -196,7 +196,7 @@ impl Process {
         Ok(self.lines.recv().await.map(|(line, _memory)| line))
     }
 
-    /// Hands a line over for the CLI's standard input; the line feed is added. Never waits for the CLI to read it.
+    /// Hands a line over for the CLI's standard input; a missing line feed is added. Never waits for the CLI to read it.
     /// An error says that the input is closed, by [`Self::close_stdin`] or by the CLI.
     #[expect(clippy::unused_async, reason = "callers needn't know that it never waits")]
     pub async fn send(&mut self, line: &str) -> io::Result<()> {
@@ -458,7 +458,9 @@ impl Pipes {
 
 async fn write_lines(mut stdin: ChildStdin, mut lines: mpsc::UnboundedReceiver<String>) {
     while let Some(mut line) = lines.recv().await {
-        line.push('\n');
+        if !line.ends_with('\n') {
+            line.push('\n');
+        }
         // The CLI has closed its input or is gone: its output says the rest.
         if stdin.write_all(line.as_bytes()).await.is_err() {
             return;

@@ -24,16 +24,16 @@ const MAX_BYTES: usize = 16 * 1024 * 1024;
 
 /// What the recorder knows about the lease.
 #[derive(Clone, Copy, Debug)]
-pub struct Standing {
+pub(super) struct Standing {
     /// Whether to go on.
-    pub signal: Signal,
+    pub(super) signal: Signal,
     /// The lease was held at this moment: when the last successful renewal was *sent*.
-    pub held_at: Instant,
+    pub(super) held_at: Instant,
 }
 
 /// Takes the events of one run.
 #[derive(Debug)]
-pub struct Recorder {
+pub(super) struct Recorder {
     notes: mpsc::UnboundedSender<Note>,
     standing: watch::Receiver<Standing>,
     task: JoinHandle<()>,
@@ -52,7 +52,7 @@ enum Note {
 impl Recorder {
     /// Starts recording the run of this lease, which was claimed at `claimed_at`. The lease is renewed each
     /// `renew_every`, and more often when events come.
-    pub fn start(
+    pub(super) fn start(
         store: Store,
         wakeups: &Wakeups,
         lease: Arc<Lease>,
@@ -87,7 +87,7 @@ impl Recorder {
     }
 
     /// Keeps an event, unless the run has had too many.
-    pub fn event(&mut self, event: NewEvent) {
+    pub(super) fn event(&mut self, event: NewEvent) {
         self.bytes += event.data.to_string().len();
         if self.kept >= MAX_EVENTS || self.bytes > MAX_BYTES {
             self.dropped += 1;
@@ -98,12 +98,12 @@ impl Recorder {
     }
 
     /// Keeps what the run has cost so far.
-    pub fn spend(&self, spend: Spend) {
+    pub(super) fn spend(&self, spend: Spend) {
         let _ = self.notes.send(Note::Spend(spend));
     }
 
     /// Waits for news about the lease.
-    pub async fn changed(&mut self) -> Standing {
+    pub(super) async fn changed(&mut self) -> Standing {
         if self.standing.changed().await.is_err() {
             // The writer ends only after a loss, or by `close`, which takes the recorder.
             std::future::pending::<()>().await;
@@ -112,12 +112,12 @@ impl Recorder {
     }
 
     /// What is known about the lease.
-    pub fn standing(&self) -> Standing {
+    pub(super) fn standing(&self) -> Standing {
         *self.standing.borrow()
     }
 
     /// Writes what is left and stops. The lease isn't renewed any more after this.
-    pub async fn close(self) {
+    pub(super) async fn close(self) {
         let Self {
             notes, task, dropped, ..
         } = self;
