@@ -1,0 +1,266 @@
+//! What the sweeper mends and clears away.
+
+use super::{NOW, World, at, job, report};
+use crate::job::{Ending, JobStatus, NewJob};
+use crate::storage::{QUEUE, Swept};
+use ::tests::database::Db;
+
+::tests::both!(
+    missing_tickets_are_topped_up,
+    used_tickets_are_removed,
+    a_hint_that_is_too_low_is_raised,
+    hundreds_of_due_jobs_are_released_in_one_sweep,
+    sweepers_at_once_do_not_disturb_each_other,
+    the_data_of_an_ended_job_is_removed_once,
+    expired_jobs_are_those_that_ended_before
+);
+
+/// The queue library's table of entries.
+fn tickets_table(db: Db) -> &'static str {
+    match db {
+        Db::Sqlite => "Jobs",
+        Db::Postgres => "apalis.jobs",
+    }
+}
+
+async fn missing_tickets_are_topped_up(db: Db) {
+    let world = World::new(db).await;
+    let (a, b) = (world.key("a", 3).await, world.key("b", 100).await);
+    world.key("idle", 100).await;
+    assert_eq!(world.store.sweep(NOW).await.unwrap(), Swept::default());
+    world.submit(job(&a)).await;
+    world
+        .database
+        .execute(&format!("delete from {}", tickets_table(db)))
+        .await;
+
+    let swept = world.store.sweep(NOW).await.unwrap();
+    assert_eq!(
+        (swept.tickets, world.tickets().await),
+        (3, 3),
+        "as many as A may run"
+    );
+    assert_eq!(
+        world.store.sweep(NOW).await.unwrap().tickets,
+        0,
+        "they are there now"
+    );
+
+    world.submit(job(&b)).await;
+    world.store.sweep(NOW).await.unwrap();
+    assert_eq!(world.tickets().await, 64, "enough to wake everybody");
+
+    world
+        .database
+        .execute(&format!("delete from {}", tickets_table(db)))
+        .await;
+    world.database.execute("update queue set paused = true").await;
+    assert_eq!(
+        world.store.sweep(NOW).await.unwrap().tickets,
+        0,
+        "nothing may start"
+    );
+}
+
+async fn used_tickets_are_removed(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    for _ in 0..6 {
+        world.submit(job(&key)).await;
+    }
+    let table = tickets_table(db);
+    let ids = world
+        .database
+        .texts(&format!("select id from {table} order by id"))
+        .await;
+    let seconds = NOW.unix_seconds();
+    let time = |seconds: i64| match db {
+        Db::Sqlite => seconds.to_string(),
+        Db::Postgres => format!("to_timestamp({seconds})"),
+    };
+    let worker_table = if db == Db::Sqlite {
+        "Workers"
+    } else {
+        "apalis.workers"
+    };
+    for (worker, seen) in [
+        ("gone", seconds - 700),
+        ("holds", seconds - 700),
+        ("alive", seconds),
+    ] {
+        world
+            .database
+            .execute(&format!(
+                "insert into {worker_table} (id, worker_type, storage_name, last_seen)
+                 values ('{worker}', '{QUEUE}', 's', {})",
+                time(seen)
+            ))
+            .await;
+    }
+    for (id, status, worker, locked) in [
+        (&ids[0], "Done", "gone", 1),
+        (&ids[1], "Failed", "gone", 1),
+        (&ids[2], "Killed", "gone", 1),
+        (&ids[3], "Queued", "gone", 601),
+        (&ids[4], "Queued", "holds", 599),
+    ] {
+        let sql = format!(
+            "update {table} set status = '{status}', lock_by = '{worker}', lock_at = {} where id = '{id}'",
+            time(seconds - locked)
+        );
+        assert_eq!(world.database.execute(&sql).await, 1);
+    }
+
+    let swept = world.store.sweep(NOW).await.unwrap();
+
+    assert_eq!((swept.used_tickets, swept.queue_workers), (4, 1));
+    let left = world
+        .database
+        .texts(&format!("select id from {worker_table} order by id"))
+        .await;
+    assert_eq!(left, ["alive", "holds"]);
+    let left = world
+        .number(&format!(
+            "select count(*) from {table} where id in ('{}', '{}')",
+            ids[4], ids[5]
+        ))
+        .await;
+    assert_eq!(left, 2);
+}
+
+async fn a_hint_that_is_too_low_is_raised(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let stored = world
+        .submit(NewJob {
+            priority: 4,
+            ..job(&key)
+        })
+        .await;
+    // As if a process had died between its commit and its correction; on SQLite there is no such moment.
+    if db == Db::Postgres {
+        for top in ["null", "-3"] {
+            world
+                .database
+                .execute(&format!("update lane set top = {top}"))
+                .await;
+            world.store.sweep(NOW).await.unwrap();
+            assert_eq!(world.number("select top from lane").await, 4);
+        }
+    }
+    world.claim_job(&stored).await;
+}
+
+async fn hundreds_of_due_jobs_are_released_in_one_sweep(db: Db) {
+    let world = World::new(db).await;
+    let (a, b) = (world.key("a", 9).await, world.key("b", 9).await);
+    let mut tx = world.store.begin().await.unwrap();
+    for number in 0..250 {
+        let key = if number % 3 == 0 { &a } else { &b };
+        let run_after = Some(at(10 + number % 7));
+        tx.insert_job(&NewJob {
+            run_after,
+            ..job(key)
+        })
+        .await
+        .unwrap();
+    }
+    tx.commit().await.unwrap();
+
+    assert_eq!(world.store.sweep(at(20)).await.unwrap().due, 250);
+
+    assert_eq!(world.number("select count(*) from lane where top = 0").await, 2);
+    assert_eq!(
+        world
+            .number("select count(*) from job where hold = '' and run_after is null")
+            .await,
+        250
+    );
+}
+
+async fn sweepers_at_once_do_not_disturb_each_other(db: Db) {
+    let world = World::new(db).await;
+    let keys = [
+        world.key("a", 9).await,
+        world.key("b", 9).await,
+        world.key("c", 9).await,
+    ];
+    for round in 0..5 {
+        for key in &keys {
+            for _ in 0..10 {
+                world
+                    .submit(NewJob {
+                        run_after: Some(at(1 + round)),
+                        ..job(key)
+                    })
+                    .await;
+            }
+        }
+        let sweepers: Vec<_> = (0..4)
+            .map(|_| {
+                let store = world.store.clone();
+                tokio::spawn(async move { store.sweep(at(1 + round)).await.unwrap().due })
+            })
+            .collect();
+        let mut due = 0;
+        for sweeper in sweepers {
+            due += sweeper.await.unwrap();
+        }
+        assert_eq!(due, 30, "each job is released once");
+    }
+}
+
+async fn the_data_of_an_ended_job_is_removed_once(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 1).await;
+    let stored = world.submit(job(&key)).await;
+    let lease = world.claim_job(&stored).await;
+    assert!(!world.store.remove_data(stored.job_id).await.unwrap(), "it runs");
+    world.finish(&lease, Ending::Done).await;
+
+    assert!(world.store.remove_data(stored.job_id).await.unwrap());
+    assert!(!world.store.remove_data(stored.job_id).await.unwrap());
+
+    let left = world.job(stored.job_id).await;
+    assert_eq!((left.status, left.data_removed), (JobStatus::Done, true));
+    assert_eq!(world.store.prompt(stored.job_id).await.unwrap(), "");
+    assert_eq!(world.store.result(stored.job_id).await.unwrap(), None);
+    assert_eq!(world.events(&stored).await, [""; 0]);
+    assert_eq!(
+        world
+            .number("select count(*) from attempt where stderr_tail is null")
+            .await,
+        1
+    );
+    assert_eq!(
+        world.number("select cost from ledger").await,
+        120_000,
+        "money stays"
+    );
+    assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn expired_jobs_are_those_that_ended_before(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let mut jobs = Vec::new();
+    for second in [10, 20, 30] {
+        let stored = world.submit(job(&key)).await;
+        let lease = world.claim_job(&stored).await;
+        world
+            .store
+            .finish(&lease, &report(Ending::Done), at(second))
+            .await
+            .unwrap();
+        jobs.push(stored.job_id);
+    }
+    world.submit(job(&key)).await;
+
+    let expired = async || {
+        let expired = world.store.expired_jobs(at(30)).await.unwrap();
+        expired.into_iter().map(|job| job.job_id).collect::<Vec<_>>()
+    };
+    assert_eq!(expired().await, jobs[..2]);
+    world.store.remove_data(jobs[0]).await.unwrap();
+    assert_eq!(expired().await, jobs[1..2]);
+}

@@ -1,0 +1,125 @@
+//! A commit of one process wakes another.
+
+use super::{NOW, World, job};
+use crate::event::{EventType, NewEvent};
+use crate::job::{Ending, Lease};
+use crate::storage::{JobWakeup, Store, Wakeups};
+use ::tests::database::Db;
+use serde_json::json;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+::tests::both!(
+    a_commit_wakes_who_waits_in_another_process,
+    who_waits_for_another_job_is_not_woken,
+    listening_outlives_its_connection
+);
+
+/// Longer than a wake-up takes, and shorter than the look that everyone takes by himself.
+const SOON: Duration = Duration::from_millis(1500);
+
+fn listen(store: &Store) -> Wakeups {
+    Wakeups::listen(store, Duration::from_millis(10), CancellationToken::new())
+}
+
+async fn say(world: &World, lease: &Lease) {
+    let event = NewEvent::new(EventType::Assistant, json!({ "content": "Hello." }));
+    world.store.record(lease, &[event], None, NOW).await.unwrap();
+}
+
+async fn woken(wakeup: &mut JobWakeup) -> bool {
+    tokio::time::timeout(SOON, wakeup.changed()).await.is_ok()
+}
+
+/// Says something again and again until the listener hears it.
+async fn until_heard(world: &World, lease: &Lease, wakeup: &mut JobWakeup) {
+    let begin = Instant::now();
+    loop {
+        say(world, lease).await;
+        if tokio::time::timeout(Duration::from_millis(100), wakeup.changed())
+            .await
+            .is_ok()
+        {
+            return;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(20), "nothing was heard");
+    }
+}
+
+async fn a_commit_wakes_who_waits_in_another_process(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let stored = world.submit(job(&key)).await;
+    let lease = world.claim_job(&stored).await;
+    let wakeups = listen(&world.other().await);
+    let mut wakeup = wakeups.job(stored.job_id);
+    until_heard(&world, &lease, &mut wakeup).await;
+
+    // Registered before, so that what is committed before the wait wakes it all the same.
+    let mut wakeup = wakeups.job(stored.job_id);
+    say(&world, &lease).await;
+    assert!(woken(&mut wakeup).await, "an event");
+
+    let mut wakeup = wakeups.job(stored.job_id);
+    world.cancel(&stored).await;
+    assert!(woken(&mut wakeup).await, "a cancel");
+
+    let mut wakeup = wakeups.job(stored.job_id);
+    world.finish(&lease, Ending::Cancelled).await;
+    assert!(woken(&mut wakeup).await, "the end");
+
+    let mut slots = wakeups.slots();
+    slots.mark_unchanged();
+    world.submit(job(&key)).await;
+    let rung = tokio::time::timeout(SOON, slots.changed()).await;
+    assert!(rung.is_ok(), "a ticket");
+}
+
+async fn who_waits_for_another_job_is_not_woken(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let stored = world.submit(job(&key)).await;
+    let other = world.submit(job(&key)).await;
+    let lease = world.claim_job(&stored).await;
+    let wakeups = listen(&world.other().await);
+    let (mut own, mut others) = (wakeups.job(stored.job_id), wakeups.job(other.job_id));
+    until_heard(&world, &lease, &mut own).await;
+    // The beginning of the listening wakes everybody once.
+    let _ = tokio::time::timeout(Duration::from_millis(1), others.changed()).await;
+
+    let mut own = wakeups.job(stored.job_id);
+    say(&world, &lease).await;
+    assert!(woken(&mut own).await);
+
+    let quiet = tokio::time::timeout(Duration::from_millis(50), others.changed()).await;
+    assert!(quiet.is_err());
+}
+
+async fn listening_outlives_its_connection(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let stored = world.submit(job(&key)).await;
+    let lease = world.claim_job(&stored).await;
+    let wakeups = listen(&world.other().await);
+    let mut wakeup = wakeups.job(stored.job_id);
+    until_heard(&world, &lease, &mut wakeup).await;
+    if db == Db::Postgres {
+        let ended = world
+            .number(
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity
+                 where datname = current_database() and query like 'LISTEN%'",
+            )
+            .await;
+        assert_eq!(ended, 1);
+    }
+
+    let mut wakeup = wakeups.job(stored.job_id);
+    until_heard(&world, &lease, &mut wakeup).await;
+    let mut wakeup = wakeups.job(stored.job_id);
+    say(&world, &lease).await;
+    assert!(woken(&mut wakeup).await);
+    let mut slots = wakeups.slots();
+    slots.mark_unchanged();
+    world.submit(job(&key)).await;
+    assert!(tokio::time::timeout(SOON, slots.changed()).await.is_ok());
+}
