@@ -1,0 +1,22 @@
+//! `cancel`: asks for a job's end.
+
+use shared::env::Vars;
+
+use crate::client::Client;
+use crate::failure::Failure;
+
+/// Which job.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The job's id
+    id: String,
+}
+
+pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure> {
+    let job = Client::from_vars(vars)?.cancel(&arguments.id).await?;
+    match job["status"].as_str() {
+        Some("cancelled") => println!("cancelled"),
+        _ => println!("cancelling: it is {}", job["status"].as_str().unwrap_or("?")),
+    }
+    Ok(())
+}

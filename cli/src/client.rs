@@ -1,0 +1,341 @@
+//! A client of the HTTP API.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use reqwest::header::ACCEPT;
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
+use serde_json::Value;
+use shared::env::{Error, Vars};
+use shared::telemetry::chain;
+use tokio::time::sleep;
+
+use crate::failure::Failure;
+
+const DEFAULT_URL: &str = "http://127.0.0.1:8000";
+/// Longer than any long poll.
+const ANSWER_WITHIN: Duration = Duration::from_secs(90);
+/// How often a stream is asked for again without a single event in between.
+const TRIES: u32 = 10;
+
+/// Speaks to one service with one key.
+#[derive(Debug)]
+pub(crate) struct Client {
+    http: reqwest::Client,
+    base: String,
+    key: Option<String>,
+}
+
+/// One event of a job.
+#[derive(Debug)]
+pub(crate) struct Event {
+    /// Its number within the job.
+    pub(crate) seq: i64,
+    /// `status`, `assistant`, `tool`, …
+    pub(crate) kind: String,
+    /// What the type says.
+    pub(crate) data: Value,
+}
+
+impl Event {
+    /// Whether no event comes after this one.
+    pub(crate) fn is_last(&self) -> bool {
+        matches!(self.kind.as_str(), "done" | "error" | "cancelled")
+    }
+}
+
+impl Client {
+    /// The service that `CLAUDE_QUEUE_URL` and `CLAUDE_QUEUE_API_KEY` name. Without them it is the one of this folder's
+    /// `.env`: its key is only ever sent to this machine.
+    pub(crate) fn from_vars(vars: &Vars) -> Result<Self, Failure> {
+        let url = vars.text("CLAUDE_QUEUE_URL");
+        let mut key = vars.text("CLAUDE_QUEUE_API_KEY");
+        if url.is_none() && key.is_none() {
+            key = vars.list("API_KEYS", "")?.into_iter().next();
+        }
+        Self::new(url.as_deref().unwrap_or(DEFAULT_URL), key)
+    }
+
+    /// A client of the service at `url`.
+    pub(crate) fn new(url: &str, key: Option<String>) -> Result<Self, Failure> {
+        // An error would say that there is one already.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let parsed = Url::parse(url)
+            .ok()
+            .filter(|url| matches!(url.scheme(), "http" | "https"));
+        let Some(parsed) = parsed else {
+            return Err(Error::new(
+                "CLAUDE_QUEUE_URL",
+                "isn't a URL",
+                format!("such as {DEFAULT_URL}"),
+            )
+            .into());
+        };
+        let host = parsed.host_str().unwrap_or_default().trim_matches(['[', ']']);
+        let mut builder = reqwest::Client::builder().connect_timeout(Duration::from_secs(10));
+        if host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback()) {
+            // A proxy couldn't reach this machine's loopback.
+            builder = builder.no_proxy();
+        }
+        let http = builder
+            .build()
+            .map_err(|error| Failure::Other(format!("no HTTP client: {}", chain(&error))))?;
+        Ok(Self {
+            http,
+            base: url.trim_end_matches('/').to_owned(),
+            key,
+        })
+    }
+
+    /// Submits a job; the same idempotency key never makes two.
+    pub(crate) async fn submit(&self, body: &Value, idempotency_key: &str) -> Result<Value, Failure> {
+        let request = self
+            .request(Method::POST, "/api/v1/jobs")
+            .header("idempotency-key", idempotency_key);
+        let mut answer = self.send(request.json(body)).await?;
+        Ok(answer["data"].take())
+    }
+
+    /// The job as it is, or as it is when it ended, within `wait` seconds.
+    pub(crate) async fn job(&self, id: &str, wait: u64) -> Result<Value, Failure> {
+        let request = self.request(Method::GET, &format!("{}?wait={wait}", job_path(id)));
+        let mut answer = self.send(request).await?;
+        Ok(answer["data"].take())
+    }
+
+    /// A page of the newest jobs.
+    pub(crate) async fn jobs(&self, query: &[(&str, String)]) -> Result<Value, Failure> {
+        self.send(self.request(Method::GET, "/api/v1/jobs").query(query))
+            .await
+    }
+
+    /// Asks for a job's end.
+    pub(crate) async fn cancel(&self, id: &str) -> Result<Value, Failure> {
+        let mut answer = self
+            .send(self.request(Method::POST, &format!("{}/cancel", job_path(id))))
+            .await?;
+        Ok(answer["data"].take())
+    }
+
+    /// The service's own check of itself.
+    pub(crate) async fn is_ready(&self) -> Result<(), Failure> {
+        self.answered(self.request(Method::GET, "/readyz"))
+            .await
+            .map(drop)
+    }
+
+    /// Gives every event of a job after number `after` to `see`, those that are there and those that come, until the
+    /// last. A stream that is cut is taken up again where it was.
+    pub(crate) async fn follow(
+        &self,
+        id: &str,
+        mut after: i64,
+        mut see: impl FnMut(&Event),
+    ) -> Result<(), Failure> {
+        let mut tries = 0;
+        loop {
+            let request = self.request(Method::GET, &format!("{}/events", job_path(id)));
+            let request = request
+                .header(ACCEPT, "text/event-stream")
+                .header("last-event-id", after.to_string());
+            // The stream is longer than any single answer may take.
+            let response = self.answered(request.timeout(Duration::from_hours(24))).await?;
+            if response.status() == StatusCode::NO_CONTENT {
+                return Ok(());
+            }
+            let mut reader = EventReader::default();
+            let mut bytes = response.bytes_stream();
+            while let Some(Ok(piece)) = bytes.next().await {
+                for event in reader.read(&piece) {
+                    (after, tries) = (event.seq, 0);
+                    see(&event);
+                    if event.is_last() {
+                        return Ok(());
+                    }
+                }
+            }
+            tries += 1;
+            if tries == TRIES {
+                return Err(self.unreachable("the stream of events ended again and again".to_owned()));
+            }
+            sleep(Duration::from_millis(300)).await;
+        }
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self
+            .http
+            .request(method, format!("{}{path}", self.base))
+            .timeout(ANSWER_WITHIN);
+        match &self.key {
+            Some(key) => request.header("x-api-key", key),
+            None => request,
+        }
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Value, Failure> {
+        let response = self.answered(request).await?;
+        response
+            .json()
+            .await
+            .map_err(|error| self.unreachable(chain(&error)))
+    }
+
+    /// Sends a request; what isn't a success becomes the problem's sentence.
+    async fn answered(&self, request: RequestBuilder) -> Result<Response, Failure> {
+        let response = request
+            .send()
+            .await
+            .map_err(|error| self.unreachable(chain(&error)))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let problem: Value = response.json().await.unwrap_or_default();
+        Err(Failure::Other(sentence(status, &problem)))
+    }
+
+    fn unreachable(&self, why: String) -> Failure {
+        Failure::Unreachable {
+            url: self.base.clone(),
+            why,
+        }
+    }
+}
+
+/// A path segment can't smuggle in another path.
+fn job_path(id: &str) -> String {
+    let id: String = id
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'))
+        .collect();
+    format!("/api/v1/jobs/{id}")
+}
+
+/// A problem as one sentence, with each faulty field on a line of its own.
+fn sentence(status: StatusCode, problem: &Value) -> String {
+    let detail = problem["detail"].as_str().or(problem["title"].as_str());
+    let mut parts = vec![format!(
+        "{} ({})",
+        detail.unwrap_or("the service refused"),
+        status.as_u16()
+    )];
+    if let Some(request_id) = problem["request_id"]
+        .as_str()
+        .filter(|_| status.is_server_error())
+    {
+        parts.push(format!(" [request {request_id}]"));
+    }
+    for fault in problem["errors"].as_array().into_iter().flatten() {
+        let (field, message) = (fault["field"].as_str(), fault["message"].as_str());
+        parts.push(format!(
+            "\n  {}: {}",
+            field.unwrap_or("?"),
+            message.unwrap_or("?")
+        ));
+    }
+    parts.concat()
+}
+
+/// Server-sent events out of bytes as they come.
+#[derive(Debug, Default)]
+struct EventReader {
+    line: Vec<u8>,
+    seq: Option<i64>,
+    kind: String,
+    data: String,
+}
+
+impl EventReader {
+    /// The events that are whole with this piece. Those without a number are never stored and not given.
+    fn read(&mut self, piece: &[u8]) -> Vec<Event> {
+        let mut events = Vec::new();
+        for byte in piece {
+            if *byte != b'\n' {
+                self.line.push(*byte);
+                continue;
+            }
+            let line = String::from_utf8_lossy(&std::mem::take(&mut self.line))
+                .trim_end_matches('\r')
+                .to_owned();
+            if line.is_empty() {
+                let (seq, kind, data) = (
+                    self.seq.take(),
+                    std::mem::take(&mut self.kind),
+                    std::mem::take(&mut self.data),
+                );
+                if let Some(seq) = seq {
+                    events.push(Event {
+                        seq,
+                        kind,
+                        data: serde_json::from_str(&data).unwrap_or_default(),
+                    });
+                }
+                continue;
+            }
+            let (field, value) = line.split_once(':').unwrap_or((&line, ""));
+            let value = value.strip_prefix(' ').unwrap_or(value);
+            match field {
+                "id" => self.seq = value.parse().ok(),
+                "event" => value.clone_into(&mut self.kind),
+                "data" => self.data.push_str(value),
+                _ => {}
+            }
+        }
+        events
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn events_are_read_however_the_bytes_are_cut() {
+        let stream = "retry: 3000\r\n\r\n: ping\r\n\r\nid: 1\r\nevent: status\r\ndata: {\"status\":\"queued\"}\r\n\r\n\
+                      event: delta\r\ndata: {}\r\n\r\nid: 2\nevent: done\ndata: {\"cost\":0.1}\n\n";
+
+        for size in [1, 7, stream.len()] {
+            let mut reader = EventReader::default();
+            let events: Vec<Event> = stream
+                .as_bytes()
+                .chunks(size)
+                .flat_map(|piece| reader.read(piece))
+                .collect();
+
+            assert_eq!(events.len(), 2, "pieces of {size}");
+            assert_eq!((events[0].seq, events[0].kind.as_str()), (1, "status"));
+            assert_eq!(events[0].data, json!({"status": "queued"}));
+            assert!(events[1].is_last() && !events[0].is_last());
+        }
+    }
+
+    #[test]
+    fn a_problem_is_told_with_every_field() {
+        let problem = json!({"detail": "Validation failed", "errors": [{"field": "body -> message", "message": "too short"}]});
+
+        let told = sentence(StatusCode::UNPROCESSABLE_ENTITY, &problem);
+
+        assert_eq!(told, "Validation failed (422)\n  body -> message: too short");
+    }
+
+    #[test]
+    fn only_a_service_of_this_machine_gets_the_key_of_the_env_file() {
+        let local = Client::from_vars(&Vars::of([("API_KEYS", "one,two")])).unwrap();
+        let remote = Vars::of([
+            ("API_KEYS", "one"),
+            ("CLAUDE_QUEUE_URL", "https://jobs.example.org/"),
+        ]);
+        let remote = Client::from_vars(&remote).unwrap();
+
+        assert_eq!(local.key.as_deref(), Some("one"));
+        assert_eq!(
+            (remote.key, remote.base.as_str()),
+            (None, "https://jobs.example.org")
+        );
+        assert!(Client::from_vars(&Vars::of([("CLAUDE_QUEUE_URL", "jobs")])).is_err());
+    }
+}

@@ -1,0 +1,232 @@
+//! `demo`: one job from submit to result, on a machine without an account. The service, the queue, the sandbox and the
+//! Claude CLI are the real ones; only the model's answers come from the simulator.
+
+use std::fs::DirBuilder;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use shared::env::Vars;
+use shared::id::JobId;
+use shared::shutdown::Shutdown;
+use shared::storage::Store;
+use shared::telemetry;
+use simulator::Simulator;
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::service::Service;
+use crate::show;
+
+const PROMPT: &str =
+    "Write a small program hello.sh into the workspace, run it, and tell me what it printed.";
+/// What the simulated model writes; see the scenario `demo`.
+const FILE: &str = "hello.sh";
+/// The job takes three seconds; a machine that needs longer than this has another problem.
+const JOB_WITHIN: Duration = Duration::from_mins(2);
+const STOP_WITHIN: Duration = Duration::from_secs(40);
+
+/// How the demo runs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Keep the folder with the database and the workspace, and say where it is
+    #[arg(long)]
+    keep: bool,
+}
+
+pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let began = Instant::now();
+    let folder = Folder::create(arguments.keep)?;
+    let simulator = Simulator::start((Ipv4Addr::LOCALHOST, 0).into())
+        .await
+        .map_err(|error| Failure::Other(format!("the simulator can't listen on loopback: {error}")))?;
+    let key = format!("demo_{}", Uuid::new_v4().simple());
+    let vars = settings(&folder.0, &simulator.url(), &key)?;
+    telemetry::start(&vars)?;
+    let signals =
+        Shutdown::on_signals().map_err(|error| Failure::Other(format!("no signal handler: {error}")))?;
+    let step = |text: &str| {
+        for line in text.lines() {
+            println!("{:7.2} s  {line}", began.elapsed().as_secs_f64());
+        }
+    };
+
+    step(&format!("simulator  {} plays the Anthropic API", simulator.url()));
+    step("starting   API and worker, on a fresh SQLite database");
+    let service = Service::start(&vars, Shutdown::default()).await?;
+    let url = format!("http://{}", service.address());
+    step(&format!("listening  {url}"));
+    let client = Client::new(&url, Some(key))?;
+
+    let played = tokio::select! {
+        played = play(&client, step) => played,
+        () = signals.drain.cancelled() => Err(Failure::Other("interrupted".to_owned())),
+    };
+    // The data are read before the service stops, and told after, so that the last words are the result.
+    let told = match played {
+        Ok(job) => report(&job, service.store(), &folder.0).await,
+        Err(failure) => Err(failure),
+    };
+    step("stopping");
+    let stopped = timeout(STOP_WITHIN, service.stop()).await;
+    let told = told?;
+    stopped.map_err(|_| {
+        Failure::Other(format!(
+            "the service didn't stop within {} s",
+            STOP_WITHIN.as_secs()
+        ))
+    })??;
+    nothing_is_left()?;
+    step("stopped    no process is left");
+    drop(simulator);
+    println!("\n{told}");
+    if arguments.keep {
+        println!("The database and the workspace are in {}", folder.0.display());
+    }
+    println!(
+        "The model's answers came from a simulator on this machine: no account was used and nothing was paid.\n\
+         All else was real: the API, the queue, the sandbox, the Claude CLI and its tools. With an account: make up"
+    );
+    Ok(())
+}
+
+/// Submits the job and shows what happens, until it ends. Gives the job as it is then.
+async fn play(client: &Client, step: impl Fn(&str)) -> Result<Value, Failure> {
+    let body = json!({"message": PROMPT});
+    step(&format!("POST       /api/v1/jobs {body}"));
+    let job = client.submit(&body, &Uuid::new_v4().to_string()).await?;
+    let id = job["id"].as_str().unwrap_or_default();
+    step(&format!("accepted   {id}"));
+
+    let followed = client.follow(id, 0, |event| {
+        if let Some(line) = show::event(event) {
+            step(&line);
+        }
+    });
+    timeout(JOB_WITHIN, followed)
+        .await
+        .map_err(|_| Failure::Other(format!("the job didn't end within {} s", JOB_WITHIN.as_secs())))??;
+    client.job(id, 0).await
+}
+
+/// The result, the file that the job wrote, and what the ledger says.
+async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Failure> {
+    let id = job["id"].as_str().unwrap_or_default();
+    if job["status"] != "done" {
+        let error = job["error"].as_str().unwrap_or("no reason was given");
+        return Err(Failure::Other(format!("the job is {}: {error}", job["status"])));
+    }
+    let result = show::printable(job["result"]["content"].as_str().unwrap_or_default());
+
+    let file = folder.join("data/jobs").join(id).join("workspace").join(FILE);
+    let content = std::fs::read_to_string(&file)
+        .map_err(|error| Failure::Other(format!("the job didn't write {}: {error}", file.display())))?;
+
+    let job_id: JobId = id
+        .parse()
+        .map_err(|_| Failure::Other(format!("{id} isn't a job's id")))?;
+    let lines = store
+        .ledger(job_id)
+        .await
+        .map_err(|error| Failure::because(&error))?;
+    if lines.is_empty() {
+        return Err(Failure::Other("the ledger has no line for the job".to_owned()));
+    }
+    let ledger: Vec<String> = lines
+        .iter()
+        .map(|line| {
+            let cache = line.cache_creation_input_tokens + line.cache_read_input_tokens;
+            format!(
+                "    {}  {id}  attempt {}  {}  {} tokens in, {cache} cached, {} out  ${:.6}",
+                line.at.to_utc().format("%Y-%m-%d %H:%M:%S"),
+                line.attempt,
+                line.model,
+                line.input_tokens,
+                line.output_tokens,
+                line.cost.usd(),
+            )
+        })
+        .collect();
+    Ok(format!(
+        "Result\n{}\n{FILE}, as the job left it\n{}\nLedger\n{}\n",
+        indented(&result),
+        indented(&show::printable(&content)),
+        ledger.join("\n")
+    ))
+}
+
+fn indented(text: &str) -> String {
+    text.lines().flat_map(|line| ["    ", line, "\n"]).collect()
+}
+
+/// The service's settings: everything in the demo's own folder, on free ports. Of this process's variables only these
+/// few are used: no account is needed, so none may be used by accident.
+fn settings(folder: &Path, simulator: &str, key: &str) -> Result<Vars, Failure> {
+    let process = Vars::from_process()?;
+    let passed_on = |name| process.unlisted(name).unwrap_or_default();
+    let database = format!("sqlite://{}", folder.join("claude-queue.db").display());
+    let level = process.unlisted("LOG_LEVEL").unwrap_or_else(|| "warn".to_owned());
+    Ok(Vars::of([
+        ("PATH", passed_on("PATH").as_str()),
+        ("HOME", passed_on("HOME").as_str()),
+        ("XDG_RUNTIME_DIR", passed_on("XDG_RUNTIME_DIR").as_str()),
+        ("CLAUDE_CLI_PATH", passed_on("CLAUDE_CLI_PATH").as_str()),
+        ("SANDBOX_ENABLED", passed_on("SANDBOX_ENABLED").as_str()),
+        ("LOG_LEVEL", &level),
+        ("DATABASE_URL", &database),
+        ("DATA_DIR", &folder.join("data").display().to_string()),
+        ("API_PORT", "0"),
+        ("API_KEYS", key),
+        ("ANTHROPIC_API_KEY", "sim-demo"),
+        ("ANTHROPIC_BASE_URL", simulator),
+    ]))
+}
+
+/// Fails when this process still has children: the guards of runs, and through them everything of a run.
+fn nothing_is_left() -> Result<(), Failure> {
+    let own = std::process::id().to_string();
+    let mut left = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        // pid (name) state parent …; the name may hold anything, so what follows its last bracket is read.
+        let Some((name, rest)) = stat.rsplit_once(") ") else {
+            continue;
+        };
+        if rest.split(' ').nth(1) == Some(own.as_str()) {
+            left.push(name.to_owned());
+        }
+    }
+    if left.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Other(format!("processes are left: {}", left.join(", "))))
+}
+
+/// A folder of this demo alone, removed at the end.
+struct Folder(PathBuf, bool);
+
+impl Folder {
+    fn create(keep: bool) -> Result<Self, Failure> {
+        let path = std::env::temp_dir().join(format!("claude-queue-demo-{}", Uuid::new_v4().simple()));
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(|error| Failure::Other(format!("{} can't be made: {error}", path.display())))?;
+        Ok(Self(path, keep))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !self.1 {
+            // What can't be removed is in the temporary folder, which the system cleans.
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! `doctor`: what a service needs on this machine, item by item, and how to get what is missing.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::Path;
+
+use shared::env::Vars;
+use shared::storage::DatabaseUrl;
+use shared::telemetry::chain;
+use uuid::Uuid;
+use worker::claude::{process, sandbox};
+use worker::gateway::credentials::Credentials;
+use worker::workspace::Runtime;
+use worker::{Config, TESTED_CLI};
+
+use crate::client::Client;
+use crate::failure::Failure;
+
+/// What a check found.
+enum Finding {
+    /// As it should be.
+    Good(String),
+    /// It will do, but somebody should know.
+    Note(String),
+    /// The service can't work like this.
+    Bad(String),
+}
+
+use Finding::{Bad, Good, Note};
+
+pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
+    let mut bad = 0;
+    let mut tell = |name: &str, finding: Finding| {
+        let (mark, text) = match finding {
+            Good(text) => ("ok", text),
+            Note(text) => ("note", text),
+            Bad(text) => {
+                bad += 1;
+                ("BAD", text)
+            }
+        };
+        println!("{mark:<5} {name:<11} {text}");
+    };
+
+    if let Err(error) = api::Config::from_vars(vars) {
+        tell("settings", Bad(error.to_string()));
+    }
+    let config = match Config::from_vars(vars) {
+        Ok(config) => Some(config),
+        Err(error) => {
+            tell("settings", Bad(error.to_string()));
+            None
+        }
+    };
+    tell("database", database(vars));
+    tell("keys", keys(vars));
+    if let Some(config) = &config {
+        let path = config.path.as_ref().map(OsString::from);
+        tell("data", data_folder(&config.data_dir));
+        match process::find_cli(config.claude.cli.as_deref(), path.as_deref()) {
+            Ok(cli) => {
+                tell("claude", claude(&cli).await);
+                tell("credential", credential(config, &cli));
+            }
+            Err(error) => {
+                let cure = "scripts/install-claude.sh installs it, CLAUDE_CLI_PATH names it";
+                tell("claude", Bad(format!("no Claude CLI: {error}; {cure}")));
+            }
+        }
+        tell("sandbox", sandbox(config, path.as_deref()).await);
+    }
+    tell("service", service(vars).await);
+    if bad == 0 {
+        return Ok(());
+    }
+    Err(Failure::Other(format!(
+        "{bad} of these keep the service from working"
+    )))
+}
+
+/// Only looks: opening a database would also bring its tables up to date.
+fn database(vars: &Vars) -> Finding {
+    match DatabaseUrl::from_vars(vars) {
+        Err(error) => Bad(error.to_string()),
+        Ok(DatabaseUrl::Sqlite(file)) if file.exists() => {
+            match fs::OpenOptions::new().append(true).open(&file) {
+                Ok(_) => Good(format!("{}", file.display())),
+                Err(error) => Bad(format!("{} can't be written: {error}", file.display())),
+            }
+        }
+        Ok(DatabaseUrl::Sqlite(file)) => Good(format!("{} is made at the first start", file.display())),
+        Ok(url @ DatabaseUrl::Postgres(_)) => Note(format!(
+            "{url:?}; claude-queue migrate tries it, and brings it up to date"
+        )),
+    }
+}
+
+fn keys(vars: &Vars) -> Finding {
+    let count = |name| vars.list(name, "").map_or(0, |keys| keys.len());
+    match count("API_KEYS") + count("ADMIN_API_KEYS") {
+        0 => Note("no API_KEYS: every program on this machine may submit jobs".to_owned()),
+        1 => Good("1 key".to_owned()),
+        count => Good(format!("{count} keys")),
+    }
+}
+
+/// Writes a file, as a run would.
+fn data_folder(folder: &Path) -> Finding {
+    let probe = folder.join(format!(".doctor-{}", Uuid::new_v4().simple()));
+    let written = fs::create_dir_all(folder)
+        .and_then(|()| fs::write(&probe, ""))
+        .and_then(|()| fs::remove_file(&probe));
+    match written {
+        Ok(()) => Good(format!("{} can be written", folder.display())),
+        Err(error) => Bad(format!("DATA_DIR {} can't be written: {error}", folder.display())),
+    }
+}
+
+async fn claude(cli: &Path) -> Finding {
+    match process::cli_version(cli).await {
+        Ok(version) if version == TESTED_CLI => Good(format!("{version}, {}", cli.display())),
+        Ok(version) => Note(format!(
+            "{version}, {}; this release is tested with {TESTED_CLI}",
+            cli.display()
+        )),
+        Err(error) => Bad(format!("the Claude CLI doesn't run: {error}")),
+    }
+}
+
+fn credential(config: &Config, cli: &Path) -> Finding {
+    match Credentials::find(&config.anthropic, cli) {
+        Ok(credentials) => Good(credentials.kind().to_owned()),
+        Err(error) => Bad(error.to_string()),
+    }
+}
+
+async fn sandbox(config: &Config, path: Option<&OsStr>) -> Finding {
+    if !config.sandbox {
+        return Note("SANDBOX_ENABLED=false: the agent has all rights of this user".to_owned());
+    }
+    let runtime = match Runtime::create(config.runtime_dir.as_deref()) {
+        Ok(runtime) => runtime,
+        Err(error) => return Bad(format!("no folder for sockets: {error}")),
+    };
+    match sandbox::check(&runtime, path).await {
+        Ok(_) => Good("bubblewrap works; runs have no network but the API, so WebFetch is off".to_owned()),
+        Err(error) => Bad(chain(&error)),
+    }
+}
+
+async fn service(vars: &Vars) -> Finding {
+    let client = match Client::from_vars(vars) {
+        Ok(client) => client,
+        Err(error) => return Bad(error.to_string()),
+    };
+    match client.is_ready().await {
+        Ok(()) => Good("is up and ready".to_owned()),
+        Err(error @ Failure::Unreachable { .. }) => Note(error.to_string()),
+        Err(error) => Bad(error.to_string()),
+    }
+}

@@ -1,0 +1,43 @@
+//! `logs`: what happened to a job, and what happens while it runs.
+
+use shared::env::Vars;
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::show;
+
+/// Which job.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The job's id
+    id: String,
+    /// Each event as a line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure> {
+    let client = Client::from_vars(vars)?;
+    if !arguments.json {
+        return follow(&client, &arguments.id).await;
+    }
+    client
+        .follow(&arguments.id, 0, |event| {
+            println!(
+                "{}",
+                serde_json::json!({"seq": event.seq, "type": event.kind, "data": event.data})
+            );
+        })
+        .await
+}
+
+/// Prints a job's events until the last.
+pub(crate) async fn follow(client: &Client, id: &str) -> Result<(), Failure> {
+    client
+        .follow(id, 0, |event| {
+            if let Some(line) = show::event(event) {
+                println!("{line}");
+            }
+        })
+        .await
+}

@@ -1,0 +1,69 @@
+//! `up`: serves for real, API and worker in one process.
+
+use std::path::PathBuf;
+
+use shared::env::Vars;
+use shared::shutdown::Shutdown;
+use shared::storage::DatabaseUrl;
+use shared::telemetry;
+
+use crate::failure::Failure;
+use crate::service::Service;
+
+pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
+    telemetry::start(vars)?;
+    let shutdown =
+        Shutdown::on_signals().map_err(|error| Failure::Other(format!("no signal handler: {error}")))?;
+    let service = Service::start(vars, shutdown).await?;
+    let url = format!("http://{}", service.address());
+    println!("listening on {url}");
+    println!("{}", welcome(vars, &url)?);
+    service.ended().await
+}
+
+/// What somebody needs who sees the service for the first time.
+fn welcome(vars: &Vars, url: &str) -> Result<String, Failure> {
+    let key = vars.list("API_KEYS", "")?.into_iter().next();
+    let (key_line, header) = match &key {
+        Some(key) => (key.as_str(), format!("-H 'X-API-Key: {key}' ")),
+        None => ("none is needed on this machine; API_KEYS sets one", String::new()),
+    };
+    let database = match DatabaseUrl::from_vars(vars)? {
+        DatabaseUrl::Sqlite(file) => file,
+        DatabaseUrl::Postgres(_) => PathBuf::from("PostgreSQL"),
+    };
+    let database = database.display();
+    Ok(format!(
+        "
+  URL       {url}
+  key       {key_line}
+  database  {database}
+
+Submit a job and wait for its result:
+
+  curl -s {header}-H 'Prefer: wait=50' \\
+    --json '{{\"message\": \"Write a haiku about queues.\"}}' {url}/api/v1/jobs
+
+Stop with Ctrl-C: running jobs get DRAIN_SECONDS to end, and what doesn't is taken up at the next start.
+"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_curl_has_the_key_only_where_there_is_one() {
+        let url = "http://127.0.0.1:8000";
+
+        let with_key = welcome(&Vars::of([("API_KEYS", "cq_1,cq_2")]), url).unwrap();
+        let without = welcome(&Vars::of([]), url).unwrap();
+
+        assert!(
+            with_key.contains("-H 'X-API-Key: cq_1' ") && !with_key.contains("cq_2"),
+            "{with_key}"
+        );
+        assert!(!without.contains("X-API-Key"), "{without}");
+    }
+}

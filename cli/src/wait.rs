@@ -1,0 +1,84 @@
+//! `wait`: blocks until a job has ended, and prints its result.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use shared::env::Vars;
+use tokio::time::{Instant, sleep};
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::show;
+
+/// Seconds of one long poll; the service may make it shorter.
+const POLL_SECONDS: u64 = 50;
+
+/// Which job, and how long.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The job's id
+    id: String,
+    /// Give up after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Print the whole job as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure> {
+    let client = Client::from_vars(vars)?;
+    until_end(&client, &arguments.id, arguments.timeout, arguments.json).await
+}
+
+/// Prints the result of the job when it has ended; fails unless it is done.
+pub(crate) async fn until_end(
+    client: &Client,
+    id: &str,
+    timeout: Option<u64>,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let deadline = timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()).as_secs());
+        let asked = Instant::now();
+        let job = client
+            .job(id, POLL_SECONDS.min(left.unwrap_or(POLL_SECONDS)))
+            .await?;
+        if matches!(job["status"].as_str(), Some("done" | "failed" | "cancelled")) {
+            return tell(&job, as_json);
+        }
+        if left == Some(0) {
+            let status = job["status"].as_str().unwrap_or("?");
+            return Err(Failure::Other(format!("{id} is still {status}; it goes on")));
+        }
+        if asked.elapsed() < Duration::from_secs(1) {
+            // The service doesn't wait for us.
+            sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+fn tell(job: &Value, as_json: bool) -> Result<(), Failure> {
+    if as_json {
+        println!("{job:#}");
+    } else if let Some(content) = job["result"]["content"]
+        .as_str()
+        .filter(|content| !content.is_empty())
+    {
+        println!("{}", show::printable(content));
+    }
+    if job["status"] == "done" {
+        return Ok(());
+    }
+    let why = job["error"]
+        .as_str()
+        .or(job["cancel_reason"].as_str())
+        .unwrap_or_default();
+    let why = show::printable(why);
+    eprintln!(
+        "claude-queue: the job is {}: {why}",
+        job["status"].as_str().unwrap_or("?")
+    );
+    Err(Failure::NotDone)
+}
