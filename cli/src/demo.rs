@@ -72,7 +72,14 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
         Err(failure) => Err(failure),
     };
     step("stopping");
-    let stopped = timeout(STOP_WITHIN, service.stop()).await;
+    let stopping = async {
+        if told.is_ok() {
+            service.stop().await
+        } else {
+            service.stop_at_once().await
+        }
+    };
+    let stopped = timeout(STOP_WITHIN, stopping).await;
     let told = told?;
     stopped.map_err(|_| {
         Failure::Other(format!(
@@ -118,7 +125,8 @@ async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Fai
     let id = job["id"].as_str().unwrap_or_default();
     if job["status"] != "done" {
         let error = job["error"].as_str().unwrap_or("no reason was given");
-        return Err(Failure::Other(format!("the job is {}: {error}", job["status"])));
+        let status = job["status"].as_str().unwrap_or("?");
+        return Err(Failure::Other(format!("the job is {status}: {error}")));
     }
     let result = show::printable(job["result"]["content"].as_str().unwrap_or_default());
 

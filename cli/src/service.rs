@@ -109,10 +109,16 @@ impl Service {
         worker.and(api)
     }
 
-    /// Drains and ends both.
+    /// Lets what runs end, and ends both.
     pub(crate) async fn stop(self) -> Result<(), Failure> {
         self.shutdown.drain.cancel();
         self.ended().await
+    }
+
+    /// Ends what runs, and both.
+    pub(crate) async fn stop_at_once(self) -> Result<(), Failure> {
+        self.shutdown.at_once.cancel();
+        self.stop().await
     }
 }
 
