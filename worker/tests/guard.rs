@@ -4,6 +4,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{env, fs};
 
@@ -246,6 +247,53 @@ async fn an_order_to_end_leaves_nothing() {
             "{sandboxed:?}"
         );
         assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    }
+}
+
+/// It never lives longer than it takes to start its successor, in a session of its own.
+const FLEEING: &str = r#"#!/bin/sh
+if [ "$2" = flee ]; then setsid sh "$0" "$1" flee >/dev/null 2>&1 & exit; fi
+setsid sh "$0" "$1" flee >/dev/null 2>&1 &
+setsid sh "$0" "$1" flee >/dev/null 2>&1 &
+echo ready
+read -r line
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_that_flee_into_their_children_are_caught() {
+    for sandboxed in BOTH {
+        let stand = stand_with(sandboxed, FLEEING, &[]).await;
+        let mut process = stand.start().await;
+        assert_eq!(process.next_line().await.unwrap().unwrap(), b"ready");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+
+        process.kill();
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        stand.assert_nothing_left();
+        assert_eq!(exit.ended_by, EndedBy::Worker, "{sandboxed:?}");
+        assert_eq!(exit.signal, Some(9), "the guard had to be helped");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_the_thread_that_started_a_run_isnt_its_end() {
+    for sandboxed in BOTH {
+        let stand = Arc::new(stand(sandboxed).await);
+        let (runtime, same) = (tokio::runtime::Handle::current(), Arc::clone(&stand));
+        let starter = std::thread::spawn(move || runtime.block_on(same.started()));
+        let process = tokio::task::spawn_blocking(|| starter.join().unwrap())
+            .await
+            .unwrap();
+
+        tokio::time::sleep(Duration::from_millis(500)).await;
+
+        assert!(!stand.alive().is_empty());
+        process.kill();
+        assert_eq!(ended(process).await.ended_by, EndedBy::Worker, "{sandboxed:?}");
+        stand.assert_nothing_left();
     }
 }
 
@@ -597,11 +645,10 @@ async fn what_a_worker_and_its_guard_left_is_ended_at_the_next_start() {
     stopped.process.kill().await.unwrap();
     assert!(!left.alive().is_empty() && !held.alive().is_empty());
 
-    let ended = tokio::task::spawn_blocking(guard::end_former_runs).await.unwrap();
+    tokio::task::spawn_blocking(guard::end_former_runs).await.unwrap();
 
     left.assert_nothing_left();
     held.assert_nothing_left();
-    assert!(ended >= 8, "{ended}");
     assert!(!living.alive().is_empty(), "a run of a living worker was ended");
     process.kill();
     process.wait().await;
