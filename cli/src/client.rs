@@ -8,7 +8,6 @@ use reqwest::header::ACCEPT;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use serde_json::Value;
 use shared::env::{Error, Vars};
-use shared::telemetry::chain;
 use tokio::time::sleep;
 
 use crate::failure::Failure;
@@ -80,7 +79,7 @@ impl Client {
         }
         let http = builder
             .build()
-            .map_err(|error| Failure::Other(format!("no HTTP client: {}", chain(&error))))?;
+            .map_err(|error| Failure::Other(format!("no HTTP client: {}", cause(&error))))?;
         Ok(Self {
             http,
             base: url.trim_end_matches('/').to_owned(),
@@ -179,7 +178,7 @@ impl Client {
         response
             .json()
             .await
-            .map_err(|error| self.unreachable(chain(&error)))
+            .map_err(|error| self.unreachable(cause(&error)))
     }
 
     /// Sends a request; what isn't a success becomes the problem's sentence.
@@ -187,7 +186,7 @@ impl Client {
         let response = request
             .send()
             .await
-            .map_err(|error| self.unreachable(chain(&error)))?;
+            .map_err(|error| self.unreachable(cause(&error)))?;
         if response.status().is_success() {
             return Ok(response);
         }
@@ -227,7 +226,11 @@ fn sentence(status: StatusCode, problem: &Value) -> String {
     {
         parts.push(format!(" [request {request_id}]"));
     }
-    for fault in problem["errors"].as_array().into_iter().flatten() {
+    let faults = problem["errors"]
+        .as_array()
+        .map_or(&[] as &[Value], Vec::as_slice);
+    // A single fault is the detail already.
+    for fault in faults.iter().filter(|_| faults.len() > 1) {
         let (field, message) = (fault["field"].as_str(), fault["message"].as_str());
         parts.push(format!(
             "\n  {}: {}",
@@ -236,6 +239,15 @@ fn sentence(status: StatusCode, problem: &Value) -> String {
         ));
     }
     parts.concat()
+}
+
+/// The innermost cause of an error: what the network said, without the library's words around it.
+fn cause(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
 }
 
 /// Server-sent events out of bytes as they come.
@@ -315,11 +327,17 @@ mod tests {
 
     #[test]
     fn a_problem_is_told_with_every_field() {
-        let problem = json!({"detail": "Validation failed", "errors": [{"field": "body -> message", "message": "too short"}]});
+        let fault = |field: &str| json!({"field": field, "message": "too short"});
+        let one = json!({"detail": "body -> a: too short", "errors": [fault("body -> a")]});
+        let two = json!({"detail": "Two are wrong", "errors": [fault("body -> a"), fault("body -> b")]});
 
-        let told = sentence(StatusCode::UNPROCESSABLE_ENTITY, &problem);
+        let told = |problem| sentence(StatusCode::UNPROCESSABLE_ENTITY, problem);
 
-        assert_eq!(told, "Validation failed (422)\n  body -> message: too short");
+        assert_eq!(told(&one), "body -> a: too short (422)");
+        assert_eq!(
+            told(&two),
+            "Two are wrong (422)\n  body -> a: too short\n  body -> b: too short"
+        );
     }
 
     #[test]
