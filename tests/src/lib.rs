@@ -12,22 +12,41 @@ pub mod trace;
 
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
+
 /// How long a case may take before it counts as stuck.
 const CASE_LIMIT: Duration = Duration::from_mins(2);
 
+/// Permits of all cases that may run at once; one that must be alone takes all of them.
+const ALL: u32 = 1_000;
+static CASES: Semaphore = Semaphore::const_new(ALL as usize);
+
 /// Runs one case of a test with a deadline, in a runtime of its own.
 pub fn run(case: impl Future<Output = ()>) {
+    run_with(1, CASE_LIMIT, case);
+}
+
+/// Runs a case while no other one runs: it would disturb them, or they it.
+pub fn run_alone(limit: Duration, case: impl Future<Output = ()>) {
+    run_with(ALL, limit, case);
+}
+
+fn run_with(permits: u32, limit: Duration, case: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .expect("a runtime");
     runtime.block_on(async {
+        let _permit = CASES
+            .acquire_many(permits)
+            .await
+            .expect("the semaphore is never closed");
         let mut case = std::pin::pin!(case);
         // The case is still alive when this panics, so that its systems see a panic and show their logs.
         assert!(
-            tokio::time::timeout(CASE_LIMIT, &mut case).await.is_ok(),
-            "the case is stuck after {CASE_LIMIT:?}"
+            tokio::time::timeout(limit, &mut case).await.is_ok(),
+            "the case is stuck after {limit:?}"
         );
     });
 }
