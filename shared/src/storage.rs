@@ -224,7 +224,11 @@ impl Store {
             .connect_with(options.read_only(true).create_if_missing(false))
             .await
             .map_err(Error::during("open the database"))?;
-        Ok(Db::Sqlite { writer, reader, limits })
+        Ok(Db::Sqlite {
+            writer,
+            reader,
+            limits,
+        })
     }
 
     async fn open_postgres(url: &str, slots: u32) -> Result<Db> {
@@ -344,7 +348,11 @@ impl Store {
     /// Closes all connections. Statements under way end first.
     pub async fn close(&self) {
         match &*self.db {
-            Db::Sqlite { writer, reader, limits } => {
+            Db::Sqlite {
+                writer,
+                reader,
+                limits,
+            } => {
                 limits.close().await;
                 reader.close().await;
                 writer.close().await;

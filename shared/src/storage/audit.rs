@@ -1,0 +1,142 @@
+//! Who changed what, and who was refused.
+
+use super::{Result, Store, Tx, execute, read};
+use crate::clock::Timestamp;
+use serde_json::Value;
+use std::time::Duration;
+
+/// The action of a refused authentication.
+const REFUSED: &str = "auth.refused";
+/// Refused authentications of this time are counted in one row, in microseconds.
+const REFUSED_WITHIN: i64 = 15 * 60 * 1_000_000;
+/// How long their counts are kept.
+const REFUSED_KEPT: Duration = Duration::from_hours(90 * 24);
+
+/// One change.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AuditEntry {
+    /// When.
+    pub at: Timestamp,
+    /// Who: a key's id, `anonymous` or `cli`.
+    pub actor: String,
+    /// What: `key.create`, `budget.put` …
+    pub action: &'static str,
+    /// To what: an id.
+    pub object_id: String,
+    /// From which address; empty where there is none.
+    pub address: String,
+    /// In which request; empty where there was none.
+    pub request_id: String,
+    /// More about it, never a secret.
+    pub detail: Value,
+}
+
+/// Refused authentications, counted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Refused {
+    /// From which address.
+    pub address: String,
+    /// The id of the key that was presented, if it is one that exists; else empty.
+    pub key_id: String,
+}
+
+/// An entry as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub struct AuditRow {
+    /// Grows with each entry; lists are in its order.
+    pub audit_number: i64,
+    /// When; for refused authentications the beginning of the quarter of an hour.
+    pub at: Timestamp,
+    /// Who; empty for refused authentications.
+    pub actor: String,
+    /// What.
+    pub action: String,
+    /// To what.
+    pub object_id: String,
+    /// From where.
+    pub address: String,
+    /// In which request.
+    pub request_id: String,
+    /// How often.
+    pub times: i64,
+    /// More about it, as JSON.
+    pub detail: String,
+}
+
+impl Tx {
+    /// Notes a change, in the transaction that makes it.
+    pub async fn audit(&mut self, entry: &AuditEntry) -> Result<()> {
+        execute!(
+            self,
+            "note a change",
+            "insert into audit (at, actor, action, object_id, address, request_id, detail)
+             values ($1, $2, $3, $4, $5, $6, $7)",
+            entry.at,
+            &entry.actor,
+            entry.action,
+            &entry.object_id,
+            &entry.address,
+            &entry.request_id,
+            entry.detail.to_string()
+        )
+        .map(drop)
+    }
+}
+
+impl Store {
+    /// Notes a change that is already made.
+    pub async fn audit(&self, entry: &AuditEntry) -> Result<()> {
+        let mut tx = self.begin().await?;
+        tx.audit(entry).await?;
+        tx.commit().await
+    }
+
+    /// Adds refused authentications to the counts of this quarter of an hour.
+    pub async fn count_refused(&self, refused: &[(Refused, i64)], now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        for (refused, times) in refused {
+            execute!(
+                tx,
+                "count refused authentications",
+                "insert into audit (at, actor, action, object_id, address, request_id, times, detail)
+                 values ($1, '', 'auth.refused', $2, $3, '', $4, '{}')
+                 on conflict (at, address, object_id) where action = 'auth.refused'
+                 do update set times = audit.times + excluded.times",
+                Timestamp(now.0 - now.0.rem_euclid(REFUSED_WITHIN)),
+                &refused.key_id,
+                &refused.address,
+                times
+            )?;
+        }
+        tx.commit().await
+    }
+
+    /// Up to `limit` entries before number `before` (0: the newest), newest first; only those of `actor` unless it is
+    /// empty.
+    pub async fn audit_entries(&self, actor: &str, before: i64, limit: i64) -> Result<Vec<AuditRow>> {
+        read!(
+            self,
+            "read the audit",
+            fetch_all => AuditRow,
+            "select * from audit where ($1 = 0 or audit_number < $1) and ($2 = '' or actor = $2)
+             order by audit_number desc limit $3",
+            before,
+            actor,
+            limit
+        )
+    }
+
+    /// Forgets old counts of refused authentications. Changes are kept.
+    pub async fn sweep_audit(&self, now: Timestamp) -> Result<()> {
+        let kept = i64::try_from(REFUSED_KEPT.as_micros()).unwrap_or(i64::MAX);
+        let mut tx = self.begin().await?;
+        execute!(
+            tx,
+            "forget old counts",
+            "delete from audit where action = $1 and at < $2",
+            REFUSED,
+            Timestamp(now.0 - kept)
+        )?;
+        tx.commit().await
+    }
+}
