@@ -2,7 +2,7 @@
 //!
 //! * Values that are right by construction: [`job`], [`event`], [`session`], [`money`], [`id`], [`clock`].
 //! * The database, SQLite or PostgreSQL: [`storage`]. Reads are methods of `Store`, writes are methods of `Tx`.
-//! * What every process needs at its start and end: [`env`], [`telemetry`], [`shutdown`].
+//! * What every process needs at its start and end: [`mod@env`], [`telemetry`], [`shutdown`].
 
 pub mod budget;
 pub mod clock;
