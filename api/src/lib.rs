@@ -1,7 +1,7 @@
 //! The gate: HTTP in, rows out. It knows who asks, reads what they want, and stores it; it never runs a job and never
 //! holds an Anthropic credential.
 //!
-//! Read [`routes`] first: every path and who answers it. Then the way of a request: [`serve`] takes it off the wire,
+//! Read [`routes`] first: every path and who answers it. Then the way of a request: [`mod@serve`] takes it off the wire,
 //! [`caller`] says who asks, [`request`] reads it, [`jobs`] and [`sessions`] do it, [`reply`] and [`problem`] answer.
 
 pub mod caller;
