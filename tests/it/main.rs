@@ -10,5 +10,6 @@ mod events; // The stream of a job's events: replayed, live, resumed.
 mod gate; // Keys, request ids, slow clients, the drain.
 mod idempotency; // A retried submission makes one job.
 mod jobs; // From submission to result, and what can be read in between.
+mod order; // Which job runs when.
 mod outcomes; // What a run can end as.
 mod real_cli; // The real Claude CLI against the simulator.

@@ -262,6 +262,12 @@ impl Client {
             .to_owned()
     }
 
+    /// Makes a session of this name, or keeps the one that there is; its id, after which its folder is named.
+    pub async fn session(&self, name: &str) -> String {
+        let answer = self.post("/api/v1/sessions", &json!({ "name": name })).await;
+        answer.data(201)["id"].to_string()
+    }
+
     /// The job once it is final.
     pub async fn finished(&self, id: &str) -> Value {
         let begin = std::time::Instant::now();

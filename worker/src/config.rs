@@ -271,7 +271,7 @@ mod tests {
         };
         assert_eq!(backoff.pause(1, 0.5), Duration::from_secs(5));
         assert_eq!(backoff.pause(3, 0.5), Duration::from_secs(20));
-        assert_eq!(backoff.pause(60, 1.0), Duration::from_secs(360));
+        assert_eq!(backoff.pause(60, 1.0), Duration::from_mins(6));
         assert_eq!(backoff.pause(1, 0.0), Duration::from_secs(4));
     }
 

@@ -5,7 +5,7 @@ mod recorder;
 mod transcript;
 
 use crate::claude::command::{self, RunSpec};
-use crate::claude::message::{Block, Message, ResultLine};
+use crate::claude::message::{Block, Message};
 use crate::claude::process::{EndedBy, Exit, Launch, Process};
 use crate::claude::sandbox::Places;
 use crate::context::Context;

@@ -1,5 +1,10 @@
 //! The gateway between a run and a stand-in for the Messages API, both spoken to by hand.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "test helpers fail by panicking, and start what they test"
+)]
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,6 +1,12 @@
 //! A run ends with all of its processes, whatever happens to whom: proved with a stand-in for the CLI that forks
 //! daemons which survive every polite signal, inside and outside the sandbox.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "test helpers fail by panicking, and start what they test"
+)]
+
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -35,7 +41,7 @@ exit 3
 
 /// A run of the stand-in, and the token that finds its processes without the help of what is tested.
 struct Stand {
-    _data: TempDir,
+    data: TempDir,
     _runtime: Runtime,
     _dir: RunDir,
     launch: Launch,
@@ -102,14 +108,14 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
         env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
         cwd: command.cwd,
         marker: guard::marker(&format!("test-{token}")),
-        beat_within: Duration::from_secs(60),
-        deadline: Duration::from_secs(60),
+        beat_within: Duration::from_mins(1),
+        deadline: Duration::from_mins(1),
         runtime_dir: dir.path().to_owned(),
         memory_limit: None,
         no_new_privileges: command.no_new_privileges,
     };
     Stand {
-        _data: data,
+        data,
         _runtime: runtime,
         _dir: dir,
         launch,
@@ -453,6 +459,58 @@ async fn a_guard_that_wakes_up_reads_its_beats_before_it_judges() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_sandboxed_run_sees_and_changes_nothing_but_its_own() {
+    let outside = tempfile::tempdir().unwrap();
+    fs::write(outside.path().join("secret"), "x").unwrap();
+    // Each line names what an agent could try; a shell that succeeds says so.
+    let script = format!(
+        r#"#!/bin/sh
+try() {{ if sh -c "$2" >/dev/null 2>&1; then echo "$1: yes"; else echo "$1: no"; fi; }}
+try workspace 'pwd | grep -qx /workspace && : > made'
+try home ': > /home/agent/made'
+try tmp ': > /tmp/made'
+try tools 'ls /usr/bin/env && sh -c true && grep -q agent /etc/passwd'
+try 'one user' 'test "$(id -u)" = 1000'
+try outside 'cat {outside}/secret'
+try 'other homes' 'ls /root /home/[b-z]*'
+try 'private keys' 'ls /etc/ssl/private /etc/shadow'
+try system ': > /usr/made || : > /etc/made || : > /made || : > /opt/made'
+try kernel 'echo 1 > /proc/sys/kernel/sysrq || echo b > /proc/sysrq-trigger'
+try processes 'test "$(ls -d /proc/[0-9]* | wc -l)" -gt 12'
+try network 'test "$(grep -c : /proc/net/dev)" -gt 1'
+try rights 'grep -q "CapEff:.*[1-9a-f]" /proc/self/status || mount -t tmpfs x /mnt'
+"#,
+        outside = outside.path().display()
+    );
+    let stand = stand_with(Sandboxed::Yes, &script, &[]).await;
+    let mut process = stand.start().await;
+
+    let mut said = Vec::new();
+    while let Some(line) = process.next_line().await.unwrap() {
+        said.push(String::from_utf8(line).unwrap());
+    }
+
+    let expected = [
+        "workspace: yes",
+        "home: yes",
+        "tmp: yes",
+        "tools: yes",
+        "one user: yes",
+        "outside: no",
+        "other homes: no",
+        "private keys: no",
+        "system: no",
+        "kernel: no",
+        "processes: no",
+        "network: no",
+        "rights: no",
+    ];
+    assert_eq!(said, expected);
+    assert_eq!(process.wait().await.code, Some(0));
+    assert!(stand.data.path().join("workspace/made").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_program_that_isnt_there_is_named() {
     let mut stand = stand(Sandboxed::No).await;
     stand.launch.program = "/nonexistent/claude".into();
@@ -633,7 +691,7 @@ async fn the_runs_of_a_stopped_worker_end_while_it_is_stopped() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_worker_and_its_guard_left_is_ended_at_the_next_start() {
     let mut living = stand_with(Sandboxed::No, STUBBORN, &["marked"]).await;
-    living.launch.deadline = Duration::from_secs(120);
+    living.launch.deadline = Duration::from_mins(2);
     let process = living.started().await;
     // One guard is killed, another is stopped, which its daemon without a mark doesn't survive either.
     let (mut killed, left) = Worker::start(Sandboxed::No, 60, "marked").await;

@@ -2,6 +2,7 @@
 
 mod budget;
 mod claim;
+mod gate;
 mod group;
 mod idempotency;
 mod list;

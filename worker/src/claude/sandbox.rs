@@ -23,13 +23,15 @@ const SYSTEM_PROMPT: &str = "/run/system-prompt";
 /// Top folders of the system beside `/usr`: links into it on most systems, folders of their own on some.
 const SYSTEM_FOLDERS: [&str; 5] = ["bin", "sbin", "lib", "lib64", "lib32"];
 
-/// Parts of `/etc` that programs need and that hold no secret. Missing ones are left out.
-const ETC: [&str; 7] = [
-    "ssl",
-    "pki",
+/// Parts of `/etc` that programs need and that hold no secret: where the worker is root, the agent may read whatever
+/// it sees, so the folders with private keys beside the certificates stay out. Missing ones are left out.
+const ETC: [&str; 8] = [
+    "ssl/certs",
+    "ssl/openssl.cnf",
+    "pki/tls/certs",
+    "pki/ca-trust",
     "ca-certificates",
     "ld.so.cache",
-    "ld.so.conf",
     "alternatives",
     "localtime",
 ];

@@ -35,18 +35,22 @@ async fn missing_tickets_are_topped_up(db: Db) {
         .await;
 
     let swept = world.store.sweep(NOW).await.unwrap();
-    assert_eq!(
-        (swept.tickets, world.tickets().await),
-        (3, 3),
-        "as many as A may run"
-    );
+    assert_eq!((swept.tickets, world.tickets().await), (1, 1));
     assert_eq!(
         world.store.sweep(NOW).await.unwrap().tickets,
         0,
         "they are there now"
     );
 
-    world.submit(job(&b)).await;
+    let mut tx = world.store.begin().await.unwrap();
+    for _ in 0..100 {
+        tx.insert_job(&job(&b)).await.unwrap();
+    }
+    tx.commit().await.unwrap();
+    world
+        .database
+        .execute(&format!("delete from {}", tickets_table(db)))
+        .await;
     world.store.sweep(NOW).await.unwrap();
     assert_eq!(world.tickets().await, 64, "enough to wake everybody");
 
