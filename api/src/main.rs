@@ -6,7 +6,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
-use shared::{env, telemetry};
+use shared::{clock, env, telemetry};
 use std::error::Error;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -32,6 +32,7 @@ fn main() -> ExitCode {
 fn settings() -> Result<(Config, DatabaseUrl), env::Error> {
     let vars = Vars::from_process()?;
     telemetry::start(&vars)?;
+    clock::start(&vars);
     Ok((Config::from_vars(&vars)?, DatabaseUrl::from_vars(&vars)?))
 }
 

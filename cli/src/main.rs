@@ -97,6 +97,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         _ => {}
     }
     let vars = Vars::from_process()?;
+    shared::clock::start(&vars);
     match command {
         Command::Up => up::run(&vars).await,
         Command::Migrate => migrate::run(&vars).await,

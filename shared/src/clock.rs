@@ -1,8 +1,11 @@
 //! The one clock. Times are kept to the microsecond, in UTC.
 
+use crate::env::Vars;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// A point in time: microseconds since 1970-01-01T00:00:00Z.
@@ -13,6 +16,19 @@ use std::time::Duration;
 #[sqlx(transparent)]
 pub struct Timestamp(pub i64);
 
+/// Where the clock's offset is read from, in tests.
+static OFFSET_FILE: OnceLock<PathBuf> = OnceLock::new();
+
+/// Lets tests step the clock: `CLAUDE_QUEUE_CLOCK_OFFSET_FILE` names a file that holds the whole seconds, with a sign or
+/// not, by which this process's clock is ahead of the machine's. It is read each time somebody asks for the time; no
+/// file, or something else in it, is 0. Not for use in earnest. Call it once, first; later calls have no effect.
+pub fn start(vars: &Vars) {
+    if let Some(path) = vars.unlisted("CLAUDE_QUEUE_CLOCK_OFFSET_FILE") {
+        tracing::warn!("the clock is set by CLAUDE_QUEUE_CLOCK_OFFSET_FILE, which is for tests only");
+        let _ = OFFSET_FILE.set(PathBuf::from(path));
+    }
+}
+
 /// The current time of this machine. Leases don't depend on it; only times that people see, deadlines and
 /// `run_after` do, to the second.
 #[expect(
@@ -20,7 +36,16 @@ pub struct Timestamp(pub i64);
     reason = "this is the one place that asks the system for the time"
 )]
 pub fn now() -> Timestamp {
-    Timestamp(Utc::now().timestamp_micros())
+    let now = Timestamp(Utc::now().timestamp_micros());
+    OFFSET_FILE.get().map_or(now, |file| now.shifted(offset_in(file)))
+}
+
+/// The seconds in the file.
+fn offset_in(file: &Path) -> i64 {
+    std::fs::read_to_string(file)
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0)
 }
 
 impl Timestamp {
@@ -43,6 +68,10 @@ impl Timestamp {
             self.0
                 .saturating_add(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)),
         )
+    }
+
+    fn shifted(self, seconds: i64) -> Self {
+        Self(self.0.saturating_add(seconds.saturating_mul(1_000_000)))
     }
 
     /// The time from `earlier` to this, or zero when `earlier` is later.
@@ -86,5 +115,23 @@ mod tests {
         assert_eq!(Timestamp::parse(&time.to_string()), Some(time));
         assert_eq!(Timestamp::parse("2026-05-20T14:00:00.123456+02:00"), Some(time));
         assert_eq!(Timestamp::parse("yesterday"), None);
+    }
+
+    #[test]
+    fn a_file_steps_the_clock_forward_and_back() {
+        let file = std::env::temp_dir().join(format!("claude-queue-clock-{}", std::process::id()));
+        assert_eq!(offset_in(&file), 0, "no file");
+        for (text, seconds) in [
+            ("3600\n", 3600),
+            ("-3600", -3600),
+            ("+5 ", 5),
+            ("soon", 0),
+            ("", 0),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            assert_eq!(offset_in(&file), seconds, "{text:?}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(Timestamp(7).shifted(-1), Timestamp(-999_993));
     }
 }

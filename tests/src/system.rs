@@ -41,6 +41,7 @@ pub struct Builder {
     up: bool,
     cli: Cli,
     sandbox: bool,
+    stepped_clock: bool,
     env: Vec<(String, String)>,
 }
 
@@ -101,6 +102,13 @@ impl Builder {
         self
     }
 
+    /// With a clock that [`System::step_clock`] can step.
+    #[must_use]
+    pub fn stepped_clock(mut self) -> Self {
+        self.stepped_clock = true;
+        self
+    }
+
     /// Starts everything and waits until it is ready.
     pub async fn start(self) -> System {
         let folder = place::folder('s');
@@ -157,6 +165,9 @@ impl Builder {
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .to_vec();
+        if self.stepped_clock {
+            env.push(("CLAUDE_QUEUE_CLOCK_OFFSET_FILE".to_owned(), path(CLOCK)));
+        }
         for (name, value) in self.env {
             env.retain(|(known, _)| *known != name);
             env.push((name, value));
@@ -184,6 +195,9 @@ impl Builder {
     }
 }
 
+/// The file that steps the clock, in a system's folder.
+const CLOCK: &str = "clock";
+
 /// At most two of the real CLI at once: each needs half a second of one of two cores to start.
 static REAL_CLIS: Semaphore = Semaphore::const_new(2);
 
@@ -210,6 +224,7 @@ impl System {
             up: false,
             cli: Cli::Fake,
             sandbox: true,
+            stepped_clock: false,
             env: Vec::new(),
         }
     }
@@ -269,6 +284,15 @@ impl System {
     /// Where everything of this system lies.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Steps the clock of all processes: from now on it is so many seconds ahead of the machine's. Needs
+    /// [`Builder::stepped_clock`].
+    pub fn step_clock(&self, seconds: i64) {
+        // Renamed into place, so that nobody reads a part of it.
+        let new = self.folder.join("new-clock");
+        fs::write(&new, seconds.to_string()).expect("a file of ours");
+        fs::rename(new, self.folder.join(CLOCK)).expect("a file of ours");
     }
 
     /// The working directory of a job without a session.

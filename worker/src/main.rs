@@ -1,5 +1,6 @@
 //! `claude-queue-worker`: takes jobs and runs them. With the argument `guard` it is the guard of one run.
 
+use shared::clock;
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
 async fn serve() -> Result<(), Error> {
     let vars = Vars::from_process()?;
     telemetry::start(&vars)?;
+    clock::start(&vars);
     let config = Config::from_vars(&vars)?;
     let url = DatabaseUrl::from_vars(&vars)?;
     let shutdown = Shutdown::on_signals().map_err(Error::Runtime)?;
