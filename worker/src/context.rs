@@ -5,10 +5,11 @@ use crate::config::Config;
 use crate::gateway::Upstream;
 use crate::gateway::credentials::Credentials;
 use crate::workspace::Runtime;
-use shared::clock::Timestamp;
+use shared::clock::{self, Timestamp};
 use shared::storage::{Claimant, Store, Wakeups};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// One worker process.
@@ -76,12 +77,20 @@ impl Pause {
         }
         state.refused = 0;
         drop(state);
-        let minute = std::time::Duration::from_mins(1);
+        let minute = Duration::from_mins(1);
         self.until(
             now.plus(minute),
             "The Anthropic credential was refused three times in a row.",
         );
         true
+    }
+
+    /// Waits until no pause is in force.
+    pub async fn over(&self) {
+        while let Some((until, _)) = self.current(clock::now()) {
+            // In steps, because a pause can be made longer and the clock can be set.
+            tokio::time::sleep(until.since(clock::now()).min(Duration::from_secs(1))).await;
+        }
     }
 
     /// The pause that is in force.

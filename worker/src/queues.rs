@@ -49,9 +49,13 @@ impl Codec<Ticket> for TicketCodec {
     }
 }
 
-/// The process's slots. They outlive restarts of the library's worker, and while all are taken nothing is fetched.
+/// The process's slots. They outlive restarts of the library's worker; while all are taken, or while the worker
+/// pauses, nothing is fetched, so that the tickets are left to other workers.
 #[derive(Clone)]
-struct SlotLayer(Arc<Semaphore>);
+struct SlotLayer {
+    slots: Arc<Semaphore>,
+    ctx: Arc<Context>,
+}
 
 impl<S> Layer<S> for SlotLayer {
     type Service = SlotService<S>;
@@ -59,7 +63,7 @@ impl<S> Layer<S> for SlotLayer {
     fn layer(&self, inner: S) -> SlotService<S> {
         SlotService {
             inner,
-            slots: self.0.clone(),
+            layer: self.clone(),
             permit: None,
             wait: None,
         }
@@ -68,7 +72,7 @@ impl<S> Layer<S> for SlotLayer {
 
 struct SlotService<S> {
     inner: S,
-    slots: Arc<Semaphore>,
+    layer: SlotLayer,
     permit: Option<OwnedSemaphorePermit>,
     wait: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
 }
@@ -84,10 +88,13 @@ impl<S: Service<Task<A>>, A> Service<Task<A>> for SlotService<S> {
 
     fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
         if self.permit.is_none() {
-            let slots = self.slots.clone();
-            let wait = self
-                .wait
-                .get_or_insert_with(|| Box::pin(async move { slots.acquire_owned().await.ok() }));
+            let layer = self.layer.clone();
+            let wait = self.wait.get_or_insert_with(|| {
+                Box::pin(async move {
+                    layer.ctx.pause.over().await;
+                    layer.slots.acquire_owned().await.ok()
+                })
+            });
             self.permit = ready!(Pin::new(wait).poll(cx));
             self.wait = None;
         }
@@ -143,7 +150,7 @@ macro_rules! monitor {
                             .with_codec(TicketCodec),
                     )
                     .data(ctx.clone())
-                    .layer(SlotLayer(slots.clone()))
+                    .layer(SlotLayer { slots: slots.clone(), ctx: ctx.clone() })
                     .build(on_ticket)
             })
     }};
