@@ -401,8 +401,9 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let long = base.path().join("x".repeat(90));
         fs::create_dir(&long).unwrap();
+        let missing = base.path().join("missing");
 
-        for base in [Some(long.as_path()), Some(Path::new("/nonexistent")), None] {
+        for base in [Some(long.as_path()), Some(missing.as_path()), None] {
             assert!(Runtime::create(base).unwrap().path().starts_with("/tmp"));
         }
     }

@@ -7,7 +7,7 @@
     reason = "test helpers fail by panicking, and start what they test"
 )]
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -67,6 +67,24 @@ async fn isolation(sandboxed: Sandboxed, runtime: &Runtime) -> Isolation {
     }
 }
 
+/// Another process writes it: a file that this one has open, even in a child that another test is just forking,
+/// can't be started.
+fn write_program(path: &Path, content: &str) {
+    let mut install = std::process::Command::new("/usr/bin/install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    install
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(content.as_bytes())
+        .unwrap();
+    assert!(install.wait().unwrap().success());
+}
+
 async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand {
     let data = tempfile::tempdir().unwrap();
     let runtime = Runtime::create(Some(data.path())).unwrap();
@@ -78,8 +96,7 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
         path
     };
     let cli = data.path().join("cli");
-    fs::write(&cli, script).unwrap();
-    fs::set_permissions(&cli, fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&cli, script);
     fs::write(dir.gateway_socket(), "").unwrap();
     let places = Places {
         cli,
@@ -108,6 +125,7 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
         env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
         cwd: command.cwd,
         marker: guard::marker(&format!("test-{token}")),
+        held_at: Instant::now(),
         beat_within: Duration::from_mins(1),
         deadline: Duration::from_mins(1),
         runtime_dir: dir.path().to_owned(),

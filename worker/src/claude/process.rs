@@ -64,6 +64,8 @@ pub struct Launch {
     pub cwd: PathBuf,
     /// The run's mark ([`crate::guard::marker`]), by which its processes are found when the guard is gone.
     pub marker: String,
+    /// When the lease was held last, which counts as the first beat. When that's too long ago, nothing is started.
+    pub held_at: Instant,
     /// The run ends when no beat is younger than this.
     pub beat_within: Duration,
     /// The run ends this long after its start.
@@ -299,7 +301,7 @@ async fn meet(
         deadline_ms: milliseconds(launch.deadline),
         memory_limit: launch.memory_limit,
         no_new_privileges: launch.no_new_privileges,
-        sent_at: Moment::now(),
+        held_at: Moment::of(launch.held_at),
     };
     let mut line = serde_json::to_vec(&order)?;
     line.push(b'\n');
@@ -565,7 +567,7 @@ pub(crate) async fn output(
 /// The version that the CLI says it has, e.g. `2.1.331`. Fails when it can't be run or says something else.
 pub async fn cli_version(cli: &Path) -> io::Result<String> {
     let env = [
-        ("HOME".to_owned(), "/nonexistent".to_owned()),
+        ("HOME".to_owned(), "/dev/null".to_owned()),
         ("PATH".to_owned(), "/usr/bin:/bin".to_owned()),
     ];
     let output = output(cli, &["--version"], &env, Duration::from_secs(30)).await?;
@@ -639,4 +641,104 @@ fn native_sister(file: &Path) -> Option<PathBuf> {
             .join("claude"),
         None,
     )
+}
+
+#[cfg(test)]
+pub(crate) mod test_support {
+    use std::io::Write as _;
+    use std::path::Path;
+    use std::process::{Command, Stdio};
+
+    /// Writes a program. Another process does it: one that this process has open for writing, even in a child that
+    /// another test is just forking, can't be started.
+    #[expect(clippy::disallowed_methods, reason = "a test")]
+    pub(crate) fn executable(path: &Path, content: &[u8]) {
+        let mut install = Command::new("/usr/bin/install")
+            .args(["-D", "-m", "755", "/dev/stdin"])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        install.stdin.take().unwrap().write_all(content).unwrap();
+        assert!(install.wait().unwrap().success());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::test_support::executable;
+    use super::*;
+
+    #[test]
+    fn the_cli_is_looked_up_on_the_path_and_its_links_are_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (real, bin) = (folder.path().join("lib/claude.bin"), folder.path().join("bin"));
+        executable(&real, b"\x7fELF rest");
+        fs::create_dir(&bin).unwrap();
+        fs::write(folder.path().join("claude"), "not executable").unwrap();
+        symlink(&real, bin.join("claude")).unwrap();
+        let path = std::env::join_paths([folder.path(), &bin]).unwrap();
+
+        let real = fs::canonicalize(real).unwrap();
+        assert_eq!(find_cli(None, Some(&path)).unwrap(), real);
+        assert_eq!(find_cli(Some(&bin.join("claude")), None).unwrap(), real);
+        assert_eq!(
+            find_cli(Some(Path::new("claude.bin")), Some(&path))
+                .unwrap_err()
+                .kind(),
+            io::ErrorKind::NotFound
+        );
+    }
+
+    #[test]
+    fn a_script_of_the_npm_package_stands_for_the_program_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let modules = fs::canonicalize(folder.path())
+            .unwrap()
+            .join("node_modules/@anthropic-ai");
+        let script = modules.join("claude-code/bin/claude.exe");
+        let machine = if cfg!(target_arch = "aarch64") {
+            "arm64"
+        } else {
+            "x64"
+        };
+        let program = modules.join(format!("claude-code-linux-{machine}/claude"));
+        executable(&script, b"#!/usr/bin/env node");
+
+        assert_eq!(find_cli(Some(&script), None).unwrap(), script);
+        executable(&program, b"\x7fELF rest");
+        assert_eq!(find_cli(Some(&script), None).unwrap(), program);
+    }
+
+    #[tokio::test]
+    async fn a_program_without_a_version_is_quoted() {
+        let folder = tempfile::tempdir().unwrap();
+        let (good, bad) = (folder.path().join("good"), folder.path().join("bad"));
+        executable(&good, b"#!/bin/sh\necho '2.1.331 (Claude Code)'\n");
+        executable(&bad, b"#!/bin/sh\necho 'needs a newer system' >&2\nexit 1\n");
+
+        assert_eq!(cli_version(&good).await.unwrap(), "2.1.331");
+        assert!(
+            cli_version(&bad)
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("needs a newer system")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_program_that_hangs_is_ended() {
+        let since = Instant::now();
+
+        let error = output(Path::new("/bin/sleep"), &["60"], &[], Duration::from_millis(200))
+            .await
+            .unwrap_err();
+
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(since.elapsed() < Duration::from_secs(5));
+    }
 }

@@ -393,4 +393,39 @@ mod tests {
         );
         assert!(remedy(|_| None).contains("container"));
     }
+
+    /// A folder for `PATH` with a `bwrap` that does what `script` says.
+    fn path_with(script: Option<&str>) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        if let Some(script) = script {
+            process::test_support::executable(&folder.path().join("bwrap"), script.as_bytes());
+        }
+        folder
+    }
+
+    #[tokio::test]
+    async fn without_bubblewrap_the_package_is_named() {
+        let runtime = Runtime::create(None).unwrap();
+        let path = path_with(None);
+
+        let error = check(&runtime, Some(path.path().as_os_str())).await.unwrap_err();
+
+        assert!(matches!(error, Error::Missing) && error.to_string().contains("apt-get install bubblewrap"));
+    }
+
+    #[tokio::test]
+    async fn a_bubblewrap_that_may_not_work_says_why() {
+        let runtime = Runtime::create(None).unwrap();
+        let path = path_with(Some(
+            "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n",
+        ));
+
+        let error = check(&runtime, Some(path.path().as_os_str())).await.unwrap_err();
+
+        let text = error.to_string();
+        assert!(
+            text.contains("No permissions") && text.contains("SANDBOX_ENABLED=false"),
+            "{text}"
+        );
+    }
 }

@@ -147,11 +147,11 @@ impl State {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt as _;
 
     use tempfile::TempDir;
 
     use super::*;
+    use crate::claude::process::test_support::executable;
 
     /// A stand-in for the CLI that counts its calls and, as the CLI does, replaces the file by a rename.
     fn login(token: &str, expires_in_ms: i64, refreshed: &str) -> (TempDir, Login) {
@@ -168,8 +168,7 @@ mod tests {
         let script = "#!/bin/sh\n[ \"$1 $2\" = 'auth status' ] || exit 9\ncd \"$CLAUDE_CONFIG_DIR\" || exit 9\n\
                       echo x >> calls\nsleep 0.2\ncp next new && mv new .credentials.json\n";
         let claude = path.join("claude");
-        fs::write(&claude, script).unwrap();
-        fs::set_permissions(&claude, fs::Permissions::from_mode(0o755)).unwrap();
+        executable(&claude, script.as_bytes());
         let login = Login::new(path, &claude);
         (folder, login)
     }
