@@ -4,6 +4,7 @@
 
 mod bad_input; // What may not be submitted: each its own problem, and nothing written.
 mod cancel; // A cancel, a timeout: final, paid for, and no process left.
+mod chaos; // Everything at once, and what holds afterwards.
 mod config; // Bad settings stop the start and say which.
 mod crash; // Processes that are killed and stopped: nothing lost, nothing run twice at once.
 mod events; // The stream of a job's events: replayed, live, resumed.

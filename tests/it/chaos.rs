@@ -1,0 +1,401 @@
+//! Everything at once: jobs in and out of sessions from three keys, while processes are killed and stopped at random.
+//! Then peace, and what must hold then. `CHAOS_JOBS` says how many jobs (500), `CHAOS_SEED` repeats a course.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tests::client::{Client, at_once};
+use tests::database::Db;
+use tests::script::{Step, steps};
+use tests::system::{KEYS, System};
+use tests::trace::{self, Life};
+use tests::{eventually, run_alone};
+
+mod on {
+    #[test]
+    fn sqlite() {
+        super::alone(super::Db::Sqlite);
+    }
+
+    #[test]
+    fn postgres() {
+        super::alone(super::Db::Postgres);
+    }
+}
+
+fn alone(db: Db) {
+    // A job takes about 50 ms of the machine, and a killed one more than one turn.
+    let limit = Duration::from_mins(3) + Duration::from_millis(200) * u32::try_from(jobs()).unwrap();
+    run_alone(limit, chaos(db));
+}
+
+/// How often a process is hit.
+const BLOW: Duration = Duration::from_millis(300);
+/// How many tasks submit at once: enough that jobs wait.
+const SUBMITTERS: usize = 6;
+
+fn jobs() -> usize {
+    std::env::var("CHAOS_JOBS")
+        .ok()
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(500)
+}
+
+/// A small generator, so that a seed repeats the choices (though not the timing).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % sides
+    }
+}
+
+/// One accepted job and what its order is measured by.
+#[derive(Clone, Debug)]
+struct Accepted {
+    id: String,
+    key: usize,
+    /// The name of its session, if it's in one.
+    session: Option<String>,
+    tag: String,
+}
+
+async fn chaos(db: Db) {
+    let seed = std::env::var("CHAOS_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(trace::now);
+    say(&format!("{db:?}: {} jobs, CHAOS_SEED={seed}", jobs()));
+    let mut system = System::builder()
+        .database(db)
+        .apis(2)
+        .workers(3)
+        .sandbox(false)
+        .env("LEASE_SECONDS", "2")
+        .env("DRAIN_SECONDS", "1")
+        .env("LOG_LEVEL", "warn")
+        .start()
+        .await;
+    for key in KEYS {
+        let client = system.client().with_key(key);
+        at_once(["a", "b"].map(|name| client.session(name))).await;
+    }
+    let bases = Mutex::new([system.client_of(0), system.client_of(1)]);
+    let begin = Instant::now();
+
+    // The submitters go on until all jobs are accepted; the blows fall until most of the work is done.
+    let (next, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let submitting = async {
+        let seeds = (1..=SUBMITTERS as u64).map(|number| seed ^ (number << 32));
+        let accepted = at_once(seeds.map(|seed| submit(&bases, &next, seed))).await;
+        done.store(true, Ordering::Relaxed);
+        accepted.into_iter().flatten().collect::<Vec<_>>()
+    };
+    let (accepted, blows) = tokio::join!(submitting, strike(&mut system, &bases, &done, Dice(seed | 1)));
+
+    let wild = begin.elapsed();
+    let mut finals = BTreeMap::new();
+    for job in &accepted {
+        let client = system.client().with_key(KEYS[job.key]);
+        finals.insert(job.id.clone(), patiently(&client, &job.id).await);
+    }
+    let all = begin.elapsed();
+    check(&system, &accepted, &finals).await;
+
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for job in finals.values() {
+        *counts
+            .entry(format!("{} {}", job["status"], job["error_code"]))
+            .or_default() += 1;
+    }
+    let attempts = system.database().number("select count(*) from attempt").await;
+    let lost = system
+        .database()
+        .number("select count(*) from attempt where ending = 'lost'")
+        .await;
+    say(&format!(
+        "{db:?}: {} accepted, {blows:?}, {attempts} attempts, {lost} of them lost; {counts:?}; {wild:?} wild, {all:?} in all",
+        accepted.len()
+    ));
+}
+
+async fn submit(bases: &Mutex<[Client; 2]>, next: &AtomicUsize, seed: u64) -> Vec<Accepted> {
+    let mut dice = Dice(seed | 1);
+    let mut accepted = Vec::new();
+    loop {
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        if number >= jobs() {
+            return accepted;
+        }
+        let key = usize::try_from(dice.roll(3)).unwrap();
+        let tag = format!("{number:06}");
+        let script = steps([
+            Step::Spend(0.001),
+            Step::Sleep(dice.roll(200)),
+            Step::Say("half".to_owned()),
+            Step::Sleep(dice.roll(200)),
+        ]);
+        let mut body = json!({ "message": script.costing(0.001).traced(&tag).prompt(), "max_attempts": 5 });
+        let mut session = None;
+        match dice.roll(4) {
+            0 => session = Some(["a", "b"][usize::try_from(dice.roll(2)).unwrap()].to_owned()),
+            1 => body["concurrency_key"] = json!(format!("k{}", dice.roll(3))),
+            _ => {}
+        }
+        if let Some(session) = &session {
+            body["session"] = json!(session);
+        }
+        // Whatever happens to the answer, the same key makes the same job.
+        let id = eventually(Duration::from_mins(1), "an accepted submission", async || {
+            let client = {
+                let bases = bases.lock().unwrap();
+                bases[usize::try_from(dice.roll(2)).unwrap()].with_key(KEYS[key])
+            };
+            let request = client
+                .request(reqwest::Method::POST, "/api/v1/jobs")
+                .timeout(Duration::from_secs(5));
+            let answer = client
+                .try_send(
+                    request
+                        .header("idempotency-key", format!("chaos-{number}"))
+                        .json(&body),
+                )
+                .await;
+            let answer = answer.ok()?;
+            // While the database is busy it may refuse, but never with anything else than this.
+            assert!(
+                matches!(answer.status, 202 | 409 | 503),
+                "{}: {}",
+                answer.status,
+                answer.text
+            );
+            (answer.status == 202).then(|| answer.json["data"]["id"].as_str().unwrap().to_owned())
+        })
+        .await;
+        accepted.push(Accepted {
+            id,
+            key,
+            session,
+            tag,
+        });
+    }
+}
+
+#[derive(Debug, Default)]
+struct Blows {
+    killed: usize,
+    stopped: usize,
+}
+
+/// Kills and stops processes until everything is accepted and a good part of it is done, or time is up.
+async fn strike(
+    system: &mut System,
+    bases: &Mutex<[Client; 2]>,
+    accepted: &AtomicBool,
+    mut dice: Dice,
+) -> Blows {
+    let mut blows = Blows::default();
+    let begin = Instant::now();
+    let limit = Duration::from_secs(40) + Duration::from_millis(60) * u32::try_from(jobs()).unwrap();
+    let mut stopped: Vec<(usize, Instant)> = Vec::new();
+    let mut ticks = tokio::time::interval(BLOW);
+    loop {
+        ticks.tick().await;
+        stopped.retain(|(index, until)| {
+            let over = Instant::now() >= *until;
+            if over {
+                system.processes()[*index].resume();
+            }
+            !over
+        });
+        let index = usize::try_from(dice.roll(5)).unwrap();
+        if stopped.iter().any(|(stopped, _)| *stopped == index) {
+            continue;
+        }
+        if dice.roll(3) == 0 {
+            blows.stopped += 1;
+            system.processes()[index].pause();
+            stopped.push((
+                index,
+                Instant::now() + Duration::from_millis(200 + dice.roll(4_000)),
+            ));
+        } else {
+            blows.killed += 1;
+            system.processes()[index].restart().await;
+            if index < 2 {
+                bases.lock().unwrap()[index] = system.client_of(index);
+            }
+        }
+        let open = system
+            .database()
+            .number("select count(*) from job where status in ('queued', 'running')")
+            .await;
+        let nearly = accepted.load(Ordering::Relaxed) && open <= i64::try_from(jobs() / 10).unwrap();
+        if nearly || begin.elapsed() > limit {
+            break;
+        }
+    }
+    for (index, _) in stopped {
+        system.processes()[index].resume();
+    }
+    blows
+}
+
+async fn patiently(client: &Client, id: &str) -> Value {
+    eventually(
+        Duration::from_mins(2),
+        &format!("the end of {id}"),
+        async || {
+            let answer = client.get(&format!("/api/v1/jobs/{id}?wait=20")).await;
+            let job = answer.data(200).clone();
+            tests::client::is_final(&job).then_some(job)
+        },
+    )
+    .await
+}
+
+/// What must hold once there is peace.
+async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String, Value>) {
+    let database = system.database();
+    assert_eq!(accepted.len(), jobs());
+    assert_eq!(finals.len(), jobs(), "two submissions share a job");
+    assert_eq!(
+        database.number("select count(*) from job").await,
+        i64::try_from(jobs()).unwrap()
+    );
+    for (id, job) in finals {
+        let fine = job["status"] == "done" || job["error_code"] == "worker_lost";
+        assert!(fine, "{id} ended in a way that nobody asked for: {job:#}");
+    }
+
+    // No two runs of one job, of one session or of one concurrency key lived at the same time.
+    let mut groups: BTreeMap<String, Vec<Life>> = BTreeMap::new();
+    for job in accepted.iter().filter(|job| job.session.is_none()) {
+        let lives = system.lives(&job.id);
+        trace::assert_one_at_a_time(&lives);
+        if let Some(group) = finals[&job.id]["concurrency_key"].as_str() {
+            groups
+                .entry(format!("{}/{group}", job.key))
+                .or_default()
+                .extend(lives);
+        }
+    }
+    for lives in groups.values_mut() {
+        lives.sort_by_key(|life| life.first);
+        trace::assert_one_at_a_time(lives);
+    }
+    for session in std::fs::read_dir(system.folder().join("data/sessions")).unwrap() {
+        trace::assert_one_at_a_time(&trace::read(&session.unwrap().path().join("workspace")));
+    }
+    // Within each group the jobs ran in the order in which they were stored.
+    let rows = database
+        .texts("select group_key || ' ' || key_id || ' ' || job_id from job where group_key is not null order by job_number")
+        .await;
+    let tags: BTreeMap<&str, &str> = accepted
+        .iter()
+        .map(|job| (job.id.as_str(), job.tag.as_str()))
+        .collect();
+    let mut wanted: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for row in &rows {
+        let (group, id) = row.rsplit_once(' ').unwrap();
+        wanted.entry(group).or_default().push(tags[id]);
+    }
+    let began = began(system, accepted);
+    for (group, tags) in &wanted {
+        let mut last = 0;
+        for tag in tags {
+            // A job that was lost each time before it could write has no life to be out of order.
+            let Some(&(first, end)) = began.get(*tag) else {
+                continue;
+            };
+            assert!(
+                last < first,
+                "{group}: {tag} began before its predecessor had ended"
+            );
+            last = end;
+        }
+    }
+
+    // Every story has one end, and no page is missing.
+    let endings = "select count(*) from event where event_type in ('done', 'error', 'cancelled')";
+    assert_eq!(database.number(endings).await, i64::try_from(jobs()).unwrap());
+    let gaps = "select count(*) from (select job_id, count(*) as n, max(seq) as last from event group by job_id) e \
+                where n <> last";
+    assert_eq!(database.number(gaps).await, 0);
+
+    // All money is accounted for, nothing is reserved, nobody counts as running.
+    let spent = database
+        .number("select cast(sum(cost) as bigint) from ledger")
+        .await;
+    assert_eq!(
+        spent,
+        database
+            .number("select cast(sum(cost) as bigint) from attempt")
+            .await
+    );
+    assert_eq!(
+        spent,
+        database.number("select cast(sum(cost) as bigint) from job").await
+    );
+    assert_eq!(
+        spent,
+        database
+            .number("select cast(sum(spent) as bigint) from budget_period where scope = 'key'")
+            .await
+    );
+    assert_eq!(
+        database
+            .number("select cast(sum(reserved) as bigint) from budget_period")
+            .await,
+        0
+    );
+    assert_eq!(database.number("select count(*) from reservation").await, 0);
+    assert_eq!(
+        database
+            .number("select cast(sum(running) as bigint) from lane")
+            .await,
+        0
+    );
+    assert_eq!(
+        database
+            .number("select count(*) from attempt where ended_at is null")
+            .await,
+        0
+    );
+    // At least what every done job's answer cost.
+    let done = finals.values().filter(|job| job["status"] == "done").count();
+    assert!(
+        spent >= i64::try_from(done).unwrap() * 1_000,
+        "{spent} for {done} jobs"
+    );
+    system.no_run_process_within(Duration::from_secs(10)).await;
+}
+
+/// When each job's first run began and its last one ended, as far as they wrote it.
+fn began(system: &System, accepted: &[Accepted]) -> BTreeMap<String, (u64, u64)> {
+    let mut lives: Vec<Life> = accepted
+        .iter()
+        .filter(|job| job.session.is_none())
+        .flat_map(|job| system.lives(&job.id))
+        .collect();
+    for session in std::fs::read_dir(system.folder().join("data/sessions")).unwrap() {
+        lives.extend(trace::read(&session.unwrap().path().join("workspace")));
+    }
+    let mut spans: BTreeMap<String, (u64, u64)> = BTreeMap::new();
+    for life in lives {
+        let span = spans.entry(life.tag).or_insert((life.first, life.last));
+        *span = (span.0.min(life.first), span.1.max(life.last));
+    }
+    spans
+}
+
+#[expect(clippy::print_stderr, reason = "the counts of a chaos run are its result")]
+fn say(what: &str) {
+    eprintln!("chaos: {what}");
+}
