@@ -719,7 +719,7 @@ async fn what_a_worker_and_its_guard_left_is_ended_at_the_next_start() {
     kill_process(left.guard_pid(), Signal::KILL).unwrap();
     killed.process.kill().await.unwrap();
     stopped.process.kill().await.unwrap();
-    assert!(!left.alive().is_empty() && !held.alive().is_empty());
+    // Not asserted that they still live: another worker that starts on this machine may have come first.
 
     tokio::task::spawn_blocking(guard::end_former_runs).await.unwrap();
 
