@@ -48,8 +48,11 @@ pub fn folder(kind: char) -> PathBuf {
 pub fn binaries() -> PathBuf {
     let exe = std::env::current_exe().expect("a running program has a path");
     let folder = exe.parent().expect("a program lies in a folder");
-    if folder.ends_with("deps") {
-        folder.parent().expect("deps lies in a folder").to_owned()
+    if folder.ends_with("deps") || folder.ends_with("examples") {
+        folder
+            .parent()
+            .expect("the folder lies in the target folder")
+            .to_owned()
     } else {
         folder.to_owned()
     }

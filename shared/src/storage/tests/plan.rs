@@ -138,7 +138,7 @@ const HOT: &[Hot] = &[
         what: "waiting tickets on SQLite",
         sql: "select 1 from Jobs where job_type = $1 and status = 'Pending' and lock_by is null limit $2",
         arguments: &["'jobs'", "1000"],
-        sqlite: "idx_jobs_pending",
+        sqlite: "idx_jobs_job_type_status_run_at",
         postgres: "",
     },
     Hot {
