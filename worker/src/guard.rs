@@ -24,7 +24,7 @@ use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 
 use order::{EndedBy, Moment, Order, Report, ToGuard};
 
-pub use former::{end_former_runs, marker};
+pub use former::{end_earlier_runs, end_former_runs, marker};
 
 /// The first argument that turns any program of this project into a guard.
 pub const ARGUMENT: &str = "guard";
@@ -83,6 +83,10 @@ fn guard(socket: &Path) -> io::Result<()> {
             let Some(first) = first else { return Ok(()) };
             let order: Order = serde_json::from_str(&first)?;
 
+            let beat_within = Duration::from_millis(order.beat_within_ms);
+            if order.held_at.age() >= beat_within {
+                return send(&mut reports, &Report::too_late()).await;
+            }
             let main = match start(&order) {
                 Ok(pid) => pid,
                 Err(error) => return send(&mut reports, &Report::not_started(&error, &order)).await,
@@ -189,7 +193,7 @@ impl Run {
         tokio::pin!(deadline);
         let mut memory_looks = tokio::time::interval(MEMORY_LOOK);
         memory_looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut beat = order.sent_at;
+        let mut beat = order.held_at;
         loop {
             // The main process may have ended before the signal was listened to.
             self.reap();

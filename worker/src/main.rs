@@ -11,6 +11,9 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use worker::{Config, Error};
 
+/// How long what is still open may take to close when everything else has ended.
+const CLOSE: Duration = Duration::from_secs(2);
+
 fn main() -> ExitCode {
     // First of all: a guard is single-threaded and small.
     if std::env::args_os()
@@ -21,7 +24,11 @@ fn main() -> ExitCode {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let ended = match runtime {
-        Ok(runtime) => runtime.block_on(serve()),
+        Ok(runtime) => {
+            let ended = runtime.block_on(serve());
+            runtime.shutdown_timeout(CLOSE);
+            ended
+        }
         Err(error) => Err(Error::Runtime(error)),
     };
     match ended {
@@ -52,6 +59,7 @@ async fn serve() -> Result<(), Error> {
     })
     .await?;
     listening.cancel();
-    store.close().await;
+    // A database that doesn't answer must not keep the process.
+    let _ = tokio::time::timeout(CLOSE, store.close()).await;
     Ok(())
 }

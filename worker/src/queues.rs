@@ -31,6 +31,9 @@ const RINGS_MS: [u64; 3] = [0, 25, 200];
 /// How long the library may take to stop, for a database that doesn't answer.
 const STOP: Duration = Duration::from_secs(10);
 
+/// How long runs may take to end and be handed back, the database to store it included. Their guards end the rest.
+const HAND_BACK: Duration = Duration::from_secs(20);
+
 /// Reads and writes tickets as JSON. Reading never fails: a payload that can't be read would end the library's
 /// worker, and an empty ticket is as good as any other.
 #[derive(Clone, Copy, Debug)]
@@ -173,7 +176,10 @@ pub(crate) async fn serve(ctx: &Arc<Context>) {
         () = ctx.handing_back.cancelled() => {}
     }
     ctx.handing_back.cancel();
-    let _ = all_free.await;
+    if tokio::time::timeout(HAND_BACK, all_free).await.is_err() {
+        let runs = ctx.busy.len();
+        tracing::error!(runs, "could not store the end of all runs; others take their leases");
+    }
 }
 
 /// Takes tickets until the worker drains, or until the library gives up, which only says that it must start anew.

@@ -71,8 +71,12 @@ pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
 async fn run(ctx: &Context, lease: Arc<Lease>, claimed_at: Instant) {
     info!(key.id = %lease.job.key_id, "job {} begins, attempt {}", lease.job.job_id, lease.job.attempt);
     let began = Instant::now();
-    let mut report = match Run::prepare(ctx, lease.clone()).await {
+    let mut report = match Run::prepare(ctx, lease.clone(), claimed_at).await {
         Ok(run) => run.follow(claimed_at).await,
+        Err(error) if claimed_at.elapsed() >= ctx.config.lease => {
+            warn!(error = %error, "the lease ran out before the run could start");
+            None
+        }
         Err(error) => {
             error!(error = %error, "could not start the run");
             Some(could_not_start(&error, ctx, &lease))
@@ -108,6 +112,15 @@ async fn finish(ctx: &Context, lease: &Lease, report: &Report) {
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
         }
+    }
+}
+
+/// A run that lost its lease has ended by now, unless its worker and its guard are both stopped, or were killed in the
+/// same moment; then this worker is the one who can end it, if it's on the same machine.
+async fn end_earlier_runs(marker: String) {
+    let ended = tokio::task::spawn_blocking(move || crate::guard::end_earlier_runs(&marker)).await;
+    if let Ok(processes @ 1..) = ended {
+        warn!(processes, "ended what an earlier run had left in the same place");
     }
 }
 
@@ -167,12 +180,22 @@ enum Rung {
 }
 
 impl<'a> Run<'a> {
-    async fn prepare(ctx: &'a Context, lease: Arc<Lease>) -> std::io::Result<Self> {
+    async fn prepare(ctx: &'a Context, lease: Arc<Lease>, claimed_at: Instant) -> std::io::Result<Self> {
         let job = &lease.job;
-        let folders = match &job.session_id {
-            Some(session_id) => Folders::of_session(&ctx.config.data_dir, session_id),
-            None => Folders::of_job(&ctx.config.data_dir, &job.job_id),
+        let (folders, place) = match &job.session_id {
+            Some(session_id) => (
+                Folders::of_session(&ctx.config.data_dir, session_id),
+                session_id.to_string(),
+            ),
+            None => (
+                Folders::of_job(&ctx.config.data_dir, &job.job_id),
+                job.job_id.to_string(),
+            ),
         };
+        let marker = crate::guard::marker(&format!("{place}.{}.{}", job.job_id, job.attempt));
+        if job.attempt > 1 || job.session_id.is_some() {
+            end_earlier_runs(marker.clone()).await;
+        }
         folders.create()?;
         let sockets = ctx.runtime.run()?;
         let resume = transcript::find(&folders, &lease).await?;
@@ -216,7 +239,6 @@ impl<'a> Run<'a> {
             tools: Vec::new(),
             open_tools: HashSet::new(),
         };
-        let marker = crate::guard::marker(&format!("{}.{}", job.job_id, job.attempt));
         let total = job
             .timeout_seconds
             .and_then(|seconds| u64::try_from(seconds).ok())
@@ -228,6 +250,7 @@ impl<'a> Run<'a> {
             env: command::environment(&ctx.isolation.paths(&places), (name, &token), &marker),
             cwd: command.cwd,
             marker,
+            held_at: claimed_at.into_std(),
             beat_within: ctx.config.lease,
             // The worker's own deadline comes first; this one is for a worker that can't.
             deadline: total + INTERRUPT + CLOSE + GOODBYE,
@@ -425,7 +448,7 @@ impl<'a> Run<'a> {
             total,
             seen,
         } = self;
-        let exit = process.wait().await;
+        let exit = process.end_within(GOODBYE).await;
         let observed = gateway.last_failure();
         drop(gateway);
         sockets.remove().await;

@@ -2,7 +2,10 @@
 //! ends overdue jobs, makes due ones ready, pushes missing tickets, and removes what is older than the retention.
 
 use crate::context::Context;
+use crate::guard;
 use crate::workspace::Folders;
+use futures_util::FutureExt;
+use futures_util::future::{Fuse, FusedFuture};
 use shared::clock::{self, Timestamp};
 use shared::job::CancelReason;
 use shared::storage::{Result, RunningLease, WorkerRow};
@@ -52,16 +55,70 @@ impl Watch {
     }
 }
 
-/// Sweeps until the worker has handed back its last run.
+/// Watches and sweeps until the worker has handed back its last run.
 pub(crate) async fn sweep(ctx: &Context, started_at: Timestamp) {
+    // Apart: what is slow or waits for a lock in one of them makes no gap in the watch.
+    tokio::join!(Box::pin(watch_leases(ctx)), Box::pin(clean_up(ctx, started_at)));
+}
+
+/// Looks at the leases each second, and takes the lost ones while it goes on looking.
+async fn watch_leases(ctx: &Context) {
     let mut watch = Watch::default();
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let taking = Fuse::terminated();
+    tokio::pin!(taking);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {
+                // An error is told by the other sweeper, which meets it too.
+                let Ok(leases) = ctx.store.running_leases().await else { continue };
+                let lost = watch.look(leases, Instant::now(), ctx.config.lease);
+                if !lost.is_empty() && taking.is_terminated() {
+                    taking.set(take(ctx, lost).fuse());
+                }
+            }
+            () = &mut taking => {}
+        }
+    }
+}
+
+async fn take(ctx: &Context, lost: Vec<RunningLease>) {
+    // A guard that was killed together with its worker has ended nothing.
+    let ended = tokio::task::spawn_blocking(guard::end_former_runs).await;
+    if let Ok(processes @ 1..) = ended {
+        warn!(processes, "ended what a lost worker's runs had left");
+    }
+    for lease in lost {
+        match take_one(ctx, &lease).await {
+            Ok(true) => {
+                warn!(job.id = %lease.job_id, attempt = lease.attempt, "the lease of a run was lost and is taken");
+            }
+            Ok(false) => {}
+            Err(error) => {
+                warn!(job.id = %lease.job_id, error = %chain(&error), "could not take a lost lease; trying again");
+            }
+        }
+    }
+}
+
+async fn take_one(ctx: &Context, lost: &RunningLease) -> Result<bool> {
+    let Some(job) = ctx.store.job(lost.job_id).await? else {
+        return Ok(false);
+    };
+    ctx.store
+        .take_lost(&job, lost.attempt, lost.renewals, clock::now())
+        .await
+}
+
+async fn clean_up(ctx: &Context, started_at: Timestamp) {
     let mut slowly = Instant::now();
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut failing = false;
     loop {
         ticks.tick().await;
-        let mut swept = once(ctx, &mut watch).await;
+        let mut swept = once(ctx).await;
         if swept.is_ok() && Instant::now() >= slowly {
             slowly = Instant::now() + SLOWLY;
             swept = rarely(ctx, started_at).await;
@@ -83,18 +140,7 @@ pub(crate) async fn sweep(ctx: &Context, started_at: Timestamp) {
     }
 }
 
-async fn once(ctx: &Context, watch: &mut Watch) -> Result<()> {
-    let leases = ctx.store.running_leases().await?;
-    for lost in watch.look(leases, Instant::now(), ctx.config.lease) {
-        if let Some(job) = ctx.store.job(lost.job_id).await?
-            && ctx
-                .store
-                .take_lost(&job, lost.attempt, lost.renewals, clock::now())
-                .await?
-        {
-            warn!(job.id = %lost.job_id, attempt = lost.attempt, "the lease of a run was lost and is taken");
-        }
-    }
+async fn once(ctx: &Context) -> Result<()> {
     for job_id in ctx.store.overdue_jobs(clock::now()).await? {
         ctx.store
             .cancel_job(job_id, CancelReason::Deadline, clock::now())
@@ -103,6 +149,10 @@ async fn once(ctx: &Context, watch: &mut Watch) -> Result<()> {
     let swept = ctx.store.sweep(clock::now()).await?;
     if swept.tickets > 0 {
         tracing::debug!(tickets = swept.tickets, "tickets were missing");
+    }
+    if swept.runnable > 0 {
+        // The wake-up for a ticket that waits may have been lost.
+        ctx.wakeups.ring();
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! What the sweeper does in the database: the same work every time, safe in every worker at once.
 
 use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, execute, read};
+use crate::budget::BudgetStatus;
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use crate::job::Job;
@@ -24,6 +25,8 @@ pub struct RunningLease {
 pub struct Swept {
     /// Jobs whose time had come.
     pub due: u64,
+    /// Jobs that could begin, counted up to 64.
+    pub runnable: i64,
     /// Tickets that were missing.
     pub tickets: u64,
     /// Used tickets that were removed.
@@ -60,9 +63,9 @@ impl Store {
         self.repair_hints().await?;
 
         let mut tx = self.begin().await?;
-        let wanted = tx.runnable().await?.min(TOP_UP);
-        if wanted > 0 {
-            let missing = wanted - tx.waiting_tickets(TOP_UP).await?;
+        swept.runnable = tx.runnable().await?.min(TOP_UP);
+        if swept.runnable > 0 {
+            let missing = swept.runnable - tx.waiting_tickets(TOP_UP).await?;
             if missing > 0 {
                 swept.tickets = missing.unsigned_abs();
                 tx.push_tickets(usize::try_from(missing).unwrap_or(0)).await?;
@@ -204,23 +207,41 @@ impl Store {
     /// Lanes, and the queue, that wait for money look again when there is some: a period may have turned. A
     /// transaction for each, because one that held several lanes and budgets could wait in a circle.
     async fn release_budget_holds(&self, now: Timestamp) -> Result<()> {
-        let held = read!(
-            self,
-            "look for what waits for money",
-            fetch_all => (String,),
-            "select key_id from lane where hold = 'budget' union all select '' from queue where hold = 'budget' limit 100"
-        )?;
-        for (key_id,) in held {
-            let mut tx = self.begin().await?;
-            let key_id = KeyId::known(key_id);
-            tx.lock_lane(&key_id).await?;
-            let budgets = tx.lock_budgets(&key_id, now).await?;
-            if budgets.iter().all(super::budget::Applicable::has_room) {
-                tx.free_from_budget(&key_id).await?;
+        // What waits for everybody's money has no key.
+        let mut after: Option<KeyId> = None;
+        loop {
+            let held = read!(
+                self,
+                "look for what waits for money",
+                fetch_all => (KeyId,),
+                "select key_id from (
+                   select key_id from lane where hold = 'budget' union all select '' from queue where hold = 'budget'
+                 ) as held
+                 where $1 = 0 or key_id > $2 order by key_id limit 100",
+                i64::from(after.is_some()),
+                after.as_ref().map_or("", KeyId::as_str)
+            )?;
+            for (key_id,) in &held {
+                // Most look in vain; they needn't wait for a lock.
+                if self.budgets_of(key_id, now).await?.iter().all(BudgetStatus::has_room) {
+                    self.release_budget_hold(key_id, now).await?;
+                }
             }
-            tx.commit().await?;
+            if held.len() < 100 {
+                return Ok(());
+            }
+            after = held.into_iter().next_back().map(|row| row.0);
         }
-        Ok(())
+    }
+
+    async fn release_budget_hold(&self, key_id: &KeyId, now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        tx.lock_lane(key_id).await?;
+        let budgets = tx.lock_budgets(key_id, now).await?;
+        if budgets.iter().all(super::budget::Applicable::has_room) {
+            tx.free_from_budget(key_id).await?;
+        }
+        tx.commit().await
     }
 
     async fn clean_queue(&self, now: Timestamp) -> Result<(u64, u64)> {

@@ -101,6 +101,11 @@ impl Wakeups {
         }
     }
 
+    /// Wakes the slots of this process alone.
+    pub fn ring(&self) {
+        self.0.slots.send_replace(());
+    }
+
     /// Registers for tickets: a change means that a free slot should look.
     pub fn slots(&self) -> watch::Receiver<()> {
         self.0.slots.subscribe()

@@ -232,6 +232,21 @@ impl Process {
         let _ = self.orders.send(Told::Kill);
     }
 
+    /// Waits for the end of a run that should be over, since its output is, and ends it when it isn't within
+    /// `patience`: the CLI may live on without its output, and a stopped guard never reports.
+    pub async fn end_within(mut self, patience: Duration) -> Exit {
+        self.close_stdin();
+        // The supervisor hears this beside the end of the run, and stops listening with it.
+        let orders = self.orders.clone();
+        let reminder = tokio::spawn(async move {
+            tokio::time::sleep(patience).await;
+            let _ = orders.send(Told::Kill);
+        });
+        let exit = self.wait().await;
+        reminder.abort();
+        exit
+    }
+
     /// Waits for the end of the run; after that none of its processes lives. It doesn't end a run by itself, but
     /// closes its input and drops what wasn't read.
     pub async fn wait(self) -> Exit {

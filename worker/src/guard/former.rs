@@ -20,8 +20,8 @@ pub(crate) const GUARD_VARIABLE: &str = "CLAUDE_QUEUE_GUARD";
 /// that can't be interrupted is the only thing that lasts.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The marker of a run of this worker: `<pid>.<start time>.<pid namespace>.<run>`. `run` is the caller's name for it
-/// and must be unique in this process, e.g. the job's id and the attempt.
+/// The marker of a run of this worker: `<pid>.<start time>.<pid namespace>.<run>`. `run` is the caller's name for it,
+/// `<place>.<name>`: the place is what no two runs may be in at once, and the whole is unique in this process.
 pub fn marker(run: &str) -> String {
     let pid = std::process::id().cast_signed();
     let started = Process::of(pid).map_or(0, |process| process.started);
@@ -34,6 +34,20 @@ pub fn marker(run: &str) -> String {
 pub fn end_former_runs() -> usize {
     let namespace = pid_namespace();
     end_where(|marker| worker_is_gone(marker, &namespace))
+}
+
+/// Ends what is left on this machine of other runs in the same place as the run of this marker, guards included, and
+/// returns how many processes that were. Whoever holds the lease of a place may do so: a run that is still there has
+/// lost its own, and its guard is stopped or dead. Blocks for some milliseconds, at most for ten seconds.
+pub fn end_earlier_runs(marker: &str) -> usize {
+    let Some(place) = place(marker) else { return 0 };
+    end_where(|other| other != marker && self::place(other) == Some(place))
+}
+
+/// The place in a marker.
+fn place(marker: &str) -> Option<&str> {
+    let run = marker.splitn(4, '.').nth(3)?;
+    run.split_once('.').map(|(place, _)| place)
 }
 
 /// Ends every process that carries this marker; blocks for some milliseconds, at most for ten seconds.
@@ -152,6 +166,15 @@ mod tests {
         assert!(!worker_is_gone(&format!("{pid}.1.77.job_1-1"), &namespace));
         for text in ["", "x", "1.2.3", "a.b.c.d", &format!("x.1.{namespace}.r")] {
             assert!(!worker_is_gone(text, &namespace), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_place_is_what_two_runs_have_in_common() {
+        assert_eq!(place(&marker("sess_1.job_1.1")), Some("sess_1"));
+        assert_eq!(place("1.2.3.sess_1.job_2.1"), Some("sess_1"));
+        for text in ["", "1.2.3", "1.2.3.noname"] {
+            assert_eq!(place(text), None, "{text}");
         }
     }
 

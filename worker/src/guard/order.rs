@@ -47,8 +47,8 @@ pub(crate) struct Order {
     pub(crate) memory_limit: Option<u64>,
     /// No program of the run may gain another user's rights, so none can get out of the guard's reach.
     pub(crate) no_new_privileges: bool,
-    /// Counts as the first beat.
-    pub(crate) sent_at: Moment,
+    /// When the lease was taken: the first beat. Nothing is started when it's too old already.
+    pub(crate) held_at: Moment,
 }
 
 /// Each further line to the guard.
@@ -86,6 +86,14 @@ impl Report {
         Self::NotStarted {
             os_error: error.raw_os_error(),
             message: format!("could not start {program} in {cwd}: {error}"),
+        }
+    }
+
+    /// Another worker may hold the job by now.
+    pub(crate) fn too_late() -> Self {
+        Self::NotStarted {
+            os_error: None,
+            message: "the lease ran out before the run could start".to_owned(),
         }
     }
 }
