@@ -24,7 +24,7 @@ impl Scope {
         }
     }
 
-    /// The id beside it: the key's, or empty.
+    /// The id beside it in the table: the key's, or empty.
     pub fn id(&self) -> &str {
         match self {
             Self::Key(key_id) => key_id.as_str(),
@@ -118,12 +118,28 @@ pub struct Budget {
     pub on_exceeded: OnExceeded,
 }
 
+impl Budget {
+    /// The percentages at which a budget is told unless it says otherwise.
+    pub const THRESHOLDS: [i64; 2] = [80, 100];
+
+    /// What a key has unless a person says otherwise: so much in all.
+    pub fn default_of(key_id: &KeyId, limit: MicroUsd) -> Self {
+        Self {
+            scope: Scope::Key(key_id.clone()),
+            limit,
+            period: Period::Total,
+            alert_thresholds: Self::THRESHOLDS.to_vec(),
+            on_exceeded: OnExceeded::Reject,
+        }
+    }
+}
+
 /// A budget and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BudgetStatus {
     /// The budget.
     pub budget: Budget,
-    /// Whether it follows `CLAUDE_MAX_COST_PER_USER` and wasn't set by a person.
+    /// Whether it follows the service's default (`CLAUDE_MAX_COST_PER_USER`) and wasn't set by a person.
     pub is_default: bool,
     /// Grows with each change of the budget.
     pub version: i64,
@@ -135,14 +151,25 @@ pub struct BudgetStatus {
     pub spent: MicroUsd,
     /// What running jobs may still spend.
     pub reserved: MicroUsd,
-    /// The thresholds that were reached in it, and when.
+    /// The thresholds that were reached in it, and when. Empty where only the money was asked for.
     pub alerts: Vec<(i64, Timestamp)>,
 }
 
 impl BudgetStatus {
-    /// What is neither spent nor reserved; below zero when a run's last answer cost more than was reserved.
+    /// What is neither spent nor reserved; below zero when a run's last answer cost more than was reserved, or when the
+    /// limit was lowered in mid-run.
     pub fn remaining(&self) -> MicroUsd {
         self.budget.limit - self.spent - self.reserved
+    }
+
+    /// Whether something is left that isn't reserved.
+    pub fn has_room(&self) -> bool {
+        self.remaining() > MicroUsd::ZERO
+    }
+
+    /// Whether a submission is refused: the money is spent, and jobs don't wait for the next period.
+    pub fn refuses(&self) -> bool {
+        self.spent >= self.budget.limit && self.budget.on_exceeded == OnExceeded::Reject
     }
 }
 

@@ -5,7 +5,8 @@
 //! sums (PostgreSQL's are numeric), no arrays and no JSON operators, singular table names.
 //!
 //! Locks are taken in one order, so that no two transactions wait for each other: a session, the claim lock, a group,
-//! a running job, a lane (one at a time), queued jobs, budgets (the key's before the global one), the queue's row.
+//! a running job, a lane (one at a time), queued jobs, the lock of the global budget, budgets (the key's before the
+//! global one), the queue's row.
 
 mod audit;
 mod budget;
@@ -17,6 +18,7 @@ mod job;
 mod key;
 mod ledger;
 mod limit;
+mod outage;
 mod queue;
 mod run;
 mod session;
@@ -40,13 +42,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use audit::{AuditEntry, AuditRow, Refused};
-pub use budget::PutBudget;
+pub use budget::{AdjustBudget, DeleteBudget, PutBudget};
 pub use claim::{Claim, Claimant};
 pub use error::{Error, Result};
 pub use idempotency::{IdempotencyRecord, Remembered};
 pub use job::{CancelOutcome, JobFilter, Position};
 pub use key::{KeyFilter, NewSecret};
-pub use ledger::LedgerLine;
+pub use ledger::{LedgerEntry, LedgerGroup, LedgerLine, LedgerPart, LedgerSum, Usage};
 pub use limit::{Quota, Rate};
 pub use queue::{QUEUE, Ticket};
 pub use run::{Finish, Signal};
@@ -126,6 +128,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Store {
     db: Arc<Db>,
     tickets: Arc<queue::Backlog>,
+    outage: Arc<outage::Outage>,
 }
 
 #[derive(Debug)]
@@ -153,6 +156,8 @@ pub struct Tx {
     touched: BTreeSet<JobId>,
     /// Whether a slot should look although no job became ready.
     rings: bool,
+    /// Thresholds of budgets that this transaction found reached.
+    alerts: Vec<budget::Alert>,
 }
 
 #[derive(Debug)]
@@ -181,6 +186,7 @@ impl Store {
         Ok(Self {
             db: Arc::new(db),
             tickets: Arc::default(),
+            outage: Arc::default(),
         })
     }
 
@@ -211,6 +217,12 @@ impl Store {
                 .max_connections(connections)
                 .acquire_timeout(PATIENCE)
                 .test_before_acquire(false)
+                // A full disk makes SQLite roll back by itself. The library doesn't learn of it, and would refuse to
+                // begin another transaction on this connection for ever.
+                .before_acquire(|connection, _| {
+                    let usable = !connection.is_in_transaction();
+                    Box::pin(async move { Ok(usable) })
+                })
         };
         let writer = pool(1)
             .connect_with(options.clone())
@@ -323,6 +335,7 @@ impl Store {
             lowered: Vec::new(),
             touched: BTreeSet::new(),
             rings: false,
+            alerts: Vec::new(),
         })
     }
 
@@ -411,7 +424,11 @@ impl Tx {
         }
         self.notify(rings).await?;
         let Self {
-            db, store, lowered, ..
+            db,
+            store,
+            lowered,
+            alerts,
+            ..
         } = self;
         match db {
             TxDb::Sqlite(tx) => tx.commit().await.map_err(Error::during("commit"))?,
@@ -422,6 +439,7 @@ impl Tx {
                 let _ = store.raise_again(&ready, &lowered).await;
             }
         }
+        alerts.iter().for_each(budget::Alert::log);
         Ok(())
     }
 

@@ -2,12 +2,19 @@
 //!
 //! A budget's state of one period is a row; `spent + reserved <= limit` is a condition of every reservation. Claims
 //! are made one at a time and lock the rows they look at, so the condition is exact under any burst.
+//!
+//! An attempt counts in the period in which it began, which is when its money was reserved; an adjustment in that in
+//! which it was made. So the spend of any period can be added up from the ledger at any time, and is, when a budget
+//! begins or changes its period.
+//!
+//! Whoever reads which budgets there are, to add to them, holds off who changes them: for a key's budget by its lane,
+//! for the global one by a lock of its own.
 
 mod manage;
 
-pub use manage::PutBudget;
+pub use manage::{AdjustBudget, DeleteBudget, PutBudget};
 
-use super::{Error, Result, Store, Tx, execute, fetch, fetch_locked, read};
+use super::{Error, Result, Tx, execute, fetch, fetch_locked};
 use crate::budget::Period;
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
@@ -34,6 +41,10 @@ impl Applicable {
     pub(super) fn has_room(&self) -> bool {
         self.spent + self.reserved < self.limit
     }
+
+    fn is_global(&self) -> bool {
+        self.scope == "global"
+    }
 }
 
 /// What a claim may do about money.
@@ -45,34 +56,41 @@ pub(super) enum Allowance {
     /// budget holds its lane, the global one the whole queue.
     Wait { everybody: bool },
     /// There is too little left to begin.
-    Exceeded { spent: MicroUsd, limit: MicroUsd },
+    Exceeded {
+        /// Whether it is everybody's budget.
+        everybody: bool,
+        spent: MicroUsd,
+        limit: MicroUsd,
+    },
 }
 
 /// Decides what a run that wants `wanted` may reserve. If it doesn't fit while something is reserved, it waits; if
-/// nothing is, it shrinks to what is left, but not below `least` (or what it wants, if that is less).
+/// nothing is, it shrinks to what is left, but not below `least` (or what it wants, if that is less). A budget that is
+/// used up decides before one that others will give back to: nobody shall wait for a job that can't begin anyway.
 pub(super) fn allow(budgets: &[Applicable], wanted: MicroUsd, least: MicroUsd) -> Allowance {
     let left = |budget: &Applicable| budget.limit - budget.spent - budget.reserved;
-    let tight: Vec<&Applicable> = budgets.iter().filter(|budget| left(budget) < wanted).collect();
-    let Some(tightest) = tight.iter().min_by_key(|budget| left(budget)) else {
-        return Allowance::Reserve(wanted);
+    let need = least.min(wanted).max(MicroUsd(1));
+    let used_up = || {
+        budgets
+            .iter()
+            .filter(|budget| budget.reserved <= MicroUsd::ZERO && left(budget) < need)
     };
-    if let Some(waiting) = tight.iter().find(|budget| budget.reserved > MicroUsd::ZERO) {
-        return Allowance::Wait {
-            everybody: waiting.scope == "global",
+    if let Some(budget) = used_up().find(|budget| !budget.waits) {
+        return Allowance::Exceeded {
+            everybody: budget.is_global(),
+            spent: budget.spent,
+            limit: budget.limit,
         };
     }
-    if left(tightest) >= least.min(wanted) && left(tightest) > MicroUsd::ZERO {
-        return Allowance::Reserve(left(tightest));
-    }
-    if tightest.waits {
+    let gives_back = budgets
+        .iter()
+        .find(|budget| budget.reserved > MicroUsd::ZERO && left(budget) < wanted);
+    if let Some(budget) = used_up().next().or(gives_back) {
         return Allowance::Wait {
-            everybody: tightest.scope == "global",
+            everybody: budget.is_global(),
         };
     }
-    Allowance::Exceeded {
-        spent: tightest.spent,
-        limit: tightest.limit,
-    }
+    Allowance::Reserve(budgets.iter().map(left).fold(wanted, MicroUsd::min))
 }
 
 impl Tx {
@@ -179,6 +197,7 @@ impl Tx {
     /// reserved in. The caller holds the job's row and lane, so this happens once for each attempt. Gives the cost
     /// that was written.
     pub(super) async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<MicroUsd> {
+        self.share_global_budget().await?;
         let mut cost = MicroUsd::ZERO;
         for model in &spend.models {
             let written = execute!(
@@ -228,7 +247,13 @@ impl Tx {
         let mut settled = reserved;
         for (scope, scope_id, period, ..) in &budgets {
             if !settled.iter().any(|row| row.0 == *scope && row.1 == *scope_id) {
-                settled.push((scope.clone(), scope_id.clone(), period.start(now), MicroUsd::ZERO));
+                let began = self.began(job).await?.unwrap_or(now);
+                settled.push((
+                    scope.clone(),
+                    scope_id.clone(),
+                    period.start(began),
+                    MicroUsd::ZERO,
+                ));
             }
         }
         // Always the key's budget before the global one, here as in a claim, so that no two wait for each other.
@@ -260,6 +285,30 @@ impl Tx {
             }
         }
         Ok(cost)
+    }
+
+    /// When the present attempt of the job began.
+    async fn began(&mut self, job: &Job) -> Result<Option<Timestamp>> {
+        let row = fetch!(
+            self,
+            "read an attempt",
+            fetch_optional => (Timestamp,),
+            "select started_at from attempt where job_id = $1 and attempt = $2",
+            job.job_id,
+            job.attempt
+        )?;
+        Ok(row.map(|row| row.0))
+    }
+
+    /// Holds off, until the end of the transaction, who begins, changes or ends the global budget.
+    async fn share_global_budget(&mut self) -> Result<()> {
+        self.postgres_lock("select pg_advisory_xact_lock_shared(2)", None)
+            .await
+    }
+
+    /// Waits until nobody adds to the global budget, and holds off who wants to.
+    async fn own_global_budget(&mut self) -> Result<()> {
+        self.postgres_lock("select pg_advisory_xact_lock(2)", None).await
     }
 
     /// Adds an amount that nobody had reserved to a budget whose state is locked.
@@ -307,11 +356,13 @@ impl Tx {
                 now
             )?;
             if new > 0 {
-                tracing::warn!(
-                    budget.scope = scope,
-                    key.id = scope_id,
-                    "the {scope} budget {scope_id} has reached {threshold} % of {limit}: {spent} spent"
-                );
+                self.alerts.push(Alert {
+                    scope: scope.to_owned(),
+                    scope_id: scope_id.to_owned(),
+                    threshold,
+                    spent,
+                    limit,
+                });
             }
         }
         Ok(())
@@ -340,51 +391,38 @@ impl Tx {
     }
 }
 
-impl Store {
-    /// Sets the budget that a key has by default (`CLAUDE_MAX_COST_PER_USER`, all time), unless a person set one.
-    pub async fn put_default_budget(&self, key_id: &KeyId, limit: MicroUsd, now: Timestamp) -> Result<()> {
-        let mut tx = self.begin().await?;
-        execute!(
-            tx,
-            "set a default budget",
-            "insert into budget (scope, scope_id, limit_amount, period, alert_thresholds, on_exceeded, origin, updated_at)
-             values ('key', $1, $2, 'total', '[80,100]', 'reject', 'default', $3)
-             on conflict (scope, scope_id) do update set
-               limit_amount = excluded.limit_amount, version = budget.version + 1, updated_at = excluded.updated_at
-             where budget.origin = 'default' and budget.limit_amount <> excluded.limit_amount",
-            key_id,
-            limit,
-            now
-        )?;
-        tx.commit().await
-    }
+/// A threshold that a transaction found reached.
+#[derive(Clone, Debug)]
+pub(super) struct Alert {
+    scope: String,
+    scope_id: String,
+    threshold: i64,
+    spent: MicroUsd,
+    limit: MicroUsd,
+}
 
-    /// The budget of this key, or the global one, that has no money left: spent and limit.
-    pub async fn spent_budget(&self, key_id: &KeyId, now: Timestamp) -> Result<Option<(MicroUsd, MicroUsd)>> {
-        let budgets = read!(
-            self,
-            "read budgets",
-            fetch_all => (String, String, MicroUsd, Period),
-            "select scope, scope_id, limit_amount, period from budget
-             where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')",
-            key_id
-        )?;
-        for (scope, scope_id, limit, period) in budgets {
-            let row = read!(
-                self,
-                "read a budget's state",
-                fetch_optional => (MicroUsd,),
-                "select spent from budget_period where scope = $1 and scope_id = $2 and period_start = $3",
-                scope,
-                scope_id,
-                period.start(now)
-            )?;
-            let spent = row.map_or(MicroUsd::ZERO, |row| row.0);
-            if spent >= limit {
-                return Ok(Some((spent, limit)));
-            }
-        }
-        Ok(None)
+impl Alert {
+    /// Tells it to the log, once it is committed.
+    pub(super) fn log(&self) {
+        let Self {
+            scope,
+            scope_id,
+            threshold,
+            spent,
+            limit,
+        } = self;
+        let whose = match scope.as_str() {
+            "global" => "the global budget".to_owned(),
+            _ => format!("the budget of {scope_id}"),
+        };
+        tracing::warn!(
+            budget.scope = scope,
+            key.id = scope_id,
+            budget.threshold = threshold,
+            spent_usd = spent.usd(),
+            limit_usd = limit.usd(),
+            "{whose} has reached {threshold} %: {spent} of {limit} spent"
+        );
     }
 }
 
@@ -425,10 +463,28 @@ mod tests {
             "shrinks"
         );
         let exceeded = Allowance::Exceeded {
+            everybody: false,
             spent: MicroUsd(96),
             limit: MicroUsd(100),
         };
         assert_eq!(allow(&[budget("key", 100, 96, 0)]), exceeded, "below the least");
+        let both = [budget("key", 100, 96, 0), budget("global", 120, 0, 60)];
+        assert_eq!(allow(&both), exceeded, "others needn't wait for it");
+        let holds = Applicable {
+            waits: true,
+            ..budget("key", 100, 96, 0)
+        };
+        assert_eq!(
+            allow(&[holds, budget("global", 120, 0, 60)]),
+            Allowance::Wait { everybody: false },
+            "nor for this one"
+        );
+        let both = [budget("key", 140, 100, 0), budget("global", 130, 100, 0)];
+        assert_eq!(
+            allow(&both),
+            Allowance::Reserve(MicroUsd(30)),
+            "shrinks to the tightest"
+        );
         let both = [budget("key", 1000, 0, 0), budget("global", 120, 0, 60)];
         assert_eq!(
             allow(&both),

@@ -106,12 +106,19 @@ impl Store {
         tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
         tx.lock_lane(&job.key_id).await?;
         let budgets = tx.lock_budgets(&job.key_id, now).await?;
-        if let Allowance::Exceeded { spent, limit } = budget::allow(&budgets, job.max_cost, least) {
+        if let Allowance::Exceeded {
+            everybody,
+            spent,
+            limit,
+        } = budget::allow(&budgets, job.max_cost, least)
+        {
+            let which = if everybody { "global" } else { "key's" };
+            let need = least.min(job.max_cost);
             let ending = Ending::Failed {
                 code: "budget_exceeded".to_owned(),
                 message: format!(
-                    "The budget is used up: {spent} of {limit} spent. Raise it, or wait for its next period, and \
-                     submit the job again."
+                    "The {which} budget is used up: {spent} of {limit} spent, and a run needs {need} to begin. Raise \
+                     it, or wait for its next period, and submit the job again."
                 ),
             };
             tx.end_waiting(job.job_id, &ending, CancelReason::User, now)

@@ -245,14 +245,15 @@ impl Tx {
         Ok(Some(CancelOutcome::Requested))
     }
 
-    pub(super) async fn lock_lane(&mut self, key_id: &KeyId) -> Result<()> {
+    /// Locks the lane of this key until the end of the transaction; `false` when there is none.
+    pub(super) async fn lock_lane(&mut self, key_id: &KeyId) -> Result<bool> {
         execute!(
             self,
             "lock a lane",
             "update lane set running = running where key_id = $1",
             key_id
         )
-        .map(drop)
+        .map(|rows| rows > 0)
     }
 
     /// Appends events to a job whose row this transaction holds, and counts them there.

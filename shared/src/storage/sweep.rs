@@ -223,7 +223,12 @@ impl Store {
             )?;
             for (key_id,) in &held {
                 // Most look in vain; they needn't wait for a lock.
-                if self.budgets_of(key_id, now).await?.iter().all(BudgetStatus::has_room) {
+                if self
+                    .budgets_of(key_id, now)
+                    .await?
+                    .iter()
+                    .all(BudgetStatus::has_room)
+                {
                     self.release_budget_hold(key_id, now).await?;
                 }
             }

@@ -133,8 +133,9 @@ async fn a_cap_shrinks_to_what_is_left(db: Db) {
     assert_eq!(lease.reserved, MicroUsd(20_000), "it wants less than the least");
     finish(&world, &lease, 20_000, NOW).await;
     assert_eq!(state(&world, &key).await, (1_050_000, 0));
-    let spent = world.store.spent_budget(&key, NOW).await.unwrap();
-    assert_eq!(spent, Some((MicroUsd(1_050_000), MicroUsd(1_050_000))));
+    let budgets = world.store.budgets_of(&key, NOW).await.unwrap();
+    assert!(budgets[0].refuses(), "{budgets:?}");
+    assert_eq!(budgets[0].remaining(), MicroUsd::ZERO);
     assert_eq!(world.faults().await, [""; 0]);
 }
 
@@ -328,7 +329,7 @@ async fn a_default_budget_follows_its_variable_and_yields_to_a_person(db: Db) {
     let of = |key: &str| format!("select limit_amount * 100 + version from budget where scope_id = '{key}'");
     assert_eq!(world.number(&of("a")).await, 8002, "changed once");
     assert_eq!(world.number(&of("b")).await, 701);
-    assert_eq!(world.store.spent_budget(&a, NOW).await.unwrap(), None);
+    assert!(!world.store.budgets_of(&a, NOW).await.unwrap()[0].refuses());
 }
 
 async fn a_ledger_line_is_unique(db: Db) {
