@@ -498,6 +498,16 @@ impl Process {
 
     /// Waits until it says that it is ready.
     pub async fn ready(&mut self) {
+        if let Err(why) = self.try_ready().await {
+            panic!("{why}");
+        }
+    }
+
+    /// Waits until it says that it is ready, or ends instead.
+    ///
+    /// # Errors
+    /// How it ended, and everything that it wrote.
+    pub async fn try_ready(&mut self) -> Result<(), String> {
         let wanted = match self.kind {
             Kind::Api | Kind::Up => "listening on http://",
             Kind::Worker => "worker ready ",
@@ -512,14 +522,14 @@ impl Process {
                 .filter_map(|line| line.strip_suffix('\n'));
             if let Some(line) = lines.find_map(|line| line.find(wanted).map(|at| line[at..].to_owned())) {
                 self.ready_line = line;
-                return;
+                return Ok(());
             }
             if let Some(status) = self.exited() {
-                panic!(
+                return Err(format!(
                     "{} ended ({status}) instead of getting ready:\n{}",
                     self.name,
                     self.written()
-                );
+                ));
             }
             assert!(
                 begin.elapsed() < Duration::from_secs(30),
@@ -528,6 +538,18 @@ impl Process {
                 self.written()
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Starts it as a supervisor does: again and again until it is ready. How often it ended instead.
+    pub async fn supervise(&mut self) -> usize {
+        let mut failures = 0;
+        loop {
+            self.launch();
+            if self.try_ready().await.is_ok() {
+                return failures;
+            }
+            failures += 1;
         }
     }
 
