@@ -15,6 +15,7 @@ mod status;
 mod submit;
 mod sweep;
 mod wakeups;
+mod weather;
 
 use super::{CancelOutcome, Claim, Claimant, DatabaseUrl, Finish, Store};
 use crate::clock::Timestamp;
