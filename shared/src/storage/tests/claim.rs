@@ -93,12 +93,12 @@ async fn a_key_never_runs_more_than_its_cap(db: Db) {
 
     // A lower cap ends nothing, but nothing begins until there is room.
     world.store.put_lane(&a, 1).await.unwrap();
-    let of_a = leases
+    let mut of_a = leases
         .iter()
         .skip(1)
         .chain([&next])
         .filter(|lease| lease.job.key_id == a);
-    world.finish(of_a.last().unwrap(), Ending::Done).await;
+    world.finish(of_a.next_back().unwrap(), Ending::Done).await;
     assert!(world.claim().await.is_none_or(|lease| lease.job.key_id == b));
     assert_eq!(world.faults().await, [""; 0]);
     world.store.put_lane(&a, 5).await.unwrap();
