@@ -1,13 +1,18 @@
-//! Who asks: a key becomes a [`Caller`]. The only place where a secret is compared.
+//! Who asks: the key in the headers becomes a [`Caller`]. The keys of the environment are compared here and nowhere else;
+//! those of the database in [`crate::keyring`].
 
 use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use shared::id::KeyId;
+use shared::key::{KeyRights, Scope, Scopes};
+use shared::storage::Rate;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use crate::config::Config;
+use crate::limits::Policy;
 use crate::problem::Problem;
 use crate::request::{headers, hex};
 
@@ -16,18 +21,74 @@ use crate::request::{headers, hex};
 pub struct Caller {
     /// The owner of what this caller makes.
     pub key_id: KeyId,
-    /// Whether this caller sees everybody's objects and may skip permission checks.
+    /// Whether this caller sees everybody's objects.
     pub admin: bool,
+    /// What the key may do, and how much of it.
+    pub rights: Arc<KeyRights>,
 }
 
 impl Caller {
+    /// A caller with the rights that ordinary keys have unless told otherwise.
+    pub fn ordinary(key_id: KeyId) -> Self {
+        Self::of(key_id, KeyRights::of(Scopes::ordinary()))
+    }
+
+    /// A caller who may do everything.
+    pub fn administrator(key_id: KeyId) -> Self {
+        Self::of(key_id, KeyRights::of(Scopes::all()))
+    }
+
+    /// A caller with these rights. Who may make keys sees everybody's objects.
+    pub fn of(key_id: KeyId, rights: KeyRights) -> Self {
+        Self {
+            key_id,
+            admin: rights.scopes.contains(Scope::KeysAdmin),
+            rights: Arc::new(rights),
+        }
+    }
+
     /// Whether an object of this owner exists for the caller.
     pub fn sees(&self, owner: &KeyId) -> bool {
         self.admin || self.key_id == *owner
     }
+
+    /// Whether the key has this scope.
+    pub fn may(&self, scope: Scope) -> bool {
+        self.rights.scopes.contains(scope)
+    }
+
+    /// Refuses what the key has no scope for.
+    pub fn require(&self, scope: Scope) -> Result<(), Problem> {
+        if self.may(scope) {
+            Ok(())
+        } else {
+            Err(Problem::InsufficientScope(scope))
+        }
+    }
+
+    /// The highest priority that this caller's jobs get: unless the key says otherwise, only an administrator comes
+    /// before the others.
+    pub fn max_priority(&self) -> i64 {
+        self.rights
+            .max_priority
+            .unwrap_or(if self.admin { 10 } else { 0 })
+    }
+
+    /// How often this caller may ask.
+    pub fn rate(&self, policy: Policy, config: &Config) -> Rate {
+        let default = config.rates.of(policy);
+        let own = match policy {
+            Policy::Submit => self.rights.rate_submit,
+            Policy::Read => self.rights.rate_read,
+        };
+        Rate::new(
+            own.unwrap_or(default.limit()),
+            self.rights.rate_window.unwrap_or(default.window_seconds()),
+        )
+    }
 }
 
-/// The keys that open this service, as digests: the secrets aren't kept.
+/// The keys of the environment, as digests: the secrets aren't kept.
 #[derive(Clone, Default)]
 pub struct Keys(Vec<Key>);
 
@@ -35,6 +96,8 @@ pub struct Keys(Vec<Key>);
 struct Key {
     digest: [u8; 32],
     caller: Caller,
+    /// Too long to be found by trying, so that trying needn't be hindered.
+    long: bool,
 }
 
 /// Only the public names.
@@ -46,63 +109,57 @@ impl fmt::Debug for Keys {
     }
 }
 
+/// Secrets of so many characters can't be guessed, whatever the rate.
+const LONG: usize = 24;
+
 impl Keys {
     /// Keys of the two kinds. One that is both is an admin's.
     pub fn of(ordinary: &[String], admin: &[String]) -> Self {
         let mut keys: Vec<Key> = Vec::new();
-        let of_kind = |secrets: &[String], admin| {
+        let of_kind = |secrets: &[String], kind: fn(KeyId) -> Caller| {
             secrets
                 .iter()
-                .map(|secret| (digest(secret.as_bytes()), admin))
+                .map(|secret| (digest(secret.as_bytes()), secret.len() >= LONG, kind))
                 .collect::<Vec<_>>()
         };
-        for (digest, admin) in of_kind(admin, true).into_iter().chain(of_kind(ordinary, false)) {
+        let admin = of_kind(admin, Caller::administrator);
+        for (digest, long, kind) in admin.into_iter().chain(of_kind(ordinary, Caller::ordinary)) {
             if keys.iter().all(|key| key.digest != digest) {
-                let key_id = KeyId::known(format!("env_{}", hex(&digest[..4])));
-                keys.push(Key {
-                    digest,
-                    caller: Caller { key_id, admin },
-                });
+                let caller = kind(KeyId::known(format!("env_{}", hex(&digest[..4]))));
+                keys.push(Key { digest, caller, long });
             }
         }
         Self(keys)
     }
 
-    /// Whether there is no key, so that nobody needs one.
+    /// Whether there is no key.
     pub const fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The owners that exist: every key, or `anonymous` where there is none.
+    /// The owners that exist without the database: every key, or `anonymous` where there is none.
     pub fn owners(&self) -> Vec<KeyId> {
         if self.0.is_empty() {
             return vec![KeyId::anonymous()];
         }
-        self.0.iter().map(|key| key.caller.key_id.clone()).collect()
+        self.callers().map(|caller| caller.key_id.clone()).collect()
     }
 
-    /// Who asks with these headers.
-    pub fn identify(&self, headers: &HeaderMap, config: &Config) -> Result<Caller, Problem> {
-        let presented = presented(headers)?;
-        if self.0.is_empty() {
-            return anonymous(headers, config);
-        }
-        presented
-            .and_then(|secret| self.find(secret))
-            .ok_or(Problem::Unauthorized)
+    /// Whose keys they are.
+    pub fn callers(&self) -> impl Iterator<Item = &Caller> {
+        self.0.iter().map(|key| &key.caller)
     }
 
     /// The owner of `secret`. Compares it with every key and every byte, whatever it finds on the way, so that the
-    /// time tells nothing.
-    fn find(&self, secret: &[u8]) -> Option<Caller> {
+    /// time tells nothing. `guessing`: only long keys open, because somebody tries keys.
+    pub fn find(&self, secret: &[u8], guessing: bool) -> Option<&Caller> {
         let wanted = digest(secret);
         let mut found = u32::MAX;
         for (index, key) in (0u32..).zip(&self.0) {
             found.conditional_assign(&index, key.digest.ct_eq(&wanted));
         }
-        self.0
-            .get(usize::try_from(found).ok()?)
-            .map(|key| key.caller.clone())
+        let key = self.0.get(usize::try_from(found).ok()?)?;
+        (key.long || !guessing).then_some(&key.caller)
     }
 }
 
@@ -111,7 +168,7 @@ fn digest(secret: &[u8]) -> [u8; 32] {
 }
 
 /// The key in the headers: `X-API-Key`, or `Authorization: Bearer`. Other schemes aren't ours to judge.
-fn presented(headers: &HeaderMap) -> Result<Option<&[u8]>, Problem> {
+pub fn presented(headers: &HeaderMap) -> Result<Option<&[u8]>, Problem> {
     let api_keys = headers
         .get_all("x-api-key")
         .iter()
@@ -132,18 +189,19 @@ fn presented(headers: &HeaderMap) -> Result<Option<&[u8]>, Problem> {
     }
 }
 
-/// Without keys everybody on this machine may ask. A web page that is open on this machine may not: it could be
+/// Without any key everybody on this machine may ask. A web page that is open on this machine may not: it could be
 /// anyone's, and a browser would send its requests here. (A page gives itself away by `Origin`, and one that made its
 /// own name point here by `Host`.)
-fn anonymous(headers: &HeaderMap, config: &Config) -> Result<Caller, Problem> {
+pub fn anonymous(headers: &HeaderMap, config: &Config) -> Result<Caller, Problem> {
     let from_page = headers::text(headers, "origin").is_some_and(|origin| !config.cors.names(origin));
+    if !config.allow_anonymous && !config.address.ip().is_loopback() {
+        // There was a key when the service started, and it was deleted.
+        return Err(Problem::Unauthorized);
+    }
     if !config.allow_anonymous && (from_page || !host_is_local(headers)) {
         return Err(Problem::AnonymousFromWeb);
     }
-    Ok(Caller {
-        key_id: KeyId::anonymous(),
-        admin: false,
-    })
+    Ok(Caller::ordinary(KeyId::anonymous()))
 }
 
 fn host_is_local(headers: &HeaderMap) -> bool {
@@ -178,9 +236,11 @@ mod tests {
     }
 
     fn ask(pairs: &[(&'static str, &'static str)]) -> Result<Caller, &'static str> {
-        keys()
-            .identify(&headers(pairs), &Config::default())
-            .map_err(|problem| problem.code())
+        let headers = headers(pairs);
+        let secret = presented(&headers).map_err(|problem| problem.code())?;
+        secret
+            .and_then(|secret| keys().find(secret, false).cloned())
+            .ok_or("unauthorized")
     }
 
     #[test]
@@ -232,6 +292,23 @@ mod tests {
     }
 
     #[test]
+    fn while_somebody_guesses_only_long_keys_open() {
+        let long = "a-key-of-thirty-two-characters--";
+        let keys = Keys::of(&["short".into(), long.into()], &[]);
+        assert!(keys.find(b"short", false).is_some() && keys.find(b"short", true).is_none());
+        assert!(keys.find(long.as_bytes(), true).is_some());
+    }
+
+    #[test]
+    fn a_service_that_lost_its_last_key_does_not_open_to_the_network() {
+        let config = Config {
+            address: ([0, 0, 0, 0], 8000).into(),
+            ..Config::default()
+        };
+        assert!(anonymous(&headers(&[]), &config).is_err());
+    }
+
+    #[test]
     fn secrets_are_not_kept() {
         let shown = format!("{:?}", Keys::of(&["my-secret-key".into()], &[]));
         assert!(shown.starts_with("{env_"), "{shown}");
@@ -241,8 +318,7 @@ mod tests {
     #[test]
     fn without_keys_programs_on_this_machine_are_served_and_web_pages_are_not() {
         let ask = |pairs: &[(&'static str, &'static str)], config: &Config| {
-            Keys::of(&[], &[])
-                .identify(&headers(pairs), config)
+            anonymous(&headers(pairs), config)
                 .map(|caller| caller.key_id.to_string())
                 .ok()
         };
@@ -253,7 +329,7 @@ mod tests {
             vec![("host", "127.0.0.1:8000")],
             vec![("host", "localhost")],
             vec![("host", "[::1]:8000")],
-            vec![("x-api-key", "whatever")],
+            vec![("user-agent", "whatever")],
         ] {
             assert_eq!(ask(&pairs, &config), anonymous, "{pairs:?}");
         }

@@ -1,12 +1,16 @@
 //! The settings of the API: each a variable of the environment, its default here and nowhere else.
 
 use shared::env::{Error, Vars};
+use shared::key::SecretKey;
 use shared::money::MicroUsd;
+use shared::storage::Rate;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use crate::address::Proxies;
 use crate::caller::Keys;
 use crate::cors::Cors;
+use crate::limits::Rates;
 
 /// How the API is set up.
 #[derive(Clone, Debug)]
@@ -16,6 +20,13 @@ pub struct Config {
     /// Who may call: the keys of ordinary callers, `API_KEYS`, and of those who see everything, `ADMIN_API_KEYS`,
     /// with commas between them. None by default.
     pub keys: Keys,
+    /// What the keys of the database are checked with. `SECRET_KEY`; needed as soon as there are such keys.
+    pub secret_key: Option<SecretKey>,
+    /// The proxies whose `X-Forwarded-For` is believed: addresses and networks. `TRUSTED_PROXIES`, none by default.
+    pub proxies: Proxies,
+    /// How often a key may ask that has no limits of its own. `RATE_LIMIT_REQUESTS`, 30 submissions in
+    /// `RATE_LIMIT_WINDOW`, 60 seconds; `RATE_LIMIT_READ_REQUESTS`, 6,000 other requests a minute.
+    pub rates: Rates,
     /// Whether everybody who can connect may ask when there's no key. `ALLOW_ANONYMOUS`, false; without it only
     /// programs on this machine may.
     pub allow_anonymous: bool,
@@ -51,6 +62,9 @@ impl Default for Config {
         Self {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)),
             keys: Keys::default(),
+            secret_key: None,
+            proxies: Proxies::default(),
+            rates: Rates::default(),
             allow_anonymous: false,
             cors: Cors::any(),
             problem_type_base: "urn:problem:".to_owned(),
@@ -72,9 +86,12 @@ impl Config {
     /// Reads the settings. The error names the variable, what is wrong with it, and the accepted form.
     pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
         let default = Self::default();
-        let config = Self {
+        Ok(Self {
             address: address(vars, default.address)?,
             keys: Keys::of(&keys(vars, "API_KEYS")?, &keys(vars, "ADMIN_API_KEYS")?),
+            secret_key: SecretKey::from_vars(vars)?,
+            proxies: proxies(vars)?,
+            rates: rates(vars)?,
             allow_anonymous: vars.flag("ALLOW_ANONYMOUS", default.allow_anonymous)?,
             cors: cors(vars)?,
             problem_type_base: vars.or("PROBLEM_TYPE_BASE", &default.problem_type_base)?,
@@ -98,14 +115,12 @@ impl Config {
             idempotency_ttl: Duration::from_secs(3_600 * vars.number("IDEMPOTENCY_TTL_HOURS", 24, 1, 720)?),
             retention: Duration::from_secs(86_400 * vars.number("JOB_RETENTION_DAYS", 30, 1, 3_650)?),
             drain: seconds(vars, "DRAIN_SECONDS", default.drain, 0, 3_600)?,
-        };
-        config.check()?;
-        Ok(config)
+        })
     }
 
-    /// Refuses to serve strangers by accident.
-    fn check(&self) -> Result<(), Error> {
-        if !self.keys.is_empty() || self.allow_anonymous || self.address.ip().is_loopback() {
+    /// Refuses to serve strangers by accident. `stored`: the database holds keys.
+    pub fn check_exposure(&self, stored: bool) -> Result<(), Error> {
+        if stored || !self.keys.is_empty() || self.allow_anonymous || self.address.ip().is_loopback() {
             return Ok(());
         }
         Err(Error::new(
@@ -145,6 +160,24 @@ fn keys(vars: &Vars, name: &'static str) -> Result<Vec<String>, Error> {
         ));
     }
     Ok(keys)
+}
+
+fn proxies(vars: &Vars) -> Result<Proxies, Error> {
+    Proxies::of(&vars.list("TRUSTED_PROXIES", "")?).ok_or_else(|| {
+        Error::new(
+            "TRUSTED_PROXIES",
+            "has a member that is neither an address nor a network",
+            "such as 10.0.0.7 or 10.0.0.0/8, with commas between them",
+        )
+    })
+}
+
+fn rates(vars: &Vars) -> Result<Rates, Error> {
+    let window = vars.number("RATE_LIMIT_WINDOW", 60, 1, 86_400)?;
+    Ok(Rates {
+        submit: Rate::new(vars.number("RATE_LIMIT_REQUESTS", 30, 1, 1_000_000)?, window),
+        read: Rate::new(vars.number("RATE_LIMIT_READ_REQUESTS", 6_000, 1, 1_000_000)?, 60),
+    })
 }
 
 fn cors(vars: &Vars) -> Result<Cors, Error> {
@@ -191,12 +224,18 @@ mod tests {
 
     #[test]
     fn without_a_key_only_this_machine_is_served_unless_asked_for() {
-        let refused = Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0")])).unwrap_err();
+        let check = |vars: Vars, stored| Config::from_vars(&vars).unwrap().check_exposure(stored);
+        let refused = check(Vars::of([("API_HOST", "0.0.0.0")]), false).unwrap_err();
         assert_eq!(refused.variable, "API_KEYS");
-        assert!(Config::from_vars(&Vars::of([("API_HOST", "::1")])).is_ok());
-        assert!(Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0"), ("API_KEYS", "k")])).is_ok());
-        assert!(Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0"), ("ADMIN_API_KEYS", "k")])).is_ok());
-        assert!(Config::from_vars(&Vars::of([("API_HOST", "0.0.0.0"), ("ALLOW_ANONYMOUS", "true")])).is_ok());
+        assert!(check(Vars::of([("API_HOST", "0.0.0.0")]), true).is_ok());
+        assert!(check(Vars::of([("API_HOST", "::1")]), false).is_ok());
+        for (name, value) in [
+            ("API_KEYS", "k"),
+            ("ADMIN_API_KEYS", "k"),
+            ("ALLOW_ANONYMOUS", "true"),
+        ] {
+            assert!(check(Vars::of([("API_HOST", "0.0.0.0"), (name, value)]), false).is_ok());
+        }
     }
 
     #[test]
@@ -206,6 +245,11 @@ mod tests {
             ("API_PORT", "65536"),
             ("API_KEYS", "good,bäd"),
             ("ADMIN_API_KEYS", "a b"),
+            ("SECRET_KEY", "bad,"),
+            ("TRUSTED_PROXIES", "10.0.0.0/8, nonsense"),
+            ("RATE_LIMIT_REQUESTS", "0"),
+            ("RATE_LIMIT_WINDOW", "-60"),
+            ("RATE_LIMIT_READ_REQUESTS", "many"),
             ("ALLOW_ANONYMOUS", "perhaps"),
             ("CORS_ORIGINS", "https://a.example/path"),
             ("WAIT_MAX_SECONDS", "301"),

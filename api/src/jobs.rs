@@ -47,13 +47,13 @@ pub async fn cancel(request: &Request, caller: &Caller, id: &Segment) -> Result<
 /// `/api/v1/jobs/{id}/events`.
 pub async fn events(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
     only(request, &[Method::GET])?;
-    stream::events(request, find(request, caller, id).await?).await
+    stream::events(request, caller, find(request, caller, id).await?).await
 }
 
 /// `/api/v1/jobs/{id}/stream`.
 pub async fn stream(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
     only(request, &[Method::GET])?;
-    stream::stream(request, &find(request, caller, id).await?)
+    stream::stream(request, caller, &find(request, caller, id).await?).await
 }
 
 /// The jobs of one session: `GET /api/v1/sessions/{s}/jobs`.

@@ -4,20 +4,30 @@
 //! Read [`routes`] first: every path and who answers it. Then the way of a request: [`mod@serve`] takes it off the wire,
 //! [`caller`] says who asks, [`request`] reads it, [`jobs`] and [`sessions`] do it, [`reply`] and [`problem`] answer.
 
+pub mod address;
+pub mod audit;
+pub mod budgets;
 pub mod caller;
 pub mod config;
 pub mod context;
 pub mod cors;
 pub mod health;
+pub mod housekeeping;
 pub mod jobs;
+pub mod keyring;
+pub mod keys;
+pub mod limits;
 pub mod problem;
+pub mod repeat;
 pub mod reply;
 pub mod request;
 pub mod routes;
 pub mod serve;
 pub mod sessions;
 pub mod settings;
+pub mod streams;
+pub mod usage;
 
 pub use config::Config;
-pub use context::Context;
+pub use context::{Context, StartError};
 pub use serve::serve;

@@ -1,7 +1,7 @@
 //! `claude-queue-api`: serves the API until it is told to stop.
 
 use api::problem::chain;
-use api::{Config, Context};
+use api::{Config, Context, StartError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
@@ -42,7 +42,10 @@ async fn run(config: Config, database: &DatabaseUrl) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(error.as_ref());
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(StartError::Setting(_)) => ExitCode::from(2),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

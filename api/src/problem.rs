@@ -5,15 +5,18 @@ use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE}
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
+use shared::budget::BudgetStatus;
+use shared::clock::{self, Timestamp};
 use shared::job::JobStatus;
-use shared::money::MicroUsd;
-use shared::storage;
+use shared::key::Scope;
+use shared::storage::{self, Quota, Store};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::time::Duration;
 use warp::reply::Response;
 
+use crate::budgets;
 use crate::request::Request;
 use crate::request::fields::FieldFault;
 
@@ -34,6 +37,29 @@ pub enum Problem {
     PermissionModeNotAllowed(String),
     /// Only an admin key may do this.
     AdminOnly(&'static str),
+    /// The key hasn't this scope.
+    InsufficientScope(Scope),
+    /// The key may not be used from where the request comes.
+    IpNotAllowed,
+    /// The key's jobs may not run on this model.
+    ModelNotAllowed(String),
+    /// The caller asked too often.
+    RateLimited {
+        /// Of which limit.
+        policy: &'static str,
+        /// How the limit stands.
+        quota: Quota,
+    },
+    /// As many of the key's jobs wait as may.
+    QueueFull(i64),
+    /// As many of the key's event streams are open as may.
+    TooManyStreams(i64),
+    /// The key is one of the environment, which only its operator can change.
+    KeyReadOnly,
+    /// The key was revoked or has expired.
+    KeyNotActive,
+    /// The key opens, so it can't be deleted.
+    KeyActive,
     /// There's no such path.
     NoSuchPath,
     /// There's no such thing, or it belongs to another key: `Job`, `Session`.
@@ -67,12 +93,7 @@ pub enum Problem {
     /// There's no template of this name.
     NoSuchTemplate(String),
     /// The owner, or everybody together, has spent what may be spent.
-    BudgetExceeded {
-        /// What has been spent in the period.
-        spent: MicroUsd,
-        /// What may be spent in it.
-        limit: MicroUsd,
-    },
+    BudgetExceeded(Box<BudgetStatus>),
     /// Requests can't be served: which check says so.
     NotReady {
         /// The database answers.
@@ -113,20 +134,31 @@ impl Problem {
             | Self::AmbiguousCredentials
             | Self::NoSuchTemplate(_) => StatusCode::BAD_REQUEST,
             Self::Unauthorized | Self::AnonymousFromWeb => StatusCode::UNAUTHORIZED,
-            Self::PermissionModeNotAllowed(_) | Self::AdminOnly(_) => StatusCode::FORBIDDEN,
+            Self::PermissionModeNotAllowed(_)
+            | Self::AdminOnly(_)
+            | Self::InsufficientScope(_)
+            | Self::IpNotAllowed
+            | Self::ModelNotAllowed(_) => StatusCode::FORBIDDEN,
             Self::NoSuchPath | Self::NoSuch(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable => StatusCode::NOT_ACCEPTABLE,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
-            Self::JobFinal(_) | Self::JobNotFinished | Self::JobActive | Self::IdempotencyInProgress(_) => {
-                StatusCode::CONFLICT
-            }
+            Self::JobFinal(_)
+            | Self::JobNotFinished
+            | Self::JobActive
+            | Self::IdempotencyInProgress(_)
+            | Self::KeyReadOnly
+            | Self::KeyNotActive
+            | Self::KeyActive => StatusCode::CONFLICT,
             Self::DataRemoved => StatusCode::GONE,
             Self::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Invalid(_) | Self::IdempotencyKeyReused => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::BudgetExceeded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::BudgetExceeded(_)
+            | Self::RateLimited { .. }
+            | Self::QueueFull(_)
+            | Self::TooManyStreams(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::NotReady { .. } | Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -140,7 +172,15 @@ impl Problem {
             Self::AmbiguousCredentials => "ambiguous-credentials",
             Self::Unauthorized | Self::AnonymousFromWeb => "unauthorized",
             Self::PermissionModeNotAllowed(_) => "permission-mode-not-allowed",
-            Self::AdminOnly(_) => "insufficient-scope",
+            Self::AdminOnly(_) | Self::InsufficientScope(_) => "insufficient-scope",
+            Self::IpNotAllowed => "ip-not-allowed",
+            Self::ModelNotAllowed(_) => "model-not-allowed",
+            Self::RateLimited { .. } => "rate-limited",
+            Self::QueueFull(_) => "queue-full",
+            Self::TooManyStreams(_) => "too-many-streams",
+            Self::KeyReadOnly => "key-read-only",
+            Self::KeyNotActive => "key-not-active",
+            Self::KeyActive => "key-active",
             Self::NoSuchPath | Self::NoSuch(_) => "not-found",
             Self::MethodNotAllowed(_) => "method-not-allowed",
             Self::NotAcceptable => "not-acceptable",
@@ -156,7 +196,7 @@ impl Problem {
             Self::Invalid(_) => "validation-error",
             Self::IdempotencyKeyReused => "idempotency-key-reused",
             Self::NoSuchTemplate(_) => "template-not-found",
-            Self::BudgetExceeded { .. } => "budget-exceeded",
+            Self::BudgetExceeded(_) => "budget-exceeded",
             Self::NotReady { .. } | Self::Unavailable { .. } => "unavailable",
             Self::Internal(_) => "internal-error",
         }
@@ -176,6 +216,17 @@ impl Problem {
             }
             Self::PermissionModeNotAllowed(mode) => format!("This key may not use permission mode {mode}").into(),
             Self::AdminOnly(what) => format!("Only an admin key may {what}").into(),
+            Self::InsufficientScope(scope) => format!("This key does not have the scope {scope}").into(),
+            Self::IpNotAllowed => "This key may not be used from this address".into(),
+            Self::ModelNotAllowed(model) => format!("This key may not use the model {model}").into(),
+            Self::RateLimited { .. } => "Rate limit exceeded".into(),
+            Self::QueueFull(max) => format!("{max} jobs of this key are waiting, which is as many as may").into(),
+            Self::TooManyStreams(max) => {
+                format!("{max} event streams of this key are open, which is as many as may").into()
+            }
+            Self::KeyReadOnly => "Keys from API_KEYS and ADMIN_API_KEYS are changed there".into(),
+            Self::KeyNotActive => "The key was revoked or has expired".into(),
+            Self::KeyActive => "The key is active; revoke it first".into(),
             Self::NoSuchPath => "There is nothing at this path".into(),
             Self::NoSuch(what) => format!("{what} not found").into(),
             Self::MethodNotAllowed(methods) => format!("This path answers {}", allow(methods)).into(),
@@ -195,7 +246,7 @@ impl Problem {
             },
             Self::IdempotencyKeyReused => "This Idempotency-Key was used with another request body".into(),
             Self::NoSuchTemplate(name) => format!("Template '{name}' not found").into(),
-            Self::BudgetExceeded { spent, limit } => format!("User budget exceeded: {spent} >= {limit}").into(),
+            Self::BudgetExceeded(status) => budgets::exceeded(status).into(),
             Self::NotReady { draining: true, .. } => "The service is shutting down".into(),
             Self::NotReady { .. } => "The database does not answer".into(),
             Self::Unavailable { detail, .. } => (*detail).into(),
@@ -204,8 +255,13 @@ impl Problem {
     }
 
     /// When it makes sense to try again, where that is known.
-    const fn retry_after(&self) -> Option<Duration> {
+    fn retry_after(&self) -> Option<Duration> {
         match self {
+            Self::RateLimited { quota, .. } => Some(Duration::from_secs(
+                u64::try_from(quota.retry_after()).unwrap_or(1),
+            )),
+            Self::BudgetExceeded(status) => status.resets_at.map(|at| seconds_until(at, clock::now())),
+            Self::QueueFull(_) | Self::TooManyStreams(_) => Some(Duration::from_secs(5)),
             Self::IdempotencyInProgress(_) | Self::JobNotFinished => Some(Duration::from_secs(2)),
             Self::NotReady { .. } | Self::Unavailable { .. } => Some(Duration::from_secs(5)),
             _ => None,
@@ -214,7 +270,12 @@ impl Problem {
 
     /// Whether the same request can't succeed later, so that client libraries need not try.
     fn is_hopeless(&self) -> bool {
-        self.status().is_client_error() && self.retry_after().is_none() && !matches!(self, Self::TooSlow)
+        match self {
+            Self::TooSlow => false,
+            // The next period may be weeks away.
+            Self::BudgetExceeded(_) => true,
+            _ => self.status().is_client_error() && self.retry_after().is_none(),
+        }
     }
 
     /// The members beside the standard ones.
@@ -226,9 +287,8 @@ impl Problem {
                 "error",
                 json!({"code": "PAYLOAD_TOO_LARGE", "message": self.detail(), "request_id": request_id}),
             )),
-            Self::BudgetExceeded { spent, limit } => {
-                Some(("budget", json!({"limit": limit, "spent": spent})))
-            }
+            Self::RateLimited { policy, .. } => Some(("violated-policies", json!([policy]))),
+            Self::BudgetExceeded(status) => Some(("budget", budgets::summary(status))),
             Self::NotReady { database, draining } => {
                 let database = if *database { "ok" } else { "error" };
                 Some(("checks", json!({"database": database, "draining": draining})))
@@ -239,7 +299,7 @@ impl Problem {
 
     /// The answer to `request`. Tells the log what the client isn't told.
     pub fn reply(self, request: &Request) -> Response {
-        self.log();
+        self.log(&request.context.store);
         let (status, code) = (self.status(), self.code());
         let body = Body {
             kind: format!("{}{code}", request.context.config.problem_type_base),
@@ -282,6 +342,13 @@ impl Problem {
                     insert(ALLOW, value);
                 }
             }
+            Self::BudgetExceeded(status) => {
+                for (name, value) in budgets::headers(status) {
+                    if let Ok(value) = HeaderValue::from_str(&value) {
+                        insert(name, value);
+                    }
+                }
+            }
             Self::IdempotencyInProgress(Some(location)) => {
                 if let Ok(value) = HeaderValue::from_str(location) {
                     insert(LOCATION, value);
@@ -292,13 +359,17 @@ impl Problem {
     }
 
     /// One line for what someone must look at; the request's span says which request it was.
-    fn log(&self) {
+    fn log(&self, store: &Store) {
         match self {
             Self::Internal(source) => tracing::error!(error = %chain(source.as_ref()), "a request failed"),
             Self::Unavailable {
                 source: Some(source), ..
             } => {
-                tracing::warn!(error = %chain(source.as_ref()), "a request was answered as unavailable");
+                // An outage is told once, not with each request that it meets.
+                let told = source.downcast_ref().is_some_and(|error| store.note(error));
+                if !told {
+                    tracing::warn!(error = %chain(source.as_ref()), "a request was answered as unavailable");
+                }
             }
             _ => {}
         }
@@ -333,6 +404,12 @@ impl From<storage::Error> for Problem {
             Self::Internal(Box::new(error))
         }
     }
+}
+
+/// The whole seconds from now to then, one at least.
+fn seconds_until(at: Timestamp, now: Timestamp) -> Duration {
+    let micros = u64::try_from(at.since(now).as_micros()).unwrap_or(u64::MAX);
+    Duration::from_secs(micros.div_ceil(1_000_000).max(1))
 }
 
 /// The value of `Allow`. Whoever answers GET answers HEAD.
@@ -387,6 +464,19 @@ mod tests {
         assert!(!Problem::IdempotencyInProgress(None).is_hopeless());
         assert!(!Problem::draining().is_hopeless());
         assert!(!Problem::internal("x").is_hopeless());
+    }
+
+    #[test]
+    fn the_next_period_is_waited_for_in_whole_seconds() {
+        let seconds = |at, now| seconds_until(Timestamp(at), Timestamp(now)).as_secs();
+        assert_eq!(
+            (
+                seconds(60_000_000, 1),
+                seconds(60_000_000, 0),
+                seconds(0, 60_000_000)
+            ),
+            (60, 60, 1)
+        );
     }
 
     #[test]

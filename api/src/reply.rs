@@ -153,6 +153,13 @@ pub trait Headers: Sized {
         self.with(ETAG, tag).with(CACHE_CONTROL, "private, no-cache")
     }
 
+    /// The tag of this state, on an answer that must not be kept: it holds a secret, or what
+    /// changes without the tag.
+    #[must_use]
+    fn etag_unkept(self, tag: &str) -> Self {
+        self.with(ETAG, tag).with(CACHE_CONTROL, "no-store")
+    }
+
     /// The answer depends on this header of the request.
     #[must_use]
     fn varies_by(self, header: &'static str) -> Self;
@@ -202,6 +209,29 @@ impl Cursor {
         let (position, hash) = bytes.split_at(8);
         match position.try_into() {
             Ok(position) if hash == fingerprint(filters) => Ok(Self(i64::from_be_bytes(position))),
+            _ => Err(Problem::InvalidCursor),
+        }
+    }
+}
+
+/// A place in a list whose items are found by a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextCursor(pub String);
+
+impl TextCursor {
+    /// As clients get it.
+    pub fn encode(&self, filters: &str) -> String {
+        let mut bytes = fingerprint(filters).to_vec();
+        bytes.extend_from_slice(self.0.as_bytes());
+        URL_SAFE_NO_PAD.encode(bytes)
+    }
+
+    /// The place that a client names; a problem if it isn't one of ours for these filters.
+    pub fn decode(text: &str, filters: &str) -> Result<Self, Problem> {
+        let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| Problem::InvalidCursor)?;
+        let (hash, place) = bytes.split_at_checked(8).ok_or(Problem::InvalidCursor)?;
+        match std::str::from_utf8(place) {
+            Ok(place) if hash == fingerprint(filters) && !place.contains('\0') => Ok(Self(place.to_owned())),
             _ => Err(Problem::InvalidCursor),
         }
     }
@@ -273,6 +303,16 @@ mod tests {
         ] {
             assert!(Cursor::decode(made_up, "status=done").is_err(), "{made_up:?}");
         }
+    }
+
+    #[test]
+    fn a_place_that_is_a_text_comes_back_as_it_went() {
+        let text = TextCursor("key/env_1".to_owned()).encode("a");
+        assert_eq!(TextCursor::decode(&text, "a").unwrap().0, "key/env_1");
+        for made_up in ["", "7", "AAAA", &text[2..], "!!"] {
+            assert!(TextCursor::decode(made_up, "a").is_err(), "{made_up:?}");
+        }
+        assert!(TextCursor::decode(&text, "b").is_err());
     }
 
     #[test]

@@ -11,15 +11,16 @@ use hyper::body::{Body, Incoming};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use crate::caller::Caller;
-use crate::context::Context;
+use crate::context::{self, Context};
+use crate::limits::{Decided, Policy};
 use crate::problem::Problem;
 use fields::{Fault, FieldFault, Fields};
 
@@ -47,6 +48,7 @@ pub struct Request {
     pub peer: SocketAddr,
     uri: Uri,
     body: Mutex<Unread>,
+    decided: OnceLock<Decided>,
 }
 
 /// The part of the body that hasn't been read.
@@ -85,6 +87,7 @@ impl Request {
             peer,
             uri,
             body,
+            decided: OnceLock::new(),
         }
     }
 
@@ -98,12 +101,38 @@ impl Request {
         &self.uri
     }
 
-    /// Who asks, by the key that the request carries. Decided before the body is read.
-    pub fn caller(&self) -> Result<Caller, Problem> {
-        self.context
-            .config
-            .keys
-            .identify(&self.headers, &self.context.config)
+    /// The address of the client, also behind proxies that are trusted.
+    pub fn client(&self) -> IpAddr {
+        self.context.config.proxies.client(self.peer.ip(), &self.headers)
+    }
+
+    /// Who asks, by the key that the request carries, if they don't ask too often. Decided before the body is read.
+    pub async fn admit(&self, policy: Policy) -> Result<Caller, Problem> {
+        let context::Parts {
+            config,
+            keyring,
+            limits,
+            ..
+        } = &*self.context;
+        let caller = keyring.identify(self, config, limits).await?;
+        let quota = limits.admit(&caller, policy, config).await?;
+        let decided = Decided {
+            policy,
+            quota,
+            at: Instant::now(),
+        };
+        // A request is decided about once.
+        let _ = self.decided.set(decided);
+        if quota.granted {
+            return Ok(caller);
+        }
+        let policy = policy.as_str();
+        Err(Problem::RateLimited { policy, quota })
+    }
+
+    /// What was decided about the caller's rate, once the caller is known.
+    pub fn decided(&self) -> Option<&Decided> {
+        self.decided.get()
     }
 
     /// The parameters after the question mark.

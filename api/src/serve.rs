@@ -30,6 +30,7 @@ use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove
 use tracing::Instrument;
 
 use crate::context::Context;
+use crate::housekeeping;
 use crate::request::Request;
 use crate::routes::routes;
 
@@ -51,6 +52,8 @@ pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) 
     let (connections, cut) = (TaskTracker::new(), CancellationToken::new());
     let places = Arc::new(Semaphore::new(max_connections()));
     let app = app();
+    let ended = CancellationToken::new();
+    let housekeeping = tokio::spawn(housekeeping::keep(context.clone(), ended.clone()));
     loop {
         let accepted = tokio::select! {
             accepted = accept(&listener, &places) => accepted,
@@ -76,7 +79,8 @@ pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) 
     }
     cut.cancel();
     connections.wait().await;
-    Ok(())
+    ended.cancel();
+    housekeeping.await.map_err(io::Error::other)
 }
 
 /// How many connections fit into what the process may open.
@@ -190,6 +194,9 @@ fn finish(request: &Request, headers: &mut HeaderMap, duration: Duration) {
     }
     if let Ok(time) = HeaderValue::from_str(&format!("{}ms", duration.as_millis())) {
         headers.insert(HeaderName::from_static("x-response-time"), time);
+    }
+    if let Some(decided) = request.decided() {
+        decided.decorate(headers);
     }
     request.context.config.cors.decorate(&request.headers, headers);
 }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use shared::key::Scope;
 use shared::money::MicroUsd;
 
 use crate::caller::Caller;
@@ -70,8 +71,15 @@ impl Settings {
     /// Refuses what the caller may not ask for.
     pub fn allowed_to(&self, caller: &Caller) -> Result<(), Problem> {
         match &self.permission_mode {
-            Some(mode) if mode == BYPASS && !caller.admin => {
-                Err(Problem::PermissionModeNotAllowed(mode.clone()))
+            Some(mode) if mode == BYPASS && !caller.may(Scope::PermissionsBypass) => {
+                return Err(Problem::PermissionModeNotAllowed(mode.clone()));
+            }
+            _ => {}
+        }
+        let allowed = &caller.rights.allowed_models.0;
+        match &self.model {
+            Some(model) if !allowed.is_empty() && !allowed.contains(model) => {
+                Err(Problem::ModelNotAllowed(model.clone()))
             }
             _ => Ok(()),
         }
@@ -79,7 +87,7 @@ impl Settings {
 }
 
 /// The name of a model becomes an argument of the CLI, so it can't look like an option or hold blanks.
-fn model(value: Value) -> Reading<String> {
+pub fn model(value: Value) -> Reading<String> {
     parsed(1..=100, |name| {
         let fits = !name.starts_with('-')
             && name
@@ -98,6 +106,7 @@ mod tests {
     use super::*;
     use serde_json::json;
     use shared::id::KeyId;
+    use shared::key::{KeyRights, Scopes, TextList};
 
     fn read(value: Value) -> Result<Settings, Problem> {
         let mut body = Fields::of("body", value).unwrap();
@@ -134,15 +143,27 @@ mod tests {
     #[test]
     fn only_an_admin_may_skip_permission_checks() {
         let settings = read(json!({"permission_mode": "bypassPermissions"})).unwrap();
-        let caller = |admin| Caller {
-            key_id: KeyId::anonymous(),
-            admin,
-        };
+        let ordinary = Caller::ordinary(KeyId::anonymous());
         assert_eq!(
-            settings.allowed_to(&caller(false)).unwrap_err().code(),
+            settings.allowed_to(&ordinary).unwrap_err().code(),
             "permission-mode-not-allowed"
         );
-        assert!(settings.allowed_to(&caller(true)).is_ok());
+        let admin = Caller::administrator(KeyId::anonymous());
+        assert!(settings.allowed_to(&admin).is_ok());
+    }
+
+    #[test]
+    fn a_key_may_be_bound_to_models() {
+        let mut rights = KeyRights::of(Scopes::all());
+        rights.allowed_models = TextList(vec!["sonnet".to_owned()]);
+        let caller = Caller::of(KeyId::anonymous(), rights);
+        let allowed = |model: Value| {
+            let settings = read(json!({ "model": model })).unwrap();
+            settings.allowed_to(&caller).map_err(|problem| problem.code())
+        };
+        assert_eq!(allowed(json!("sonnet")), Ok(()));
+        assert_eq!(allowed(json!(null)), Ok(()));
+        assert_eq!(allowed(json!("opus")), Err("model-not-allowed"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use shared::{env, telemetry};
+use shared::{env, storage, telemetry};
 
 /// Why a command didn't do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -42,5 +42,11 @@ impl Failure {
             Self::Setting(_) => ExitCode::from(2),
             Self::Unreachable { .. } | Self::NotDone | Self::Other(_) => ExitCode::FAILURE,
         }
+    }
+}
+
+impl From<storage::Error> for Failure {
+    fn from(error: storage::Error) -> Self {
+        Self::because(&error)
     }
 }

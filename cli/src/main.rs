@@ -15,6 +15,7 @@ mod demo;
 mod doctor;
 mod failure;
 mod jobs;
+mod keys;
 mod logs;
 mod migrate;
 mod service;
@@ -65,6 +66,8 @@ enum Command {
     Cancel(cancel::Arguments),
     /// List jobs, the newest first
     Jobs(jobs::Arguments),
+    /// Make, list, rotate and revoke API keys, in the database itself
+    Keys(keys::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -107,6 +110,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Logs(arguments) => logs::run(&vars, arguments).await,
         Command::Cancel(arguments) => cancel::run(&vars, arguments).await,
         Command::Jobs(arguments) => jobs::run(&vars, arguments).await,
+        Command::Keys(arguments) => keys::run(&vars, arguments).await,
         Command::Demo(_) | Command::Simulator(_) => Ok(()),
     }
 }

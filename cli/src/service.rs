@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use api::Context;
+use api::{Context, StartError};
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
@@ -70,7 +70,10 @@ impl Service {
         }
         let context = Context::new(api_config, store.clone(), wakeups)
             .await
-            .map_err(|error| Failure::because(&error))?;
+            .map_err(|error| match error {
+                StartError::Setting(error) => error.into(),
+                StartError::Storage(error) => Failure::because(&error),
+            })?;
         let api = tokio::spawn(api::serve(listener, context, shutdown.clone()));
         Ok(Self {
             address,

@@ -94,6 +94,8 @@ pub enum CancelReason {
     Shutdown,
     /// The client that waited for it went away and had asked for this.
     ClientDisconnect,
+    /// Its key was revoked, and its jobs with it.
+    KeyRevoked,
 }
 
 impl CancelReason {
@@ -106,6 +108,7 @@ impl CancelReason {
             Self::Batch => "batch",
             Self::Shutdown => "shutdown",
             Self::ClientDisconnect => "client_disconnect",
+            Self::KeyRevoked => "key_revoked",
         }
     }
 }

@@ -20,23 +20,27 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_unti
 use warp::reply::{Reply, Response};
 
 use super::wait::Wait;
+use crate::caller::Caller;
 use crate::context::Context;
 use crate::problem::{Problem, chain};
 use crate::reply::{self, Exclusive, Headers, X_JOB_ID};
 use crate::request::Request;
 use crate::request::headers::{EventForm, event_form, text};
+use crate::streams::Place;
 
 /// A comment is sent this often, so that proxies keep the connection and a lost client is noticed.
 const PING_EVERY: Duration = Duration::from_secs(15);
 /// How many events are read from the table at a time.
 const BATCH: i64 = 256;
+/// How often a stream looks whether the key that opened it still opens. It wakes up as often by itself.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A pause after the database failed.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// `GET /jobs/{id}/events`: a stream or a list, as `Accept` says.
-pub async fn events(request: &Request, job: Job) -> Result<Response, Problem> {
+pub async fn events(request: &Request, caller: &Caller, job: Job) -> Result<Response, Problem> {
     let response = match event_form(&request.headers) {
-        Some(EventForm::Stream) => stream(request, &job)?,
+        Some(EventForm::Stream) => stream(request, caller, &job).await?,
         Some(EventForm::List) => list(request, job).await?,
         None => return Err(Problem::NotAcceptable),
     };
@@ -45,7 +49,7 @@ pub async fn events(request: &Request, job: Job) -> Result<Response, Problem> {
 
 /// `GET /jobs/{id}/stream`: always a stream. 204 when the job has ended and nothing is left to send, which tells a
 /// browser not to come again.
-pub fn stream(request: &Request, job: &Job) -> Result<Response, Problem> {
+pub async fn stream(request: &Request, caller: &Caller, job: &Job) -> Result<Response, Problem> {
     let after = after(request)?;
     if job.data_removed {
         return Err(Problem::DataRemoved);
@@ -53,7 +57,8 @@ pub fn stream(request: &Request, job: &Job) -> Result<Response, Problem> {
     if job.status.is_final() && job.last_event_seq <= after {
         return Ok(reply::empty(StatusCode::NO_CONTENT));
     }
-    let live = Live::new(request.context.clone(), job.job_id, after);
+    let place = request.context.streams.enter(caller).await?;
+    let live = Live::new(request.context.clone(), caller, place, job.job_id, after);
     let chunks = stream::unfold(live, async |mut live| {
         let chunk = live.next().await?;
         Some((Ok::<_, Infallible>(chunk), live))
@@ -160,6 +165,11 @@ fn frame(text: &mut String, event: &Event) {
 /// A stream that is open.
 struct Live {
     context: Context,
+    caller: Caller,
+    /// When to look whether the caller's key still opens.
+    look_at: Instant,
+    /// Held as long as the stream is open.
+    _place: Option<Place>,
     job_id: JobId,
     after: i64,
     wakeup: JobWakeup,
@@ -170,7 +180,7 @@ struct Live {
 }
 
 impl Live {
-    fn new(context: Context, job_id: JobId, after: i64) -> Self {
+    fn new(context: Context, caller: &Caller, place: Option<Place>, job_id: JobId, after: i64) -> Self {
         // Registered before the first look at the table.
         let wakeup = context.wakeups.job(job_id);
         let mut pings = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
@@ -178,6 +188,9 @@ impl Live {
         let until = Instant::now() + context.config.stream_max;
         Self {
             context,
+            caller: caller.clone(),
+            look_at: Instant::now() + LOOK_EVERY,
+            _place: place,
             job_id,
             after,
             wakeup,
@@ -199,6 +212,12 @@ impl Live {
             text.push_str("retry: 3000\r\n\r\n");
         }
         loop {
+            if Instant::now() >= self.look_at {
+                self.look_at = Instant::now() + LOOK_EVERY;
+                if self.context.keyring.is_lost(&self.caller).await {
+                    return Some(self.bye());
+                }
+            }
             self.read(&mut text).await;
             if !text.is_empty() {
                 return Some(text.into());
@@ -216,8 +235,12 @@ impl Live {
         }
     }
 
-    /// Adds the events that came since the last look.
+    /// Adds the events that came since the last look. The stream outlives an outage; what was missed is in the table.
     async fn read(&mut self, text: &mut String) {
+        if self.context.store.is_out() {
+            // Whoever waits is woken when it is over.
+            return;
+        }
         match self
             .context
             .store
@@ -231,8 +254,8 @@ impl Live {
                     self.ended |= event.event_type.is_last();
                 }
             }
+            Err(error) if self.context.store.note(&error) => {}
             Err(error) => {
-                // The stream outlives an outage; what was missed is in the table.
                 tracing::warn!(job.id = %self.job_id, error = %chain(&error), "an event stream waits for the database");
                 tokio::time::sleep(AFTER_FAILURE).await;
             }

@@ -1,7 +1,7 @@
 //! Accepting a job: the body becomes a [`NewJob`], and one transaction holds its row, its first event, its place in
 //! the queue and the answer for a client that asks again. Only then the client hears 202.
 
-use http::{HeaderName, StatusCode};
+use http::StatusCode;
 use serde_json::{Map, Value, json};
 use shared::clock::{self, Timestamp};
 use shared::id::JobId;
@@ -13,14 +13,16 @@ use warp::reply::Response;
 
 use super::view::{self, Beside, Detail, Members};
 use super::wait::{self, Wait};
+use crate::budgets;
 use crate::caller::Caller;
 use crate::config::Config;
 use crate::context::Context;
 use crate::problem::Problem;
+use crate::repeat::{REPLAYED, Repeat};
 use crate::reply::{self, Headers, PREFERENCE_APPLIED, X_JOB_ID, etag};
 use crate::request::fields::{Fault, Fields, Reading, choice, integer, metadata, object, parsed, text, time};
 use crate::request::headers::{self, Preferences};
-use crate::request::{Json, Request, invalid};
+use crate::request::{Request, invalid};
 use crate::sessions;
 use crate::settings::Settings;
 
@@ -43,7 +45,7 @@ async fn accept(request: &Request, caller: &Caller, within: Option<Session>) -> 
     let body = request.json().await?;
     let repeat = Repeat::of(request, caller, &body)?;
     let wish = Wish::read(body.fields()?, request, within.is_none())?;
-    if let Some(first) = earlier(context, repeat.as_ref()).await? {
+    if let Some(first) = Repeat::earlier(context, repeat.as_ref()).await? {
         return answer_again(request, first).await;
     }
     let session = match (within, &wish.session) {
@@ -56,13 +58,22 @@ async fn accept(request: &Request, caller: &Caller, within: Option<Session>) -> 
         (None, None) => None,
     };
     let new = wish.into_job(caller, session.as_ref(), &context.config)?;
-    if let Some((spent, limit)) = context.store.spent_budget(&new.key_id, new.created_at).await? {
-        return Err(Problem::BudgetExceeded { spent, limit });
+    let budget = budgets::admit(context, &new.key_id, new.created_at).await?;
+    if new.key_id == caller.key_id && !context.limits.has_room(caller).await? {
+        return Err(Problem::QueueFull(
+            caller.rights.max_queued_jobs.unwrap_or_default(),
+        ));
     }
-    match store(context, new, session, repeat).await? {
+    let response = match store(context, new, session, repeat).await? {
         Stored::Accepted(job, members) => answer(request, *job, Some(members)).await,
         Stored::Before(first) => answer_again(request, first).await,
-    }
+    }?;
+    Ok(match budget {
+        Some(budget) => {
+            budgets::headers(&budget).fold(response, |response, (name, value)| response.with(name, value))
+        }
+        None => response,
+    })
 }
 
 /// What became of a job that was to be stored.
@@ -90,11 +101,11 @@ async fn store(
     };
     let members = view::members(&job, &beside, context.config.retention);
     if let Some(repeat) = repeat {
-        let expired_before = repeat.expired_before;
-        let record = repeat.record(&job, &members)?;
-        if let Remembered::Before(first) = tx.remember(&record, expired_before).await? {
+        // The answer to keep: the job as it was accepted, without the prompt, which has its own row.
+        let record = repeat.record(Some(job.job_id), StatusCode::ACCEPTED, members.without_message()?);
+        if let Remembered::Before(first) = tx.remember(&record, repeat.expired_before).await? {
             tx.rollback().await?;
-            check_same(&record.fingerprint, &first)?;
+            repeat.check(&first)?;
             return Ok(Stored::Before(first));
         }
     }
@@ -137,13 +148,12 @@ fn respond(request: &Request, status: StatusCode, members: Members) -> Result<Re
 
 /// The answer to a request that was answered before. A client that wants to wait joins the job that there is.
 async fn answer_again(request: &Request, first: Box<IdempotencyRecord>) -> Result<Response, Problem> {
-    let replayed = HeaderName::from_static("idempotency-replayed");
     let job = match first.job_id {
         Some(job_id) if !Wait::of(request)?.limit.is_zero() => request.context.store.job(job_id).await?,
         _ => None,
     };
     if let Some(job) = job {
-        return Ok(answer(request, job, None).await?.with(replayed, "true"));
+        return Ok(answer(request, job, None).await?.with(REPLAYED, "true"));
     }
     let message = match first.job_id {
         Some(job_id) => request.context.store.prompt(job_id).await?,
@@ -153,7 +163,7 @@ async fn answer_again(request: &Request, first: Box<IdempotencyRecord>) -> Resul
     let status = u16::try_from(first.status)
         .ok()
         .and_then(|status| StatusCode::from_u16(status).ok());
-    let response = respond(request, status.unwrap_or(StatusCode::ACCEPTED), members)?.with(replayed, "true");
+    let response = respond(request, status.unwrap_or(StatusCode::ACCEPTED), members)?.with(REPLAYED, "true");
     let response = response.varies_by("Prefer").retry_after(2);
     Ok(match first.job_id {
         Some(job_id) => response
@@ -161,71 +171,6 @@ async fn answer_again(request: &Request, first: Box<IdempotencyRecord>) -> Resul
             .with(X_JOB_ID, job_id.to_string()),
         None => response,
     })
-}
-
-/// A request that carries an idempotency key: it does its work once, however often it comes.
-struct Repeat {
-    caller: Caller,
-    route: String,
-    key: String,
-    fingerprint: String,
-    now: Timestamp,
-    expired_before: Timestamp,
-}
-
-impl Repeat {
-    fn of(request: &Request, caller: &Caller, body: &Json) -> Result<Option<Self>, Problem> {
-        let key =
-            headers::idempotency_key(&request.headers).map_err(|why| Problem::BadRequest(why.into()))?;
-        let Some(key) = key else { return Ok(None) };
-        let (now, ttl) = (clock::now(), request.context.config.idempotency_ttl);
-        Ok(Some(Self {
-            caller: caller.clone(),
-            route: format!("{} {}", request.method, request.path()),
-            key: key.to_owned(),
-            fingerprint: request.fingerprint(body),
-            now,
-            expired_before: Timestamp(now.0 - i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX)),
-        }))
-    }
-
-    /// The answer to keep: the job as it was accepted, without the prompt, which has its own row.
-    fn record(self, job: &Job, members: &Members) -> Result<IdempotencyRecord, Problem> {
-        Ok(IdempotencyRecord {
-            key_id: self.caller.key_id,
-            route: self.route,
-            idempotency_key: self.key,
-            fingerprint: self.fingerprint,
-            job_id: Some(job.job_id),
-            status: i64::from(StatusCode::ACCEPTED.as_u16()),
-            body: members.without_message()?,
-            created_at: self.now,
-        })
-    }
-}
-
-/// The record of the first request with this key, if there was one; a problem if it was another request.
-async fn earlier(
-    context: &Context,
-    repeat: Option<&Repeat>,
-) -> Result<Option<Box<IdempotencyRecord>>, Problem> {
-    let Some(repeat) = repeat else { return Ok(None) };
-    let key_id = &repeat.caller.key_id;
-    let first = context
-        .store
-        .remembered(key_id, &repeat.route, &repeat.key, repeat.expired_before)
-        .await?;
-    let Some(first) = first else { return Ok(None) };
-    check_same(&repeat.fingerprint, &first)?;
-    Ok(Some(Box::new(first)))
-}
-
-fn check_same(fingerprint: &str, first: &IdempotencyRecord) -> Result<(), Problem> {
-    if first.fingerprint == fingerprint {
-        Ok(())
-    } else {
-        Err(Problem::IdempotencyKeyReused)
-    }
 }
 
 /// What a client wants, every member right by itself.
@@ -345,17 +290,15 @@ impl Wish {
             },
             session_id: session.map(|session| session.session_id),
             concurrency_key: self.concurrency_key,
-            // Ordinary keys have no priority above the rest.
-            priority: if caller.admin {
-                self.priority
-            } else {
-                self.priority.min(0)
-            },
+            priority: self.priority.min(caller.max_priority()),
             run_after: self.run_after,
             deadline_at: self.cancel_after.map(|after| self.created_at.plus(after)),
             max_attempts: self.max_attempts.unwrap_or(config.job_max_attempts),
             on_worker_lost: self.on_worker_lost,
-            model: settings.model,
+            // What the worker would take may not be what the key may use.
+            model: settings
+                .model
+                .or_else(|| caller.rights.allowed_models.0.first().cloned()),
             effort: settings.effort,
             permission_mode: settings.permission_mode,
             max_turns: settings.max_turns,
@@ -434,9 +377,11 @@ mod tests {
     }
 
     fn caller(admin: bool) -> Caller {
-        Caller {
-            key_id: KeyId::known("env_12345678"),
-            admin,
+        let key_id = KeyId::known("env_12345678");
+        if admin {
+            Caller::administrator(key_id)
+        } else {
+            Caller::ordinary(key_id)
         }
     }
 

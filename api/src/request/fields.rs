@@ -113,6 +113,15 @@ impl Fields {
         }
     }
 
+    /// Reads a member of a change: `None` leaves it as it is (or was a fault), `Some(None)`, written as null, takes it
+    /// away.
+    pub fn change<T>(&mut self, name: &str, rule: impl Fn(Value) -> Reading<T>) -> Option<Option<T>> {
+        match self.members.remove(name)? {
+            Value::Null => Some(None),
+            value => self.read(name, value, rule).map(Some),
+        }
+    }
+
     fn read<T>(&mut self, name: &str, value: Value, rule: impl Fn(Value) -> Reading<T>) -> Option<T> {
         match rule(value) {
             Ok(value) => Some(value),
@@ -201,6 +210,15 @@ pub fn choice(words: &'static [&'static str]) -> impl Fn(Value) -> Reading<&'sta
             Some(word) => Ok(word),
             None => fault("enum", format!("Input should be {}", one_of(words))),
         }
+    }
+}
+
+/// `true` or `false`.
+#[expect(clippy::needless_pass_by_value, reason = "every rule takes the value")]
+pub fn boolean(value: Value) -> Reading<bool> {
+    match value {
+        Value::Bool(value) => Ok(value),
+        _ => fault("bool_type", "Input should be a valid boolean"),
     }
 }
 
@@ -332,6 +350,29 @@ pub fn metadata(value: Value) -> Reading<Map<String, Value>> {
     if faults.is_empty() { Ok(pairs) } else { Err(faults) }
 }
 
+/// An object whose members `read` reads; `None` from it means that one was a fault.
+pub fn members<T>(read: impl Fn(&mut Fields) -> Option<T>) -> impl Fn(Value) -> Reading<T> {
+    move |value| {
+        if !value.is_object() {
+            return fault("dict_type", "Input should be a valid dictionary");
+        }
+        let faults = |problem| match problem {
+            Problem::Invalid(faults) => faults
+                .into_iter()
+                .map(|fault| Fault {
+                    below: fault.field,
+                    message: fault.message,
+                    kind: fault.kind,
+                })
+                .collect::<Vec<_>>(),
+            _ => vec![Fault::value("Input should be valid")],
+        };
+        let mut fields = Fields::of("", value).map_err(faults)?;
+        let made = read(&mut fields);
+        fields.finish(made).map_err(faults)
+    }
+}
+
 /// A JSON object whose text has at most `limit` bytes.
 pub fn object(limit: usize) -> impl Fn(Value) -> Reading<Value> {
     move |value| {
@@ -393,6 +434,28 @@ mod tests {
                 .collect(),
             other => panic!("not faults: {other:?}"),
         }
+    }
+
+    #[test]
+    fn the_faults_of_a_member_of_a_member_say_the_way_to_it() {
+        let rule = members(|fields| fields.required("limit", integer(1..=10)));
+        let mut body = Fields::of("body", json!({"rate": {"limit": 11, "x": 1}})).unwrap();
+        let rate = body.optional("rate", rule);
+        assert_eq!(
+            faults(body.finish(rate)),
+            [
+                ("body -> rate -> limit".to_owned(), "less_than_equal"),
+                ("body -> rate -> x".to_owned(), "extra_forbidden"),
+            ]
+        );
+    }
+
+    #[test]
+    fn in_a_change_absent_and_null_differ() {
+        let mut body = Fields::of("body", json!({"a": null, "b": 1})).unwrap();
+        assert_eq!(body.change("a", integer(0..=9)), Some(None));
+        assert_eq!(body.change("b", integer(0..=9)), Some(Some(1)));
+        assert_eq!(body.change("c", integer(0..=9)), None);
     }
 
     #[test]

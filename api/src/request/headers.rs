@@ -108,13 +108,17 @@ pub fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, &'static st
 
 /// Whether `If-None-Match` names this tag, or any. Weak and strong tags compare alike.
 pub fn matches_etag(headers: &HeaderMap, etag: &str) -> bool {
-    let strip = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
-    let values = headers
+    let mut values = headers
         .get_all(header::IF_NONE_MATCH)
         .iter()
         .filter_map(|value| value.to_str().ok());
-    values
-        .flat_map(|value| value.split(','))
+    values.any(|value| names_etag(value, etag))
+}
+
+/// Whether a list of tags, as `If-Match` and `If-None-Match` have it, names this one, or any.
+pub fn names_etag(tags: &str, etag: &str) -> bool {
+    let strip = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
+    tags.split(',')
         .any(|tag| tag.trim() == "*" || strip(tag) == strip(etag))
 }
 
@@ -153,15 +157,20 @@ pub fn event_form(headers: &HeaderMap) -> Option<EventForm> {
 
 /// Whether `Accept` names plain text before JSON.
 pub fn wants_plain_text(headers: &HeaderMap) -> bool {
+    prefers(headers, "text/plain")
+}
+
+/// Whether `Accept` names this form before JSON.
+pub fn prefers(headers: &HeaderMap, form: &str) -> bool {
     let accept = text(headers, "accept").unwrap_or_default().to_ascii_lowercase();
     let first = |wanted: &str| {
         accept
             .split(',')
             .position(|range| range.trim().starts_with(wanted))
     };
-    match (first("text/plain"), first("application/json")) {
-        (Some(plain), Some(json)) => plain < json,
-        (plain, _) => plain.is_some(),
+    match (first(form), first("application/json")) {
+        (Some(form), Some(json)) => form < json,
+        (form, _) => form.is_some(),
     }
 }
 

@@ -243,16 +243,20 @@ impl Store {
         if lanes > 0 {
             tx.ring();
         }
-        execute!(
-            tx,
-            "set default budgets",
-            "update budget set limit_amount = $1, version = version + 1, updated_at = $2
+        tx.commit().await?;
+        let others = read!(
+            self,
+            "look for default budgets",
+            fetch_all => (KeyId,),
+            "select scope_id from budget
              where scope = 'key' and origin = 'default' and limit_amount <> $1
                and scope_id in (select key_id from api_key)",
-            budget,
-            now
+            budget
         )?;
-        tx.commit().await
+        for (key_id,) in others {
+            self.put_default_budget(&key_id, budget, now).await?;
+        }
+        Ok(())
     }
 
     /// Makes the database know this value derived from `SECRET_KEY`, if it knows none; whether it is the one it knows.

@@ -1,0 +1,55 @@
+//! What the API does beside answering: it notes which keys were used and what was refused, lets open streams count on,
+//! and forgets limits that nobody is near. Each is done again later when it fails.
+
+use shared::clock;
+use shared::storage;
+use std::time::Duration;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::context::Context;
+use crate::problem::chain;
+
+/// How often uses and refusals are written down.
+const NOTE_EVERY: Duration = Duration::from_secs(2);
+/// How often open streams are renewed.
+const RENEW_EVERY: Duration = Duration::from_secs(10);
+/// How often full buckets and old counts are forgotten.
+const SWEEP_EVERY: Duration = Duration::from_hours(1);
+
+/// Does it until all requests have `ended`, and once more then.
+pub async fn keep(context: Context, ended: CancellationToken) {
+    let Some(mut closed) = context.streams.take_closed() else {
+        return;
+    };
+    let every = |period| {
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks
+    };
+    let (mut note, mut renew, mut sweep) = (every(NOTE_EVERY), every(RENEW_EVERY), every(SWEEP_EVERY));
+    loop {
+        tokio::select! {
+            Some(stream_id) = closed.recv() => told(context.store.close_stream(stream_id).await),
+            _ = note.tick() => told(context.keyring.note().await),
+            _ = renew.tick() => told(context.streams.renew().await),
+            _ = sweep.tick() => told(sweep_all(&context).await),
+            () = ended.cancelled() => break,
+        }
+    }
+    told(context.keyring.note().await);
+    while let Ok(stream_id) = closed.try_recv() {
+        told(context.store.close_stream(stream_id).await);
+    }
+}
+
+async fn sweep_all(context: &Context) -> storage::Result<()> {
+    context.store.sweep_limits(clock::now()).await?;
+    context.store.sweep_audit(clock::now()).await
+}
+
+fn told(done: storage::Result<()>) {
+    if let Err(error) = done {
+        tracing::warn!(error = %chain(&error), "a part of the housekeeping has to wait");
+    }
+}

@@ -1,0 +1,315 @@
+//! Whose secret a request carries: the keys of the environment are known, those of the database are looked up and then
+//! believed for two seconds. So a key that is revoked anywhere opens nothing anywhere soon after, and a request pays
+//! for one digest.
+
+use shared::clock::{self, Timestamp};
+use shared::id::KeyId;
+use shared::key::{ApiKey, KeyStatus, Kid, Secret, SecretKey};
+use shared::storage::{self, Refused, Store};
+use std::collections::HashMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::time::sleep;
+
+use crate::address;
+use crate::caller::{self, Caller};
+use crate::config::Config;
+use crate::limits::Limits;
+use crate::problem::Problem;
+use crate::request::Request;
+
+/// How long a key is believed to be as it was read. Twice this, and a revoked key is noticed everywhere.
+const BELIEVED_FOR: Duration = Duration::from_secs(2);
+/// Keys and wrong guesses that are remembered.
+const REMEMBERED: usize = 10_000;
+/// A key's use is noted this often.
+const NOTED_EVERY: Duration = Duration::from_mins(1);
+/// Addresses that refused authentications are counted for, between two writings.
+const REFUSED_ADDRESSES: usize = 1_000;
+
+/// The keys that open this service.
+pub struct Keyring {
+    store: Store,
+    secret_key: Option<SecretKey>,
+    known: Mutex<HashMap<Kid, Known>>,
+    /// Whether the database holds keys, and when that was looked up. Once it does, nobody is anonymous any more.
+    stored: Mutex<Option<(bool, Instant)>>,
+    used: Mutex<HashMap<KeyId, Use>>,
+    refused: Mutex<HashMap<Refused, i64>>,
+    warned: AtomicBool,
+}
+
+/// A key as it was read, or that there was none.
+#[derive(Clone)]
+struct Known {
+    key: Option<Arc<Stored>>,
+    read: Instant,
+}
+
+struct Stored {
+    key: ApiKey,
+    caller: Caller,
+}
+
+/// When a key was used last, and when that was noted last.
+struct Use {
+    at: Timestamp,
+    noted: Option<Instant>,
+    news: bool,
+}
+
+/// What a presented secret is.
+enum Found {
+    Opens(Caller),
+    /// It isn't a key's, or the key doesn't open any more; its id, if it is known.
+    Refused(Option<KeyId>),
+}
+
+impl fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Keyring")
+    }
+}
+
+impl Keyring {
+    /// The keys of this database, whose secrets are checked with `secret_key`.
+    pub fn new(store: Store, secret_key: Option<SecretKey>) -> Self {
+        Self {
+            store,
+            secret_key,
+            known: Mutex::default(),
+            stored: Mutex::default(),
+            used: Mutex::default(),
+            refused: Mutex::default(),
+            warned: AtomicBool::new(false),
+        }
+    }
+
+    /// What new secrets are digested with.
+    pub const fn secret_key(&self) -> Option<&SecretKey> {
+        self.secret_key.as_ref()
+    }
+
+    /// Who asks. Counts what is refused.
+    pub async fn identify(
+        &self,
+        request: &Request,
+        config: &Config,
+        limits: &Limits,
+    ) -> Result<Caller, Problem> {
+        let presented = caller::presented(&request.headers)?;
+        if config.keys.is_empty() && !self.has_stored().await? {
+            return caller::anonymous(&request.headers, config);
+        }
+        let client = request.client();
+        let Some(secret) = presented else {
+            self.count_refused(client, None);
+            return Err(Problem::Unauthorized);
+        };
+        let guessing = limits.is_guessing(client);
+        match self.find(secret, config, guessing.is_some()).await? {
+            Found::Opens(caller) if address::is_in(&caller.rights.allowed_ips.0, client) => {
+                self.note_use(&caller.key_id);
+                Ok(caller)
+            }
+            Found::Opens(caller) => {
+                self.count_refused(client, Some(caller.key_id));
+                Err(Problem::IpNotAllowed)
+            }
+            Found::Refused(key_id) => {
+                self.count_refused(client, key_id);
+                let quota = match guessing {
+                    Some(quota) => quota,
+                    None => limits.failed(client).await?,
+                };
+                if quota.granted {
+                    Err(Problem::Unauthorized)
+                } else {
+                    Err(Problem::RateLimited {
+                        policy: "authentication",
+                        quota,
+                    })
+                }
+            }
+        }
+    }
+
+    /// Whose secret it is. `guessing`: keys are being tried from there, so the database isn't asked about new ones.
+    async fn find(&self, secret: &[u8], config: &Config, guessing: bool) -> storage::Result<Found> {
+        let mut refused = None;
+        if let Some(kid) = Secret::kid_of(secret) {
+            let known = self.key(&kid, guessing).await?;
+            match (known, &self.secret_key) {
+                (Some(stored), Some(secret_key)) => {
+                    let now = clock::now();
+                    let opens = stored.key.is_opened_by(&secret_key.digest(secret), now);
+                    if opens && stored.key.status(now) == KeyStatus::Active {
+                        return Ok(Found::Opens(stored.caller.clone()));
+                    }
+                    refused = Some(stored.key.key_id.clone());
+                }
+                (Some(stored), None) => {
+                    if !self.warned.swap(true, Ordering::Relaxed) {
+                        tracing::warn!("SECRET_KEY isn't set, so the keys of the database open nothing here");
+                    }
+                    refused = Some(stored.key.key_id.clone());
+                }
+                (None, _) => {}
+            }
+        }
+        Ok(match config.keys.find(secret, guessing) {
+            Some(caller) => Found::Opens(caller.clone()),
+            None => Found::Refused(refused),
+        })
+    }
+
+    /// The key of this name, as it was at most two seconds ago.
+    async fn key(&self, kid: &Kid, only_known: bool) -> storage::Result<Option<Arc<Stored>>> {
+        let known = self.known().get(kid).cloned();
+        match known {
+            Some(known) if known.read.elapsed() < BELIEVED_FOR => return Ok(known.key),
+            Some(known) if known.key.is_none() && only_known => return Ok(None),
+            None if only_known => return Ok(None),
+            _ => {}
+        }
+        let key = self.store.api_key(&kid.key_id()).await?;
+        let key = key.map(|key| {
+            let caller = Caller::of(key.key_id.clone(), key.rights.clone());
+            Arc::new(Stored { key, caller })
+        });
+        let mut known = self.known();
+        if known.len() >= REMEMBERED {
+            known.retain(|_, known| known.key.is_some() && known.read.elapsed() < BELIEVED_FOR);
+        }
+        if known.len() < REMEMBERED {
+            let read = Instant::now();
+            known.insert(
+                kid.clone(),
+                Known {
+                    key: key.clone(),
+                    read,
+                },
+            );
+        }
+        Ok(key)
+    }
+
+    /// The key was changed here: the next request reads it again.
+    pub fn forget(&self, key_id: &KeyId) {
+        if let Some(kid) = Kid::of(key_id.as_str()) {
+            self.known().remove(&kid);
+        }
+    }
+
+    /// Whether the database holds any key, whatever its status.
+    async fn has_stored(&self) -> storage::Result<bool> {
+        let known = *self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        match known {
+            Some((stored, read)) if stored || read.elapsed() < BELIEVED_FOR => return Ok(stored),
+            _ => {}
+        }
+        let stored = self.store.has_api_keys().await?;
+        *self.stored.lock().unwrap_or_else(PoisonError::into_inner) = Some((stored, Instant::now()));
+        Ok(stored)
+    }
+
+    /// Returns when the caller's key opens no more: it was revoked, deleted, or its time is over. Never for others
+    /// than keys of the database.
+    pub async fn lost(&self, caller: &Caller) {
+        loop {
+            sleep(BELIEVED_FOR).await;
+            if self.is_lost(caller).await {
+                return;
+            }
+        }
+    }
+
+    /// Whether the caller's key opens no more.
+    pub async fn is_lost(&self, caller: &Caller) -> bool {
+        let Some(kid) = Kid::of(caller.key_id.as_str()) else {
+            return false;
+        };
+        // An outage takes nobody's key.
+        self.key(&kid, false)
+            .await
+            .is_ok_and(|key| key.is_none_or(|stored| stored.key.status(clock::now()) != KeyStatus::Active))
+    }
+
+    fn note_use(&self, key_id: &KeyId) {
+        if Kid::of(key_id.as_str()).is_none() {
+            return;
+        }
+        let at = clock::now();
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        match used.get_mut(key_id) {
+            Some(known) => {
+                known.at = at;
+                known.news = true;
+            }
+            None => {
+                let first = Use {
+                    at,
+                    noted: None,
+                    news: true,
+                };
+                used.insert(key_id.clone(), first);
+            }
+        }
+    }
+
+    fn count_refused(&self, client: IpAddr, key_id: Option<KeyId>) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut whose = Refused {
+            address: address::counted(client),
+            key_id: key_id.map(|key_id| key_id.to_string()).unwrap_or_default(),
+        };
+        if refused.len() >= REFUSED_ADDRESSES && !refused.contains_key(&whose) {
+            whose = Refused {
+                address: "others".to_owned(),
+                key_id: String::new(),
+            };
+        }
+        *refused.entry(whose).or_default() += 1;
+    }
+
+    /// Writes down which keys were used, each at most once a minute, and what was refused.
+    pub async fn note(&self) -> storage::Result<()> {
+        let due = self.due();
+        if !due.is_empty() {
+            self.store.touch_api_keys(&due).await?;
+        }
+        let refused = std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner));
+        if !refused.is_empty() {
+            let counts = refused.into_iter().collect::<Vec<_>>();
+            let counted = self.store.count_refused(&counts, clock::now()).await;
+            if counted.is_err() {
+                let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+                for (whose, times) in counts {
+                    *refused.entry(whose).or_default() += times;
+                }
+            }
+            return counted;
+        }
+        Ok(())
+    }
+
+    fn due(&self) -> Vec<(KeyId, Timestamp)> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut due = Vec::new();
+        for (key_id, known) in used.iter_mut() {
+            if known.news && known.noted.is_none_or(|noted| noted.elapsed() >= NOTED_EVERY) {
+                due.push((key_id.clone(), known.at));
+                known.noted = Some(Instant::now());
+                known.news = false;
+            }
+        }
+        due
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<Kid, Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,96 @@
+//! Event streams that are open, of keys that may only have so many: counted in the database, over all processes.
+
+use shared::clock;
+use shared::storage::Store;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use uuid::Uuid;
+
+use crate::caller::Caller;
+use crate::problem::Problem;
+
+/// A stream that isn't renewed for this long counts no more: its process is gone.
+const COUNTED_FOR: Duration = Duration::from_secs(30);
+
+/// The streams of this process.
+pub struct Streams {
+    store: Store,
+    process_id: Uuid,
+    open: Arc<AtomicUsize>,
+    closing: UnboundedSender<Uuid>,
+    closed: Mutex<Option<UnboundedReceiver<Uuid>>>,
+}
+
+impl fmt::Debug for Streams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Streams")
+    }
+}
+
+/// The place of one open stream; dropping it makes room for another.
+#[derive(Debug)]
+pub struct Place {
+    stream_id: Uuid,
+    open: Arc<AtomicUsize>,
+    closing: UnboundedSender<Uuid>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        // Without a receiver the process is ending, and the place ends by itself.
+        let _ = self.closing.send(self.stream_id);
+    }
+}
+
+impl Streams {
+    /// Streams that are counted in this database.
+    pub fn new(store: Store) -> Self {
+        let (closing, closed) = unbounded_channel();
+        Self {
+            store,
+            process_id: Uuid::new_v4(),
+            open: Arc::default(),
+            closing,
+            closed: Mutex::new(Some(closed)),
+        }
+    }
+
+    /// A place for one more stream of this caller; `None` when his key may have any number. A problem when all of its
+    /// places are taken.
+    pub async fn enter(&self, caller: &Caller) -> Result<Option<Place>, Problem> {
+        let Some(max) = caller.rights.max_streams else {
+            return Ok(None);
+        };
+        let now = clock::now();
+        let stream_id = self
+            .store
+            .open_stream(&caller.key_id, self.process_id, max, now, now.plus(COUNTED_FOR))
+            .await?
+            .ok_or(Problem::TooManyStreams(max))?;
+        self.open.fetch_add(1, Ordering::Relaxed);
+        Ok(Some(Place {
+            stream_id,
+            open: Arc::clone(&self.open),
+            closing: self.closing.clone(),
+        }))
+    }
+
+    /// The places that become free, for the one who tells the database; `None` when somebody has them already.
+    pub fn take_closed(&self) -> Option<UnboundedReceiver<Uuid>> {
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Lets the open ones count on.
+    pub async fn renew(&self) -> shared::storage::Result<()> {
+        if self.open.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        self.store
+            .renew_streams(self.process_id, clock::now().plus(COUNTED_FOR))
+            .await
+    }
+}
