@@ -79,6 +79,10 @@ macro_rules! with_state {
     };
 }
 
+const ALERTS: &str =
+    "select threshold, at from budget_alert where scope = $1 and scope_id = $2 and period_start = $3
+  order by threshold";
+
 impl Row {
     fn status(self, now: Timestamp) -> Result<BudgetStatus> {
         let scope = Scope::parse(&self.scope, &self.scope_id)
@@ -178,8 +182,7 @@ impl Store {
             self,
             "read a budget's alerts",
             fetch_all => (i64, Timestamp),
-            "select threshold, at from budget_alert where scope = $1 and scope_id = $2 and period_start = $3
-             order by threshold",
+            ALERTS,
             status.budget.scope.name(),
             status.budget.scope.id(),
             status.period_start
@@ -206,6 +209,33 @@ impl Store {
 }
 
 impl Tx {
+    /// The budget of this scope, where it stands, and its alerts, as this transaction leaves it.
+    pub async fn budget(&mut self, scope: &Scope, now: Timestamp) -> Result<Option<BudgetStatus>> {
+        let row = fetch!(
+            self,
+            "read a budget",
+            fetch_optional => Row,
+            with_state!("where budget.scope = $4 and budget.scope_id = $5"),
+            Period::Day.start(now),
+            Period::Week.start(now),
+            Period::Month.start(now),
+            scope.name(),
+            scope.id()
+        )?;
+        let Some(row) = row else { return Ok(None) };
+        let mut status = row.status(now)?;
+        status.alerts = fetch!(
+            self,
+            "read a budget's alerts",
+            fetch_all => (i64, Timestamp),
+            ALERTS,
+            scope.name(),
+            scope.id(),
+            status.period_start
+        )?;
+        Ok(Some(status))
+    }
+
     /// Sets a budget, or replaces it. The spend of the period that `now` is in is taken from the ledger when the
     /// budget is new or changes its period; what running jobs have reserved moves with it. Jobs that waited for money
     /// look again at once.

@@ -1,0 +1,82 @@
+//! Requests that carry an idempotency key: they do their work once, however often they come.
+
+use http::{HeaderName, StatusCode};
+use shared::clock::{self, Timestamp};
+use shared::id::{JobId, KeyId};
+use shared::storage::IdempotencyRecord;
+
+use crate::caller::Caller;
+use crate::context::Context;
+use crate::problem::Problem;
+use crate::request::{Json, Request, headers};
+
+/// The answer was given before; nothing was done again.
+pub const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+
+/// A request that may come again.
+#[derive(Debug)]
+pub struct Repeat {
+    key_id: KeyId,
+    route: String,
+    key: String,
+    fingerprint: String,
+    now: Timestamp,
+    /// Answers from before this time are forgotten.
+    pub expired_before: Timestamp,
+}
+
+impl Repeat {
+    /// This request, if it carries a key.
+    pub fn of(request: &Request, caller: &Caller, body: &Json) -> Result<Option<Self>, Problem> {
+        let key =
+            headers::idempotency_key(&request.headers).map_err(|why| Problem::BadRequest(why.into()))?;
+        let Some(key) = key else { return Ok(None) };
+        let (now, ttl) = (clock::now(), request.context.config.idempotency_ttl);
+        Ok(Some(Self {
+            key_id: caller.key_id.clone(),
+            route: format!("{} {}", request.method, request.path()),
+            key: key.to_owned(),
+            fingerprint: request.fingerprint(body),
+            now,
+            expired_before: Timestamp(now.0 - i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX)),
+        }))
+    }
+
+    /// The record of the first request with this key, if there was one; a problem if it was another request.
+    pub async fn earlier(
+        context: &Context,
+        repeat: Option<&Self>,
+    ) -> Result<Option<Box<IdempotencyRecord>>, Problem> {
+        let Some(repeat) = repeat else { return Ok(None) };
+        let first = context
+            .store
+            .remembered(&repeat.key_id, &repeat.route, &repeat.key, repeat.expired_before)
+            .await?;
+        let Some(first) = first else { return Ok(None) };
+        repeat.check(&first)?;
+        Ok(Some(Box::new(first)))
+    }
+
+    /// A problem if the first request with this key was another one.
+    pub fn check(&self, first: &IdempotencyRecord) -> Result<(), Problem> {
+        if first.fingerprint == self.fingerprint {
+            Ok(())
+        } else {
+            Err(Problem::IdempotencyKeyReused)
+        }
+    }
+
+    /// The answer to keep.
+    pub fn record(&self, job_id: Option<JobId>, status: StatusCode, body: String) -> IdempotencyRecord {
+        IdempotencyRecord {
+            key_id: self.key_id.clone(),
+            route: self.route.clone(),
+            idempotency_key: self.key.clone(),
+            fingerprint: self.fingerprint.clone(),
+            job_id,
+            status: i64::from(status.as_u16()),
+            body,
+            created_at: self.now,
+        }
+    }
+}

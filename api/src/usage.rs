@@ -1,0 +1,427 @@
+//! What was spent, over HTTP: a summary of a key, and the ledger, entry by entry or added up.
+
+use http::StatusCode;
+use http::header::{ACCEPT, CONTENT_TYPE};
+use serde_json::{Map, Value, json};
+use shared::budget::Scope;
+use shared::clock::{self, Timestamp};
+use shared::id::KeyId;
+use shared::job::JobStatus;
+use shared::money::MicroUsd;
+use shared::storage::{LedgerEntry, LedgerGroup, LedgerPart, LedgerSum};
+use std::time::Duration;
+use warp::reply::Response;
+
+use crate::budgets;
+use crate::caller::Caller;
+use crate::problem::Problem;
+use crate::reply::{self, Headers, Meta, Pagination, TextCursor};
+use crate::request::fields::{Fault, choice, time};
+use crate::request::{Query, Request, headers, in_query};
+
+/// The longest part of the ledger that one request may ask for.
+const LONGEST: Duration = Duration::from_hours(366 * 24);
+/// What is shown of the ledger unless the request says from when.
+const RECENT: Duration = Duration::from_hours(30 * 24);
+/// A day of UTC, in microseconds.
+const DAY: i64 = 86_400_000_000;
+
+/// `GET /usage`: what a key has done and spent since ever.
+pub async fn summary(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+    let store = &request.context.store;
+    let query = request.query();
+    let key_id = owner(caller, &query)?.unwrap_or_else(|| caller.key_id.clone());
+    let usage = store.usage(&key_id).await?;
+    let budget = store.budget(&Scope::Key(key_id.clone()), clock::now()).await?;
+    let body = json!({
+        "data": {
+            "sessions": usage.sessions,
+            "cost": usage.cost,
+            "turns": usage.turns,
+            "messages": usage.messages(),
+            "jobs": {
+                "total": usage.jobs(None),
+                "completed": usage.jobs(Some(JobStatus::Done)),
+                "running": usage.jobs(Some(JobStatus::Running)),
+                "failed": usage.jobs(Some(JobStatus::Failed)),
+                "queued": usage.jobs(Some(JobStatus::Queued)),
+                "cancelled": usage.jobs(Some(JobStatus::Cancelled)),
+            },
+            "budget": budget.as_ref().map(budgets::show),
+        },
+        "user_id": key_id,
+        "meta": Meta::of(request),
+    });
+    reply::json(StatusCode::OK, &body)
+}
+
+/// `GET /usage/ledger`: what each model cost in each attempt, or sums over days, keys, models or sessions.
+pub async fn ledger(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+    let query = request.query();
+    let limit = query.integer("limit", 1..=1_000)?.unwrap_or(100);
+    let group = query.value("group_by", |word| {
+        choice(&["none", "day", "key", "model", "session"])(word.into())
+    })?;
+    let group = match group {
+        Some("day") => Some(LedgerGroup::Day),
+        Some("key") => Some(LedgerGroup::Key),
+        Some("model") => Some(LedgerGroup::Model),
+        Some("session") => Some(LedgerGroup::Session),
+        _ => None,
+    };
+    let owner = owner(caller, &query)?;
+    // A part that begins or ends now moves with each page, so a cursor brings its bounds along.
+    let bound_to = format!(
+        "{group:?} {owner:?} {:?} {:?}",
+        query.text("from"),
+        query.text("to")
+    );
+    let place = match query.text("cursor") {
+        Some(cursor) => Some(Place::parse(&TextCursor::decode(cursor, &bound_to)?.0)?),
+        None => None,
+    };
+    let (from, to) = match &place {
+        Some(place) => (place.from, place.to),
+        None => bounds(&query, clock::now())?,
+    };
+    let part = LedgerPart {
+        key_id: if caller.admin {
+            owner
+        } else {
+            Some(caller.key_id.clone())
+        },
+        from,
+        to,
+    };
+    let beyond = place.map(|place| place.beyond);
+    let page = match group {
+        None => entries(request, &part, beyond.as_deref(), limit).await?,
+        Some(group) => sums(request, &part, group, beyond.as_deref(), limit).await?,
+    };
+    let next = page.next.map(|beyond| {
+        let place = Place { from, to, beyond };
+        TextCursor(place.write()).encode(&bound_to)
+    });
+    let pagination = Pagination::new(limit, next);
+    let response = if headers::prefers(&request.headers, "text/csv") {
+        csv(page.columns, &page.rows)
+    } else {
+        reply::list(request, page.rows, &pagination)?
+    };
+    Ok(pagination.link(request, response).varies_by(ACCEPT.as_str()))
+}
+
+/// Rows of one page, and the last one's place if more follow.
+struct Page {
+    columns: &'static [&'static str],
+    rows: Vec<Value>,
+    next: Option<String>,
+}
+
+/// Where a page of the ledger goes on.
+struct Place {
+    from: Timestamp,
+    to: Timestamp,
+    beyond: String,
+}
+
+impl Place {
+    fn write(&self) -> String {
+        format!("{} {} {}", self.from.0, self.to.0, self.beyond)
+    }
+
+    fn parse(text: &str) -> Result<Self, Problem> {
+        let mut parts = text.splitn(3, ' ');
+        let mut number = || parts.next()?.parse().ok().map(Timestamp);
+        let (from, to) = number().zip(number()).ok_or(Problem::InvalidCursor)?;
+        let beyond = parts.next().ok_or(Problem::InvalidCursor)?.to_owned();
+        Ok(Self { from, to, beyond })
+    }
+}
+
+/// Whose usage is asked for: `user_id`, which only an administrator may set to another's.
+fn owner(caller: &Caller, query: &Query) -> Result<Option<KeyId>, Problem> {
+    match query.text("user_id").filter(|user| *user != "default") {
+        Some(user) if user == caller.key_id.as_str() => Ok(Some(caller.key_id.clone())),
+        Some(user) if caller.admin && budgets::is_key_id(user) => Ok(Some(KeyId::known(user))),
+        Some(_) if caller.admin => Err(Problem::NoSuch("Key")),
+        Some(_) => Err(Problem::AdminOnly("see what others have spent")),
+        None => Ok(None),
+    }
+}
+
+/// The bounds that the query names: the last 30 days unless it says otherwise.
+fn bounds(query: &Query, now: Timestamp) -> Result<(Timestamp, Timestamp), Problem> {
+    let at = |name| query.value(name, |text| time(text.into()));
+    let (from, to) = (at("from")?, at("to")?.unwrap_or(now));
+    let recent = i64::try_from(RECENT.as_micros()).unwrap_or(i64::MAX);
+    let from = from.unwrap_or(Timestamp(to.0.saturating_sub(recent)));
+    let fault = |why: &'static str| Problem::Invalid(in_query("from", vec![Fault::value(why)]));
+    if from > to {
+        return Err(fault("Time should not be after to"));
+    }
+    if to.since(from) > LONGEST {
+        return Err(fault("Time should be at most 366 days before to"));
+    }
+    Ok((from, to))
+}
+
+async fn entries(
+    request: &Request,
+    part: &LedgerPart,
+    beyond: Option<&str>,
+    limit: i64,
+) -> Result<Page, Problem> {
+    let beyond = match beyond {
+        Some(place) => {
+            let (at, number) = place.split_once(':').ok_or(Problem::InvalidCursor)?;
+            let at = at.parse().map(Timestamp).map_err(|_| Problem::InvalidCursor)?;
+            Some((at, number.parse().map_err(|_| Problem::InvalidCursor)?))
+        }
+        None => None,
+    };
+    let store = &request.context.store;
+    let mut entries = store.ledger_entries(part, beyond, limit + 1).await?;
+    let more = take_page(&mut entries, limit);
+    let next = entries
+        .last()
+        .filter(|_| more)
+        .map(|entry| format!("{}:{}", entry.at.0, entry.ledger_number));
+    Ok(Page {
+        columns: &[
+            "at",
+            "key_id",
+            "job_id",
+            "attempt",
+            "session",
+            "model",
+            "cost",
+            "input_tokens",
+            "output_tokens",
+            "cache_creation_input_tokens",
+            "cache_read_input_tokens",
+            "estimated",
+            "reason",
+        ],
+        rows: entries.iter().map(show_entry).collect(),
+        next,
+    })
+}
+
+async fn sums(
+    request: &Request,
+    part: &LedgerPart,
+    group: LedgerGroup,
+    beyond: Option<&str>,
+    limit: i64,
+) -> Result<Page, Problem> {
+    let store = &request.context.store;
+    let mut sums = store.ledger_sums(part, group, beyond, limit + 1).await?;
+    let more = take_page(&mut sums, limit);
+    let next = sums.last().filter(|_| more).map(|sum| sum.name.clone());
+    let name = match group {
+        LedgerGroup::Day => "day",
+        LedgerGroup::Key => "key_id",
+        LedgerGroup::Model => "model",
+        LedgerGroup::Session => "session",
+    };
+    macro_rules! columns {
+        ($name:literal) => {
+            &[
+                $name,
+                "cost",
+                "estimated_cost",
+                "entries",
+                "input_tokens",
+                "output_tokens",
+                "cache_creation_input_tokens",
+                "cache_read_input_tokens",
+            ]
+        };
+    }
+    Ok(Page {
+        columns: match group {
+            LedgerGroup::Day => columns!("day"),
+            LedgerGroup::Key => columns!("key_id"),
+            LedgerGroup::Model => columns!("model"),
+            LedgerGroup::Session => columns!("session"),
+        },
+        rows: sums.into_iter().map(|sum| show_sum(group, name, sum)).collect(),
+        next,
+    })
+}
+
+/// Cuts the one too many that tells whether there are more.
+fn take_page<T>(rows: &mut Vec<T>, limit: i64) -> bool {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let more = rows.len() > limit;
+    rows.truncate(limit);
+    more
+}
+
+fn show_entry(entry: &LedgerEntry) -> Value {
+    // What belongs to the global budget alone is nobody's.
+    let key_id = Some(&entry.key_id).filter(|key_id| !key_id.as_str().is_empty());
+    json!({
+        "at": entry.at,
+        "key_id": key_id,
+        "job_id": entry.job_id,
+        "attempt": entry.attempt,
+        "session": entry.session.clone().or(entry.session_id.map(|id| id.to_string())),
+        "model": entry.model,
+        "cost": entry.cost,
+        "usage": {
+            "input_tokens": entry.input_tokens,
+            "output_tokens": entry.output_tokens,
+            "cache_creation_input_tokens": entry.cache_creation_input_tokens,
+            "cache_read_input_tokens": entry.cache_read_input_tokens,
+        },
+        "estimated": entry.estimated,
+        "reason": entry.reason,
+    })
+}
+
+fn show_sum(group: LedgerGroup, name: &str, sum: LedgerSum) -> Value {
+    let group = match group {
+        LedgerGroup::Day => sum.name.parse::<i64>().ok().map(day),
+        LedgerGroup::Session => sum.session.or(Some(sum.name)),
+        LedgerGroup::Key | LedgerGroup::Model => Some(sum.name),
+    };
+    let mut shown = Map::new();
+    shown.insert(name.to_owned(), json!(group.filter(|name| !name.is_empty())));
+    for (name, value) in [
+        ("cost", json!(sum.cost)),
+        ("estimated_cost", json!(sum.estimated_cost)),
+        ("entries", json!(sum.entries)),
+        (
+            "usage",
+            json!({
+                "input_tokens": sum.input_tokens,
+                "output_tokens": sum.output_tokens,
+                "cache_creation_input_tokens": sum.cache_creation_input_tokens,
+                "cache_read_input_tokens": sum.cache_read_input_tokens,
+            }),
+        ),
+    ] {
+        shown.insert(name.to_owned(), value);
+    }
+    Value::Object(shown)
+}
+
+/// The date of a day that is counted from 1970.
+fn day(number: i64) -> String {
+    Timestamp(number.saturating_mul(DAY))
+        .to_utc()
+        .format("%Y-%m-%d")
+        .to_string()
+}
+
+/// The rows as comma-separated values (RFC 4180), the names of the columns first.
+fn csv(columns: &[&str], rows: &[Value]) -> Response {
+    let mut text = columns.join(",");
+    text.push_str("\r\n");
+    for row in rows {
+        for (index, column) in columns.iter().enumerate() {
+            if index > 0 {
+                text.push(',');
+            }
+            let value = row.get(column).or_else(|| row["usage"].get(column));
+            text.push_str(&field(column, value.unwrap_or(&Value::Null)));
+        }
+        text.push_str("\r\n");
+    }
+    reply::text(StatusCode::OK, text).with(CONTENT_TYPE, "text/csv; charset=utf-8; header=present")
+}
+
+/// One field. A text that a spreadsheet would take for a formula gets an apostrophe before it.
+fn field(column: &str, value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => {
+            let formula = text.starts_with(['=', '+', '-', '@', '\t', '\r']);
+            let text = if formula { format!("'{text}") } else { text.clone() };
+            if text.contains(['"', ',', '\n', '\r']) {
+                format!("\"{}\"", text.replace('"', "\"\""))
+            } else {
+                text
+            }
+        }
+        // A number of dollars never has an exponent here.
+        Value::Number(number) if column.ends_with("cost") => number
+            .as_f64()
+            .and_then(MicroUsd::from_usd)
+            .map_or_else(String::new, |cost| cost.to_string().replace('$', "")),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Timestamp = Timestamp(1_779_278_400_000_000);
+
+    #[test]
+    fn the_ledger_is_asked_for_up_to_a_year_at_a_time() {
+        let bounds = |text: &str| {
+            bounds(&Query::parse(text), NOW).map(|(from, to)| (from.to_string(), to.to_string()))
+        };
+        let recent = (
+            "2026-04-20T12:00:00.000000+00:00",
+            "2026-05-20T12:00:00.000000+00:00",
+        );
+        assert_eq!(bounds("").unwrap(), (recent.0.to_owned(), recent.1.to_owned()));
+        assert!(bounds("from=2025-05-19T12:00:00Z").is_ok());
+        for wrong in [
+            "from=2025-05-19T11:59:59Z",
+            "from=2026-06-01T00:00:00Z",
+            "from=yesterday",
+            "to=2026-05-20",
+            "from=2026-05-20T12:00:01Z",
+        ] {
+            assert!(matches!(bounds(wrong), Err(Problem::Invalid(_))), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_place_comes_back_as_it_went() {
+        let place = Place {
+            from: Timestamp(-5),
+            to: NOW,
+            beyond: "claude sonnet 5".to_owned(),
+        };
+        let back = Place::parse(&place.write()).unwrap();
+        assert_eq!(
+            (back.from, back.to, back.beyond),
+            (place.from, place.to, place.beyond)
+        );
+        for wrong in ["", "1", "1 2", "a b c"] {
+            assert!(Place::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn fields_are_quoted_and_no_formula_gets_through() {
+        for (column, value, expected) in [
+            ("model", json!("claude-sonnet-5"), "claude-sonnet-5"),
+            ("reason", json!("a \"b\", c"), "\"a \"\"b\"\", c\""),
+            ("reason", json!("=1+1"), "'=1+1"),
+            ("session", json!("-x,y"), "\"'-x,y\""),
+            ("cost", json!(-0.000_001), "-0.000001"),
+            ("cost", json!(12), "12.00"),
+            ("attempt", json!(2), "2"),
+            ("estimated", json!(true), "true"),
+            ("job_id", Value::Null, ""),
+        ] {
+            assert_eq!(field(column, &value), expected);
+        }
+    }
+
+    #[test]
+    fn days_are_dates() {
+        assert_eq!(
+            (day(0).as_str(), day(20_593).as_str()),
+            ("1970-01-01", "2026-05-20")
+        );
+    }
+}
