@@ -53,6 +53,24 @@ impl Error {
         }
     }
 
+    /// Whether nobody can use the database for now; unlike [`Error::is_unavailable`] this leaves out that this one
+    /// statement met others and gave way to them.
+    pub(crate) fn is_outage(&self) -> bool {
+        self.is_unavailable() && !self.is_collision()
+    }
+
+    /// PostgreSQL's lock timeout, deadlock and serialization failure.
+    fn is_collision(&self) -> bool {
+        let (Cause::Database(sqlx::Error::Database(error))
+        | Cause::PostgresQueue(apalis_postgres::Error::Database(sqlx::Error::Database(error)))) = &self.cause
+        else {
+            return false;
+        };
+        error
+            .code()
+            .is_some_and(|code| ["55P03", "40P01", "40001"].contains(&&*code))
+    }
+
     /// Whether a unique index or key refused the write.
     pub fn is_conflict(&self) -> bool {
         matches!(&self.cause, Cause::Database(sqlx::Error::Database(error)) if error.is_unique_violation())

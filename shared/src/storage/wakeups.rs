@@ -75,11 +75,15 @@ impl Wakeups {
                         super::Db::Sqlite { .. } => watch_file(&store, &told, every).await,
                         super::Db::Postgres(pool) => listen_to(pool, &told).await,
                     };
-                    if let Err(error) = ended {
-                        tracing::warn!(error = %crate::telemetry::chain(&error), "wake-ups are interrupted; everyone looks by himself");
+                    match ended {
+                        Err(error) if store.note(&error) => store.answers().await,
+                        Err(error) => {
+                            tracing::warn!(error = %crate::telemetry::chain(&error), "wake-ups are interrupted; everyone looks by himself");
+                            tokio::time::sleep(Duration::from_millis(500)).await;
+                        }
+                        Ok(()) => {}
                     }
                     told.wake_all();
-                    tokio::time::sleep(Duration::from_millis(500)).await;
                 }
             };
             stop.run_until_cancelled(listening).await;

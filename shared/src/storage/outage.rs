@@ -1,0 +1,125 @@
+//! Outages: the database can't be reached, or is locked, full or read-only. Everything in the process meets the same
+//! one at the same time; the log is told twice: when it begins and when it is over.
+
+use super::{Error, Result, Store, execute};
+use crate::telemetry::chain;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+/// How often it is tried whether the database can be used again. It must also have been quiet for so long.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+
+/// A database that hasn't written by then can't be used.
+const WRITES_WITHIN: Duration = Duration::from_secs(2);
+
+/// Whoever asks more often gets the last answer.
+const CHECKED_FOR: Duration = Duration::from_secs(1);
+
+/// Whether the database can be used, as far as this process knows.
+#[derive(Debug, Default)]
+pub(super) struct Outage {
+    /// When the outage began that lasts.
+    since: watch::Sender<Option<Instant>>,
+    last_error: Mutex<Option<Instant>>,
+    /// When it was last seen to write.
+    checked: tokio::sync::Mutex<Option<Instant>>,
+}
+
+impl Store {
+    /// Takes note of an error. True when it belongs to an outage, which is told once for all; other errors are the
+    /// caller's to tell. Needs a runtime.
+    pub fn note(&self, error: &Error) -> bool {
+        let outage = error.is_outage();
+        if outage {
+            self.note_outage(&chain(error));
+        }
+        outage
+    }
+
+    /// Takes note that the database could not be used, by whomever.
+    pub fn note_outage(&self, why: &str) {
+        *self.outage.last_error() = Some(Instant::now());
+        let begins = self.outage.since.send_if_modified(|since| {
+            let begins = since.is_none();
+            since.get_or_insert_with(Instant::now);
+            begins
+        });
+        if !begins {
+            tracing::debug!(error = why, "the database still can't be used");
+            return;
+        }
+        tracing::warn!(
+            error = why,
+            "the database can't be used; it is tried again until it can"
+        );
+        let store = self.clone();
+        tokio::spawn(async move { store.watch_outage().await });
+    }
+
+    /// Whether an outage lasts.
+    pub fn is_out(&self) -> bool {
+        self.outage.since.borrow().is_some()
+    }
+
+    /// Waits until no outage lasts.
+    pub async fn answers(&self) {
+        // The sender lives as long as this store.
+        let _ = self.outage.since.subscribe().wait_for(Option::is_none).await;
+    }
+
+    /// Whether the database can be used: it is asked, once a second at most, to write something that changes nothing.
+    /// A full disk, a lock and a read-only file all let one read.
+    pub async fn is_usable(&self) -> bool {
+        if self.is_out() {
+            return false;
+        }
+        let mut checked = self.outage.checked.lock().await;
+        if checked.is_some_and(|at| at.elapsed() < CHECKED_FOR) {
+            return !self.is_out();
+        }
+        match timeout(WRITES_WITHIN, self.try_to_write()).await {
+            Ok(Ok(())) => *checked = Some(Instant::now()),
+            Ok(Err(error)) => {
+                self.note(&error);
+                return false;
+            }
+            Err(_) => self.note_outage("it doesn't write within 2 s"),
+        }
+        !self.is_out()
+    }
+
+    async fn try_to_write(&self) -> Result<()> {
+        let mut tx = self.begin().await?;
+        execute!(
+            tx,
+            "write to the database",
+            "update queue set paused = paused where queue_number = 1"
+        )?;
+        tx.commit().await
+    }
+
+    async fn watch_outage(&self) {
+        loop {
+            tokio::time::sleep(TRY_AGAIN).await;
+            let tried = self.try_to_write().await;
+            let quiet = self
+                .outage
+                .last_error()
+                .is_none_or(|last| last.elapsed() >= TRY_AGAIN);
+            if tried.is_ok() && quiet {
+                break;
+            }
+        }
+        let since = self.outage.since.send_replace(None);
+        let seconds = since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        tracing::info!("the database can be used again, after {seconds:.1} s");
+    }
+}
+
+impl Outage {
+    fn last_error(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
