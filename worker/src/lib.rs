@@ -7,7 +7,9 @@ pub mod config;
 pub mod context;
 pub mod gateway;
 pub mod guard;
+mod presence;
 mod queues;
+mod room;
 pub mod run_job;
 mod sweep;
 pub mod workspace;
@@ -88,6 +90,7 @@ pub async fn run(
         store,
         wakeups,
         claimant,
+        started_at: clock::now(),
         cli,
         isolation,
         runtime,
@@ -96,16 +99,19 @@ pub async fn run(
         claiming: tokio::sync::Mutex::default(),
         busy: tokio_util::task::TaskTracker::new(),
         pause: Pause::default(),
+        announcing: tokio::sync::Mutex::default(),
         draining: shutdown.drain,
         handing_back: shutdown.at_once,
         config,
     });
     let concurrency = ctx.config.concurrency;
+    room::check(&ctx).await;
+    presence::announce(&ctx).await?;
     info!(worker.id = %worker_id, slots = concurrency, sandbox = ctx.config.sandbox, "worker {worker_id} takes jobs");
     ready(worker_id);
     tokio::select! {
         () = queues::serve(&ctx) => {}
-        () = sweep::sweep(&ctx, clock::now()) => {}
+        () = sweep::sweep(&ctx) => {}
     }
     // Best effort: a row that stays is forgotten in an hour.
     let _ = ctx.store.remove_worker(worker_id).await;

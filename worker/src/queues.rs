@@ -17,7 +17,7 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as TaskContext, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_layer::Layer;
 use tower_service::Service;
@@ -123,6 +123,23 @@ async fn on_ticket(_: Ticket, ctx: Data<Arc<Context>>, slot: Data<Slot>) -> Resu
     Ok(())
 }
 
+/// How often the library's worker was started lately.
+#[derive(Default)]
+struct Starts(Mutex<(Option<Instant>, u32)>);
+
+impl Starts {
+    /// The pause before this start: none at first, and up to 5 s for one that fails again and again.
+    fn pause(&self) -> Duration {
+        let mut starts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let quick = starts
+            .0
+            .is_some_and(|last| last.elapsed() < Duration::from_mins(1));
+        let number = if quick { (starts.1 + 1).min(20) } else { 0 };
+        *starts = (Some(Instant::now()), number);
+        Duration::from_millis(250) * number
+    }
+}
+
 /// The list of what is handled, for one of the library's storages: they share no trait worth naming.
 macro_rules! monitor {
     ($ctx:expr, $slots:expr, $pool:expr, $storage:ident, $library:ident) => {{
@@ -135,20 +152,28 @@ macro_rules! monitor {
             .lock_tasks(false)
             // The lease alone decides who is lost.
             .missed_heartbeats(1_000_000);
+        let store = ctx.store.clone();
+        let starts = Starts::default();
         Monitor::new()
-            .should_restart(|worker, error| {
-                tracing::warn!(worker = worker.name(), error = %error, "the queue's worker restarts; runs go on");
+            .should_restart(move |worker, error| {
+                tracing::debug!(worker = worker.name(), error = %error, "the queue's worker restarts; runs go on");
+                // It ends when the database can't be used, and for no other reason that is known.
+                store.note_outage(&error.to_string());
                 true
             })
             .register(move |restarts| {
-                let pause = Duration::from_millis(250 * u64::try_from(restarts.min(20)).unwrap_or(20));
+                let (pause, store) = (starts.pause(), ctx.store.clone());
                 WorkerBuilder::new(format!("{name}-{restarts}").as_str())
                     .backend(
                         $storage::<Ticket>::new(&pool)
                             .with_config(config.clone())
-                            .before_start(move |_| async move {
-                                tokio::time::sleep(pause).await;
-                                Ok(())
+                            .before_start(move |_| {
+                                let store = store.clone();
+                                async move {
+                                    store.answers().await;
+                                    tokio::time::sleep(pause).await;
+                                    Ok(())
+                                }
                             })
                             .with_codec(TicketCodec),
                     )
@@ -178,7 +203,10 @@ pub(crate) async fn serve(ctx: &Arc<Context>) {
     ctx.handing_back.cancel();
     if tokio::time::timeout(HAND_BACK, all_free).await.is_err() {
         let runs = ctx.busy.len();
-        tracing::error!(runs, "could not store the end of all runs; others take their leases");
+        tracing::error!(
+            runs,
+            "could not store the end of all runs; others take their leases"
+        );
     }
 }
 

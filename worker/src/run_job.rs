@@ -10,6 +10,8 @@ use crate::claude::process::{EndedBy, Exit, Launch, Process};
 use crate::claude::sandbox::Places;
 use crate::context::Context;
 use crate::gateway::Gateway;
+use crate::presence;
+use crate::room;
 use crate::workspace::{Folders, RunDir};
 use outcome::{Deadline, Ended, ErrorCode, Meter, Stopped, Verdict};
 use recorder::Recorder;
@@ -61,7 +63,9 @@ pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
             Ok(Claim::Nothing) => return,
             Err(error) => {
                 // The sweeper pushes another ticket when the database is back.
-                warn!(error = %chain(&error), "could not claim");
+                if !ctx.store.note(&error) {
+                    warn!(error = %chain(&error), "could not claim");
+                }
                 return;
             }
         }
@@ -78,8 +82,12 @@ async fn run(ctx: &Context, lease: Arc<Lease>, claimed_at: Instant) {
             None
         }
         Err(error) => {
-            error!(error = %error, "could not start the run");
-            Some(could_not_start(&error, ctx, &lease))
+            // A disk without room is no fault of the job.
+            let room = room::check(ctx).await;
+            if room {
+                error!(error = %error, "could not start the run");
+            }
+            Some(could_not_start(&error, ctx, &lease, room))
         }
     };
     if let Some(report) = &mut report {
@@ -108,7 +116,9 @@ async fn finish(ctx: &Context, lease: &Lease, report: &Report) {
                 return;
             }
             Err(error) => {
-                warn!(error = %chain(&error), "could not store the end of the run; trying again");
+                if !ctx.store.note(&error) {
+                    warn!(error = %chain(&error), "could not store the end of the run; trying again");
+                }
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
         }
@@ -124,7 +134,7 @@ async fn end_earlier_runs(marker: String) {
     }
 }
 
-fn could_not_start(error: &std::io::Error, ctx: &Context, lease: &Lease) -> Report {
+fn could_not_start(error: &std::io::Error, ctx: &Context, lease: &Lease, room: bool) -> Report {
     let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
     Report {
         ending: Ending::Again {
@@ -132,7 +142,7 @@ fn could_not_start(error: &std::io::Error, ctx: &Context, lease: &Lease) -> Repo
             message: "The worker could not start the Claude CLI; its log says why.".to_owned(),
             run_after: clock::now().plus(pause),
             hold: Hold::Delay,
-            counts: true,
+            counts: room,
         },
         result: None,
         spend: Spend::default(),
@@ -298,7 +308,10 @@ impl<'a> Run<'a> {
                     let Ok(Some(line)) = line else { break };
                     last_line = Instant::now();
                     let message = Message::parse(&line);
-                    meter.observe(&message);
+                    if meter.observe(&message) {
+                        // Kept at once: this is what counts if the worker is lost.
+                        recorder.spend(meter.spend());
+                    }
                     let is_result = matches!(&message, Message::Result(result) if result.is_verdict());
                     if let Message::Init(init) = &message
                         && let Some(surprise) = command::surprise(&self.spec, init)
@@ -476,7 +489,7 @@ impl<'a> Run<'a> {
             ..seen.ended.clone()
         };
         let verdict = outcome::judge(&ended);
-        note_account(ctx, &verdict);
+        note_account(ctx, &verdict).await;
         let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
         let ending = verdict.into_ending(now.plus(pause))?;
         let transcript = Transcript::of(&folders, spec.claude_session_id).await;
@@ -497,27 +510,40 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What the account's answer means for the jobs that would be next.
-fn note_account(ctx: &Context, verdict: &Verdict) {
-    let now = clock::now();
-    if let Verdict::Again {
-        when: outcome::When::At(at),
-        message,
-        ..
-    } = verdict
-    {
-        warn!("this worker claims nothing until {at}: {message}");
-        ctx.pause.until(*at, message);
-    }
-    let refused = matches!(
-        verdict,
+/// What the account's answer means for the jobs that would be next. A pause is there for people to see before the job
+/// that began it has ended.
+async fn note_account(ctx: &Context, verdict: &Verdict) {
+    let pauses = match verdict {
+        Verdict::Again {
+            when: outcome::When::At(at),
+            message,
+            ..
+        } => {
+            warn!("this worker claims nothing until {at}: {message}");
+            ctx.pause.until(*at, message);
+            true
+        }
         Verdict::Failed {
             code: ErrorCode::AuthError,
-            ..
+            message,
+        } => {
+            let pauses = ctx.pause.refused(clock::now());
+            if pauses {
+                error!(
+                    "this worker claims nothing for a minute, its credential was refused too often: {message}"
+                );
+            }
+            pauses
         }
-    );
-    if ctx.pause.note_refusal(refused, now) {
-        error!("the Anthropic credential was refused three times in a row; nothing is claimed for a minute");
+        // These say nothing about the account.
+        Verdict::Cancelled | Verdict::HandedBack | Verdict::Lost => false,
+        Verdict::Done | Verdict::Failed { .. } | Verdict::Again { .. } => {
+            ctx.pause.accepted();
+            false
+        }
+    };
+    if pauses {
+        presence::announce_now(ctx).await;
     }
 }
 
@@ -529,7 +555,6 @@ fn tell_cost(spend: &Spend, recorder: &mut Recorder) {
         EventType::Usage,
         json!({ "cost": spend.total(), "usage": spend.usage() }),
     ));
-    recorder.spend(spend.clone());
 }
 
 /// What this run of the job is asked to do, defaults filled in.

@@ -3,17 +3,19 @@
 
 use crate::context::Context;
 use crate::guard;
+use crate::presence;
+use crate::room;
 use crate::workspace::Folders;
 use futures_util::FutureExt;
 use futures_util::future::{Fuse, FusedFuture};
 use shared::clock::{self, Timestamp};
 use shared::job::CancelReason;
-use shared::storage::{Result, RunningLease, WorkerRow};
+use shared::storage::{Result, RunningLease};
 use shared::telemetry::chain;
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::warn;
 
 /// How often it sweeps.
 const EVERY: Duration = Duration::from_secs(1);
@@ -23,9 +25,6 @@ const GAP: Duration = Duration::from_secs(2);
 
 /// How often it looks for old data, and says how the worker is.
 const SLOWLY: Duration = Duration::from_secs(5);
-
-/// A worker that hasn't said anything for so long is forgotten.
-const GONE: Duration = Duration::from_hours(1);
 
 /// Watches leases on this process's own clock: a lease is lost when it stood still for `LEASE_SECONDS` while it was
 /// looked at without a gap. So no clock step, no skew and no outage of the database takes anybody's lease.
@@ -56,9 +55,13 @@ impl Watch {
 }
 
 /// Watches and sweeps until the worker has handed back its last run.
-pub(crate) async fn sweep(ctx: &Context, started_at: Timestamp) {
+pub(crate) async fn sweep(ctx: &Context) {
     // Apart: what is slow or waits for a lock in one of them makes no gap in the watch.
-    tokio::join!(Box::pin(watch_leases(ctx)), Box::pin(clean_up(ctx, started_at)));
+    tokio::join!(
+        Box::pin(watch_leases(ctx)),
+        Box::pin(clean_up(ctx)),
+        Box::pin(watch_room(ctx))
+    );
 }
 
 /// Looks at the leases each second, and takes the lost ones while it goes on looking.
@@ -71,8 +74,14 @@ async fn watch_leases(ctx: &Context) {
     loop {
         tokio::select! {
             _ = ticks.tick() => {
-                // An error is told by the other sweeper, which meets it too.
-                let Ok(leases) = ctx.store.running_leases().await else { continue };
+                let leases = match ctx.store.running_leases().await {
+                    Ok(leases) => leases,
+                    Err(error) => {
+                        // Others are told by the other sweeper, which meets them too.
+                        ctx.store.note(&error);
+                        continue;
+                    }
+                };
                 let lost = watch.look(leases, Instant::now(), ctx.config.lease);
                 if !lost.is_empty() && taking.is_terminated() {
                     taking.set(take(ctx, lost).fuse());
@@ -95,6 +104,7 @@ async fn take(ctx: &Context, lost: Vec<RunningLease>) {
                 warn!(job.id = %lease.job_id, attempt = lease.attempt, "the lease of a run was lost and is taken");
             }
             Ok(false) => {}
+            Err(error) if ctx.store.note(&error) => {}
             Err(error) => {
                 warn!(job.id = %lease.job_id, error = %chain(&error), "could not take a lost lease; trying again");
             }
@@ -111,32 +121,32 @@ async fn take_one(ctx: &Context, lost: &RunningLease) -> Result<bool> {
         .await
 }
 
-async fn clean_up(ctx: &Context, started_at: Timestamp) {
+async fn clean_up(ctx: &Context) {
     let mut slowly = Instant::now();
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut failing = false;
     loop {
         ticks.tick().await;
         let mut swept = once(ctx).await;
         if swept.is_ok() && Instant::now() >= slowly {
             slowly = Instant::now() + SLOWLY;
-            swept = rarely(ctx, started_at).await;
+            swept = rarely(ctx).await;
         }
-        match swept {
-            Ok(()) if failing => {
-                failing = false;
-                info!("the database answers again");
-            }
-            Ok(()) => {}
-            Err(error) => {
-                // Said once for each outage.
-                if !failing {
-                    warn!(error = %chain(&error), "could not sweep; trying again each second");
-                }
-                failing = true;
-            }
+        if let Err(error) = swept
+            && !ctx.store.note(&error)
+        {
+            warn!(error = %chain(&error), "could not sweep; trying again each second");
         }
+    }
+}
+
+/// Looks whether runs would have room.
+async fn watch_room(ctx: &Context) {
+    let mut ticks = tokio::time::interval(SLOWLY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        room::check(ctx).await;
     }
 }
 
@@ -157,21 +167,9 @@ async fn once(ctx: &Context) -> Result<()> {
     Ok(())
 }
 
-async fn rarely(ctx: &Context, started_at: Timestamp) -> Result<()> {
+async fn rarely(ctx: &Context) -> Result<()> {
+    presence::announce(ctx).await?;
     let now = clock::now();
-    let pause = ctx.pause.current(now);
-    let row = WorkerRow {
-        worker_id: ctx.claimant.worker_id,
-        host: host(),
-        slots: i64::from(ctx.config.concurrency),
-        busy: i64::try_from(ctx.busy.len()).unwrap_or(i64::MAX),
-        cli_version: ctx.claimant.cli_version.clone(),
-        started_at,
-        last_seen_at: now,
-        paused_until: pause.as_ref().map(|(until, _)| *until),
-        pause_reason: pause.map(|(_, reason)| reason),
-    };
-    ctx.store.put_worker(&row, before(now, GONE)).await?;
     for job in ctx.store.expired_jobs(before(now, ctx.config.retention)).await? {
         if job.session_id.is_none() {
             let folders = Folders::of_job(&ctx.config.data_dir, &job.job_id);
@@ -193,11 +191,6 @@ fn before(now: Timestamp, age: Duration) -> Timestamp {
         now.0
             .saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX)),
     )
-}
-
-fn host() -> String {
-    let name = rustix::system::uname();
-    name.nodename().to_string_lossy().into_owned()
 }
 
 #[cfg(test)]

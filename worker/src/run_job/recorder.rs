@@ -18,6 +18,9 @@ use tracing::warn;
 const BATCH: usize = 32;
 const BATCH_AGE: Duration = Duration::from_millis(100);
 
+/// What a run has cost is written after so long at the latest: a killed worker's run is paid for all but that.
+const SPEND_AGE: Duration = Duration::from_millis(300);
+
 /// More of a run's events than this are not kept.
 const MAX_EVENTS: usize = 10_000;
 const MAX_BYTES: usize = 16 * 1024 * 1024;
@@ -149,8 +152,9 @@ impl Writer {
             tokio::select! {
                 note = self.inbox.recv() => match note {
                     Some(note) => {
-                        self.take(note);
-                        flush_at = flush_at.or_else(|| (!self.events.is_empty()).then(|| Instant::now() + BATCH_AGE));
+                        let age = self.take(note);
+                        let soon = Instant::now() + age;
+                        flush_at = Some(flush_at.map_or(soon, |at: Instant| at.min(soon)));
                         if self.events.len() < BATCH {
                             continue;
                         }
@@ -183,7 +187,9 @@ impl Writer {
                 }
                 Err(error) => {
                     let job_id = self.lease.job.job_id;
-                    warn!(job.id = %job_id, error = %shared::telemetry::chain(&error), "the run's events wait");
+                    if !self.store.note(&error) {
+                        warn!(job.id = %job_id, error = %shared::telemetry::chain(&error), "the run's events wait");
+                    }
                     // Soon again: the lease runs out meanwhile.
                     renew_at = Instant::now() + Duration::from_millis(500);
                     flush_at = None;
@@ -200,11 +206,21 @@ impl Writer {
         }
     }
 
-    fn take(&mut self, note: Note) {
+    /// Takes a note; how old it may become before it is written.
+    fn take(&mut self, note: Note) -> Duration {
         match note {
-            Note::Event(event) => self.events.push(event),
-            Note::Spend(spend) => self.spend = Some(spend),
-            Note::Dropped(count) => self.dropped += count,
+            Note::Event(event) => {
+                self.events.push(event);
+                BATCH_AGE
+            }
+            Note::Spend(spend) => {
+                self.spend = Some(spend);
+                SPEND_AGE
+            }
+            Note::Dropped(count) => {
+                self.dropped += count;
+                BATCH_AGE
+            }
         }
     }
 
