@@ -14,3 +14,5 @@ mod jobs; // From submission to result, and what can be read in between.
 mod order; // Which job runs when.
 mod outcomes; // What a run can end as.
 mod real_cli; // The real Claude CLI against the simulator.
+mod tickets; // What wakes the slots may be lost, damaged or too much.
+mod weather; // The database goes away and comes back.

@@ -121,5 +121,15 @@ fn sweep() {
 /// Ends what belongs to a folder and removes it, as far as that is possible.
 pub fn clear(folder: &Path) {
     processes::end_folder(folder, Duration::from_secs(5));
+    // A test may have mounted a small disk; only what is in the folder is ours to unmount.
+    for mount in fs::read_to_string("/proc/mounts")
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+    {
+        if Path::new(mount).starts_with(folder) {
+            let _ = Command::new("umount").arg("-l").arg(mount).status();
+        }
+    }
     let _ = fs::remove_dir_all(folder);
 }
