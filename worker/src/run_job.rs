@@ -309,7 +309,7 @@ impl<'a> Run<'a> {
                     last_line = Instant::now();
                     let message = Message::parse(&line);
                     if meter.observe(&message) {
-                        // Kept at once: this is what counts if the worker is lost.
+                        // Kept at once: this is what is paid for if the worker is lost.
                         recorder.spend(meter.spend());
                     }
                     let is_result = matches!(&message, Message::Result(result) if result.is_verdict());

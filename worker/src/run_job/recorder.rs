@@ -102,7 +102,9 @@ impl Recorder {
 
     /// Keeps what the run has cost so far.
     pub(super) fn spend(&self, spend: Spend) {
-        let _ = self.notes.send(Note::Spend(spend));
+        if !spend.models.is_empty() {
+            let _ = self.notes.send(Note::Spend(spend));
+        }
     }
 
     /// Waits for news about the lease.
@@ -196,8 +198,9 @@ impl Writer {
                 }
             }
         }
-        // The run has ended; its last events come before its end, however long the database takes.
-        while !(self.events.is_empty() && self.spend.is_none() && self.dropped == 0) {
+        // The run has ended; its last events come before its end, however long the database takes. What it cost is
+        // part of its end.
+        while !(self.events.is_empty() && self.dropped == 0) {
             match self.flush().await {
                 Ok(Signal::Lost) => return self.say(Signal::Lost, None),
                 Ok(_) => {}

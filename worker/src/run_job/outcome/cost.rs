@@ -51,8 +51,8 @@ impl Meter {
         }
     }
 
-    /// Takes note of a message.
-    pub fn observe(&mut self, message: &Message) {
+    /// Takes note of a message; whether it may have changed the cost.
+    pub fn observe(&mut self, message: &Message) -> bool {
         match message {
             Message::Usage(request) => self.count_request(request),
             Message::Assistant(answer) if answer.model.as_deref() != Some("<synthetic>") => {
@@ -83,8 +83,9 @@ impl Meter {
                 self.requests.clear();
                 self.started.clear();
             }
-            _ => {}
+            _ => return false,
         }
+        true
     }
 
     /// The cost so far, by model in alphabetical order.

@@ -6,7 +6,9 @@ const SONNET: &str = "claude-sonnet-5-5";
 
 fn metered(resumes: bool, messages: &[Message]) -> Spend {
     let mut meter = Meter::new(resumes);
-    messages.iter().for_each(|message| meter.observe(message));
+    for message in messages {
+        meter.observe(message);
+    }
     meter.spend()
 }
 
