@@ -53,7 +53,7 @@ struct Create {
 
 #[derive(Debug, Args)]
 struct Rotate {
-    /// The key's id, such as key_Ab12Cd34
+    /// The key, by its id as `keys list` shows it
     id: String,
     /// For how many seconds the present secret opens too
     #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(0..=604_800))]
@@ -62,7 +62,7 @@ struct Rotate {
 
 #[derive(Debug, Args)]
 struct Revoke {
-    /// The key's id, such as key_Ab12Cd34
+    /// The key, by its id as `keys list` shows it
     id: String,
     /// Why, for the record
     #[arg(long)]
@@ -218,7 +218,7 @@ impl Keys {
         Ok((kid, key))
     }
 
-    /// A new secret and its digest, made with the SECRET_KEY that this database knows.
+    /// A new secret and its digest, made with the `SECRET_KEY` that this database knows.
     async fn secret(&self, kind: KeyKind, kid: &Kid) -> Result<(Secret, Digest), Failure> {
         let refused = |problem: &str, accepted: &str| Error::new("SECRET_KEY", problem, accepted);
         let secret_key: &SecretKey = self.config.secret_key.as_ref().ok_or_else(|| {
