@@ -15,6 +15,7 @@ use shared::id::{JobId, KeyId, WorkerId};
 use shared::job::{Ending, JobKind, Lease, NewJob, OnWorkerLost, Report, RunOptions, Spend};
 use shared::money::MicroUsd;
 use shared::storage::{Claim, Claimant, DatabaseUrl, Finish, Store};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tests::database::{Database, Db};
 use tests::place;
@@ -29,7 +30,6 @@ const ZEROS: &str = "00000000000000000000000000000000";
 /// What waits while the measuring goes on.
 #[derive(Clone, Copy)]
 enum Waiting {
-    Nothing,
     /// Ready jobs of the measured key.
     Own,
     /// Ready jobs of a key that is at its cap.
@@ -50,88 +50,118 @@ async fn main() {
         .next()
         .map_or(1000, |rounds| usize::try_from(rounds).unwrap());
 
-    println!("{waiting} jobs wait, {rounds} rounds; median / 99th percentile in microseconds\n");
-    println!("| database | waiting | submit | claim | finish | submit × | claim × | finish × |");
-    println!("|---|---|---|---|---|---|---|---|");
+    println!(
+        "{waiting} jobs wait, {rounds} rounds. Median / 99th percentile in microseconds with nothing waiting, then with \
+         them, and how many times the median that is.\n"
+    );
+    println!("| database | waiting | submit | | × | claim | | × | finish | | × |");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for db in [Db::Sqlite, Db::Postgres] {
-        let mut base = None;
         for (name, kind) in [
-            ("nothing", Waiting::Nothing),
-            ("ready, the same key", Waiting::Own),
-            ("ready, a key at its cap", Waiting::Capped),
-            ("delayed, the same key", Waiting::Delayed),
-            ("in one busy group, the same key", Waiting::Grouped),
+            ("ready, of the same key", Waiting::Own),
+            ("ready, of a key at its cap", Waiting::Capped),
+            ("delayed, of the same key", Waiting::Delayed),
+            ("in one busy group of the same key", Waiting::Grouped),
         ] {
-            let figures = measure(db, kind, waiting, rounds).await;
-            let base = *base.get_or_insert(figures);
-            let cells: Vec<String> = figures
-                .iter()
-                .map(|(median, high)| format!("{median} / {high}"))
-                .collect();
-            let times = figures.iter().zip(base).map(|(own, base)| {
-                let hundredths = own.0 * 100 / base.0.max(1);
-                format!("{}.{:02}", hundredths / 100, hundredths % 100)
-            });
-            let times: Vec<String> = times.collect();
-            println!(
-                "| {db:?} | {name} | {} | {} |",
-                cells.join(" | "),
-                times.join(" | ")
-            );
+            let empty = Bench::new(db, None).await;
+            let full = Bench::new(db, Some((kind, waiting))).await;
+            let cells = compare(empty, full, rounds).await;
+            println!("| {db:?} | {name} | {} |", cells.join(" | "));
         }
     }
 }
 
-/// Median and 99th percentile of submit, claim and finish.
-async fn measure(db: Db, kind: Waiting, waiting: u64, rounds: usize) -> [(u128, u128); 3] {
-    let folder = place::folder('b');
-    let database = Database::empty(db, &folder).await;
-    let url = DatabaseUrl::parse(database.url()).unwrap();
-    let store = Store::open(&url, 4).await.unwrap();
-    let (key, other) = (KeyId::known(KEY), KeyId::known(OTHER));
-    store.put_lane(&key, 1_000_000).await.unwrap();
-    store.put_lane(&other, 1).await.unwrap();
-    store
-        .put_default_budget(&key, MicroUsd(1_000_000_000_000), clock::now())
-        .await
-        .unwrap();
-    fill(&database, &store, kind, waiting).await;
-
-    let claimant = Claimant {
-        worker_id: WorkerId::new(),
-        cli_version: "2.1.331".to_owned(),
-        least_reserve: MicroUsd(50_000),
-    };
-    let mut took = [Vec::new(), Vec::new(), Vec::new()];
+/// Measures both in turn, so that whatever else the machine does falls on both alike.
+async fn compare(mut empty: Bench, mut full: Bench, rounds: usize) -> Vec<String> {
     let warm_up = rounds / 10;
     for round in 0..rounds + warm_up {
+        for bench in [&mut empty, &mut full] {
+            bench.round(round >= warm_up).await;
+        }
+    }
+    let (empty, full) = (empty.end().await, full.end().await);
+    let mut cells = Vec::new();
+    for (empty, full) in empty.into_iter().zip(full) {
+        let hundredths = full.0 * 100 / empty.0.max(1);
+        cells.push(format!("{} / {}", empty.0, empty.1));
+        cells.push(format!("{} / {}", full.0, full.1));
+        cells.push(format!("{}.{:02}", hundredths / 100, hundredths % 100));
+    }
+    cells
+}
+
+/// One database under measurement.
+struct Bench {
+    store: Store,
+    folder: PathBuf,
+    key: KeyId,
+    claimant: Claimant,
+    took: [Vec<u128>; 3],
+}
+
+impl Bench {
+    async fn new(db: Db, waiting: Option<(Waiting, u64)>) -> Self {
+        let folder = place::folder('b');
+        let database = Database::empty(db, &folder).await;
+        let url = DatabaseUrl::parse(database.url()).unwrap();
+        let store = Store::open(&url, 4).await.unwrap();
+        let (key, other) = (KeyId::known(KEY), KeyId::known(OTHER));
+        store.put_lane(&key, 1_000_000).await.unwrap();
+        store.put_lane(&other, 1).await.unwrap();
+        store
+            .put_default_budget(&key, MicroUsd(1_000_000_000_000), clock::now())
+            .await
+            .unwrap();
+        let claimant = Claimant {
+            worker_id: WorkerId::new(),
+            cli_version: "2.1.331".to_owned(),
+            least_reserve: MicroUsd(50_000),
+        };
+        if let Some((kind, count)) = waiting {
+            fill(&database, &store, &claimant, kind, count).await;
+        }
+        Self {
+            store,
+            folder,
+            key,
+            claimant,
+            took: Default::default(),
+        }
+    }
+
+    /// A job is submitted, claimed and done.
+    async fn round(&mut self, counts: bool) {
         let now = clock::now();
         let begin = Instant::now();
-        let mut tx = store.begin().await.unwrap();
-        tx.insert_job(&job(&key, now)).await.unwrap();
+        let mut tx = self.store.begin().await.unwrap();
+        tx.insert_job(&job(&self.key, now)).await.unwrap();
         tx.commit().await.unwrap();
         let submitted = begin.elapsed();
 
         let begin = Instant::now();
-        let lease = claim(&store, &claimant, now).await;
+        let lease = claim(&self.store, &self.claimant, now).await;
         let claimed = begin.elapsed();
 
         let begin = Instant::now();
-        let finish = store.finish(&lease, &report(), now).await.unwrap();
+        let finish = self.store.finish(&lease, &report(), now).await.unwrap();
         let finished = begin.elapsed();
         assert!(matches!(finish, Finish::Became(_)));
-        if round >= warm_up {
-            took[0].push(submitted.as_micros());
-            took[1].push(claimed.as_micros());
-            took[2].push(finished.as_micros());
+        if counts {
+            for (took, time) in self.took.iter_mut().zip([submitted, claimed, finished]) {
+                took.push(time.as_micros());
+            }
         }
     }
-    store.close().await;
-    let _ = std::fs::remove_dir_all(folder);
-    took.map(|mut times| {
-        times.sort_unstable();
-        (times[times.len() / 2], times[times.len() * 99 / 100])
-    })
+
+    /// Median and 99th percentile of submit, claim and finish.
+    async fn end(self) -> [(u128, u128); 3] {
+        self.store.close().await;
+        let _ = std::fs::remove_dir_all(self.folder);
+        self.took.map(|mut times| {
+            times.sort_unstable();
+            (times[times.len() / 2], times[times.len() * 99 / 100])
+        })
+    }
 }
 
 async fn claim(store: &Store, claimant: &Claimant, now: Timestamp) -> Lease {
@@ -145,9 +175,8 @@ async fn claim(store: &Store, claimant: &Claimant, now: Timestamp) -> Lease {
 }
 
 /// Puts the waiting jobs there by SQL, with their prompts and first events.
-async fn fill(database: &Database, store: &Store, kind: Waiting, waiting: u64) {
+async fn fill(database: &Database, store: &Store, claimant: &Claimant, kind: Waiting, waiting: u64) {
     let (key, columns, values) = match kind {
-        Waiting::Nothing => return,
         Waiting::Own => (KEY, "", ""),
         Waiting::Capped => (OTHER, "", ""),
         Waiting::Delayed => (KEY, ", hold, run_after", ", 'delay', 4000000000000000 + i"),
@@ -188,15 +217,10 @@ async fn fill(database: &Database, store: &Store, kind: Waiting, waiting: u64) {
             database
                 .execute("update lane set top = 0 where key_id = 'key_measured'")
                 .await;
-            let claimant = Claimant {
-                worker_id: WorkerId::new(),
-                cli_version: String::new(),
-                least_reserve: MicroUsd(1),
-            };
-            let head = claim(store, &claimant, clock::now()).await;
+            let head = claim(store, claimant, clock::now()).await;
             assert_eq!(head.job.group_key.as_deref(), Some("k:busy"));
         }
-        Waiting::Nothing | Waiting::Delayed => {}
+        Waiting::Delayed => {}
     }
     if database.db() == Db::Postgres {
         database.execute("analyze").await;

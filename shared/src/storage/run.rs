@@ -270,13 +270,18 @@ impl Tx {
         let lane = fetch!(
             self,
             "free a lane's slot",
-            fetch_optional => (Option<i64>,),
-            "update lane set running = running - 1, hold = case when hold = 'budget' then null else hold end
-             where key_id = $1 returning top",
+            fetch_optional => (Option<i64>, i64, Option<String>),
+            "update lane set running = running - 1 where key_id = $1 returning top, max_running - running, hold",
             &job.key_id
         )?;
-        if lane.is_some_and(|lane| lane.0.is_some()) {
-            self.ring();
+        if let Some((top, room, hold)) = lane {
+            if hold.as_deref() == Some(Hold::Budget.as_str()) {
+                self.free_from_budget(&job.key_id).await?;
+            }
+            // Only a lane that was full has a job that could not begin before.
+            if top.is_some() && room == 1 {
+                self.ring();
+            }
         }
         if next.status.is_final() {
             self.free_group(job, now).await?;

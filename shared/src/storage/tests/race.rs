@@ -137,7 +137,16 @@ async fn submit(store: Store, keys: Arc<Vec<KeyId>>, log: Arc<Log>, seed: u64) {
         fine(tx.commit().await);
         log.accepted.lock().unwrap().push(wanted.job_id);
         if dice.roll(12) == 0 {
-            let job_id = *dice.one_of(&log.accepted.lock().unwrap());
+            let recent: Vec<JobId> = log
+                .accepted
+                .lock()
+                .unwrap()
+                .iter()
+                .rev()
+                .take(8)
+                .copied()
+                .collect();
+            let job_id = *dice.one_of(&recent);
             let outcome = fine(store.cancel_job(job_id, CancelReason::User, clock::now()).await);
             let done = u64::from(outcome == CancelOutcome::Cancelled);
             log.cancelled.fetch_add(done, Ordering::SeqCst);

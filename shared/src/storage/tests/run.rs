@@ -25,7 +25,8 @@ use serde_json::json;
     a_job_may_ask_to_fail_with_its_worker,
     a_lost_job_that_was_to_be_cancelled_is_cancelled,
     what_a_lost_run_had_spent_is_settled_as_an_estimate,
-    left_out_events_use_up_their_numbers
+    left_out_events_use_up_their_numbers,
+    the_end_of_a_run_rings_only_where_its_lane_was_full
 );
 
 fn event() -> NewEvent {
@@ -518,4 +519,30 @@ async fn left_out_events_use_up_their_numbers(db: Db) {
     assert_eq!((events[1].seq, events[1].event_type), (9, EventType::Assistant));
     world.finish(&lease, Ending::Done).await;
     assert_eq!(world.job(stored.job_id).await.last_event_seq, 10);
+}
+
+async fn the_end_of_a_run_rings_only_where_its_lane_was_full(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 2).await;
+    for _ in 0..4 {
+        world.submit(job(&key)).await;
+    }
+    let first = world.claim().await.unwrap();
+    let tickets = world.tickets().await;
+
+    world.finish(&first, Ending::Done).await;
+    assert_eq!(
+        world.tickets().await,
+        tickets,
+        "whoever was told before may begin as before"
+    );
+
+    let first = world.claim().await.unwrap();
+    world.claim().await.unwrap();
+    world.finish(&first, Ending::Done).await;
+    assert_eq!(
+        world.tickets().await,
+        tickets + 1,
+        "there was no room, and now there is"
+    );
 }
