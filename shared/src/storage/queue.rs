@@ -99,19 +99,22 @@ impl Tx {
     /// Tells other processes, when this commits, which jobs changed and whether a slot should look. On SQLite they
     /// see the commit itself.
     pub(super) async fn notify(&mut self, ring: bool) -> Result<()> {
-        let mut words: Vec<String> = self.touched.iter().map(ToString::to_string).collect();
-        if ring {
-            words.push(super::wakeups::RING.to_owned());
-        }
-        if let TxDb::Postgres(tx) = &mut self.db {
-            for word in words {
-                sqlx::query("select pg_notify($1, $2)")
-                    .bind(super::wakeups::CHANNEL)
-                    .bind(word)
-                    .execute(&mut **tx)
-                    .await
-                    .map_err(Error::during("notify"))?;
-            }
+        let TxDb::Postgres(tx) = &mut self.db else {
+            return Ok(());
+        };
+        let ring = ring.then(|| super::wakeups::RING.to_owned());
+        let words: Vec<String> = ring
+            .into_iter()
+            .chain(self.touched.iter().map(ToString::to_string))
+            .collect();
+        // A notification holds less than 8,000 bytes.
+        for words in words.chunks(200) {
+            sqlx::query("select pg_notify($1, $2)")
+                .bind(super::wakeups::CHANNEL)
+                .bind(words.join(" "))
+                .execute(&mut **tx)
+                .await
+                .map_err(Error::during("notify"))?;
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 /// The channel that notifications travel on.
 pub(super) const CHANNEL: &str = "claude_queue";
 
-/// The notification that says: a slot should look. All others are job ids.
+/// The word in a notification that says: a slot should look. All others are job ids.
 pub(super) const RING: &str = "ring";
 
 /// Where to wait for changes that any process commits. Cloning is cheap.
@@ -147,10 +147,13 @@ async fn listen_to(pool: &sqlx::PgPool, hub: &Hub) -> Result<()> {
             .await
             .map_err(Error::during("listen for wake-ups"))?
         {
-            Some(word) if word.payload() == RING => hub.slots.send_replace(()),
-            Some(word) => {
-                if let Ok(job_id) = word.payload().parse() {
-                    hub.wake_job(job_id);
+            Some(told) => {
+                for word in told.payload().split(' ') {
+                    if word == RING {
+                        hub.slots.send_replace(());
+                    } else if let Ok(job_id) = word.parse() {
+                        hub.wake_job(job_id);
+                    }
                 }
             }
             // The connection was lost and made anew: notifications may be missing.
