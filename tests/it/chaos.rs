@@ -1,4 +1,5 @@
-//! Everything at once: jobs in and out of sessions from three keys, while processes are killed and stopped at random.
+//! Everything at once: jobs in and out of sessions from three keys, while processes are killed and stopped at random,
+//! the guards of runs among them.
 //! Then peace, and what must hold then. `CHAOS_JOBS` says how many jobs (500), `CHAOS_SEED` repeats a course.
 
 use std::collections::BTreeMap;
@@ -82,6 +83,7 @@ async fn chaos(db: Db) {
         .workers(3)
         .sandbox(false)
         .env("LEASE_SECONDS", "2")
+        .env("CLAUDE_RETRY_BASE_DELAY", "0.2")
         .env("DRAIN_SECONDS", "1")
         .env("LOG_LEVEL", "warn")
         .start()
@@ -104,11 +106,7 @@ async fn chaos(db: Db) {
     let (accepted, blows) = tokio::join!(submitting, strike(&mut system, &bases, &done, Dice(seed | 1)));
 
     let wild = begin.elapsed();
-    let mut finals = BTreeMap::new();
-    for job in &accepted {
-        let client = system.client().with_key(KEYS[job.key]);
-        finals.insert(job.id.clone(), patiently(&client, &job.id).await);
-    }
+    let finals = finals(&system, &accepted).await;
     let all = begin.elapsed();
     check(&system, &accepted, &finals).await;
 
@@ -195,6 +193,8 @@ async fn submit(bases: &Mutex<[Client; 2]>, next: &AtomicUsize, seed: u64) -> Ve
 struct Blows {
     killed: usize,
     stopped: usize,
+    guards_killed: usize,
+    guards_stopped: usize,
     /// A start may fail while a stopped process holds the database: then a supervisor tries again.
     failed_starts: usize,
 }
@@ -208,32 +208,29 @@ async fn strike(
 ) -> Blows {
     let mut blows = Blows::default();
     let begin = Instant::now();
-    let limit = Duration::from_secs(15) + Duration::from_millis(60) * u32::try_from(jobs()).unwrap();
+    let limit = Duration::from_secs(10) + Duration::from_millis(40) * u32::try_from(jobs()).unwrap();
     let mut stopped: Vec<(usize, Instant)> = Vec::new();
     let mut ticks = tokio::time::interval(BLOW);
     loop {
         ticks.tick().await;
         stopped.retain(|(_, until)| Instant::now() < *until);
-        let index = usize::try_from(dice.roll(5)).unwrap();
-        if stopped.iter().any(|(stopped, _)| *stopped == index) {
-            continue;
-        }
-        if dice.roll(3) == 0 {
+        // Two API processes, three workers, and now and then a guard.
+        let index = usize::try_from(dice.roll(7)).unwrap();
+        let stop = dice.roll(3) == 0;
+        if index >= 5 {
+            strike_a_guard(system, &mut blows, &mut dice, stop);
+        } else if stop && stopped.iter().all(|(other, _)| *other != index) {
             blows.stopped += 1;
             let pause = Duration::from_millis(200 + dice.roll(4_000));
             let process = &system.processes()[index];
             process.pause();
             stopped.push((index, Instant::now() + pause));
-            // By itself: a process that stopped in the middle of a transaction on SQLite keeps a start waiting.
-            let pid = process.pid().unwrap();
-            tokio::spawn(async move {
-                tokio::time::sleep(pause).await;
-                processes::signal(pid, Signal::CONT);
-            });
+            wake_after(process.pid().unwrap(), pause);
         } else {
             blows.killed += 1;
             system.processes()[index].kill();
             blows.failed_starts += system.processes()[index].supervise().await;
+            stopped.retain(|(other, _)| *other != index);
             if index < 2 {
                 bases.lock().unwrap()[index] = system.client_of(index);
             }
@@ -253,13 +250,57 @@ async fn strike(
     blows
 }
 
-async fn patiently(client: &Client, id: &str) -> Value {
-    eventually(Duration::from_mins(2), &format!("the end of {id}"), async || {
-        let answer = client.get(&format!("/api/v1/jobs/{id}?wait=20")).await;
-        let job = answer.data(200).clone();
-        tests::client::is_final(&job).then_some(job)
-    })
-    .await
+/// Kills a guard, or stops it, one time in three for good: its worker must do without it.
+fn strike_a_guard(system: &System, blows: &mut Blows, dice: &mut Dice, stop: bool) {
+    let guards: Vec<i32> = system
+        .run_processes()
+        .into_iter()
+        .filter(|process| process.command.starts_with("claude-queue-guard"))
+        .map(|process| process.pid)
+        .collect();
+    if guards.is_empty() {
+        return;
+    }
+    let guard = guards[usize::try_from(dice.roll(guards.len() as u64)).unwrap()];
+    if stop {
+        blows.guards_stopped += 1;
+        processes::signal(guard, Signal::STOP);
+        if dice.roll(3) > 0 {
+            wake_after(guard, Duration::from_millis(200 + dice.roll(4_000)));
+        }
+    } else {
+        blows.guards_killed += 1;
+        processes::signal(guard, Signal::KILL);
+    }
+}
+
+/// By itself: a process that stopped in the middle of a transaction on SQLite keeps a start waiting.
+fn wake_after(pid: i32, pause: Duration) {
+    tokio::spawn(async move {
+        tokio::time::sleep(pause).await;
+        processes::signal(pid, Signal::CONT);
+    });
+}
+
+/// Every accepted job at its end.
+async fn finals(system: &System, accepted: &[Accepted]) -> BTreeMap<String, Value> {
+    let mut finals = BTreeMap::new();
+    for some in accepted.chunks(16) {
+        let some = some.iter().map(async |job| {
+            let client = system.client().with_key(KEYS[job.key]);
+            let what = format!("the end of {}", job.id);
+            let job = eventually(Duration::from_mins(2), &what, async || {
+                let answer = client.get(&format!("/api/v1/jobs/{}?wait=20", job.id)).await;
+                let job = answer.data(200).clone();
+                tests::client::is_final(&job).then_some(job)
+            });
+            job.await
+        });
+        for job in at_once(some).await {
+            finals.insert(job["id"].as_str().unwrap().to_owned(), job);
+        }
+    }
+    finals
 }
 
 /// What must hold once there is peace.
@@ -272,7 +313,8 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
         i64::try_from(jobs()).unwrap()
     );
     for (id, job) in finals {
-        let fine = job["status"] == "done" || job["error_code"] == "worker_lost";
+        let killed = ["worker_lost", "claude_killed"].map(Value::from);
+        let fine = job["status"] == "done" || killed.contains(&job["error_code"]);
         assert!(fine, "{id} ended in a way that nobody asked for: {job:#}");
     }
 
@@ -323,6 +365,11 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
             last = end;
         }
     }
+
+    // The database says the same about the attempts of each job.
+    let overlaps = "select count(*) from attempt a join attempt b on b.job_id = a.job_id and b.attempt = a.attempt + 1 \
+                    where b.started_at < a.ended_at";
+    assert_eq!(database.number(overlaps).await, 0);
 
     // Every story has one end, and no page is missing.
     let endings = "select count(*) from event where event_type in ('done', 'error', 'cancelled')";

@@ -9,6 +9,7 @@ use crate::id::{KeyId, WorkerId};
 use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume};
 use crate::money::MicroUsd;
 use serde_json::json;
+use std::time::Instant;
 
 /// Who claims, and how it spends.
 #[derive(Clone, Debug)]
@@ -51,6 +52,7 @@ pub(super) const RAISE: &str = concat!(
 impl Store {
     /// Claims the best runnable job for this worker.
     pub async fn claim(&self, claimant: &Claimant, now: Timestamp) -> Result<Claim> {
+        let asked = Instant::now();
         // Most looks find nothing; they needn't wait for the lock.
         let any = read!(
             self,
@@ -75,6 +77,8 @@ impl Store {
             tx.commit().await?;
             return Ok(Claim::Again);
         };
+        // The locks may have taken a while, in which an earlier attempt ended: this one began after it.
+        let now = now.plus(asked.elapsed());
         // A job is ended under its group's lock, which comes before the locks that a claim holds: so in another
         // transaction, and the turn is left untaken.
         if job.deadline_at.is_some_and(|at| at <= now) {
