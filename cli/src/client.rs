@@ -109,6 +109,18 @@ impl Client {
             .await
     }
 
+    /// What the key has done and spent.
+    pub(crate) async fn usage(&self, query: &[(&str, String)]) -> Result<Value, Failure> {
+        self.send(self.request(Method::GET, "/api/v1/usage").query(query))
+            .await
+    }
+
+    /// A page of the ledger.
+    pub(crate) async fn ledger(&self, query: &[(&str, String)]) -> Result<Value, Failure> {
+        self.send(self.request(Method::GET, "/api/v1/usage/ledger").query(query))
+            .await
+    }
+
     /// Asks for a job's end.
     pub(crate) async fn cancel(&self, id: &str) -> Result<Value, Failure> {
         let mut answer = self

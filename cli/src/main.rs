@@ -1,5 +1,6 @@
 //! `claude-queue`, the command for people: serves (`up`), shows (`demo`), looks after (`migrate`, `doctor`), plays the
-//! Anthropic API (`simulator`), and is a client of a running service (`submit`, `wait`, `logs`, `cancel`, `jobs`).
+//! Anthropic API (`simulator`), and is a client of a running service (`submit`, `wait`, `logs`, `cancel`,
+//! `jobs`, `usage`).
 //!
 //! The only crate that knows both the API and the worker. Each command is a file of its name.
 
@@ -23,6 +24,7 @@ mod show;
 mod simulator_command;
 mod submit;
 mod up;
+mod usage;
 mod wait;
 
 use std::process::ExitCode;
@@ -66,6 +68,8 @@ enum Command {
     Cancel(cancel::Arguments),
     /// List jobs, the newest first
     Jobs(jobs::Arguments),
+    /// Show what was spent, and what is left of the budget
+    Usage(usage::Arguments),
     /// Make, list, rotate and revoke API keys, in the database itself
     Keys(keys::Arguments),
 }
@@ -110,6 +114,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Logs(arguments) => logs::run(&vars, arguments).await,
         Command::Cancel(arguments) => cancel::run(&vars, arguments).await,
         Command::Jobs(arguments) => jobs::run(&vars, arguments).await,
+        Command::Usage(arguments) => usage::run(&vars, arguments).await,
         Command::Keys(arguments) => keys::run(&vars, arguments).await,
         Command::Demo(_) | Command::Simulator(_) => Ok(()),
     }
