@@ -61,10 +61,10 @@ async fn main() {
             ("ready, of the same key", Waiting::Own),
             ("ready, of a key at its cap", Waiting::Capped),
             ("delayed, of the same key", Waiting::Delayed),
-            ("in one busy group of the same key", Waiting::Grouped),
+            ("in one busy group, submitting to it", Waiting::Grouped),
         ] {
-            let empty = Bench::new(db, None).await;
-            let full = Bench::new(db, Some((kind, waiting))).await;
+            let empty = Bench::new(db, kind, 0).await;
+            let full = Bench::new(db, kind, waiting).await;
             let cells = compare(empty, full, rounds).await;
             println!("| {db:?} | {name} | {} |", cells.join(" | "));
         }
@@ -96,11 +96,15 @@ struct Bench {
     folder: PathBuf,
     key: KeyId,
     claimant: Claimant,
+    /// The group that jobs are submitted to.
+    group: Option<String>,
+    /// Whether the group is busy, so that only another job can be claimed.
+    busy: bool,
     took: [Vec<u128>; 3],
 }
 
 impl Bench {
-    async fn new(db: Db, waiting: Option<(Waiting, u64)>) -> Self {
+    async fn new(db: Db, kind: Waiting, waiting: u64) -> Self {
         let folder = place::folder('b');
         let database = Database::empty(db, &folder).await;
         let url = DatabaseUrl::parse(database.url()).unwrap();
@@ -117,26 +121,40 @@ impl Bench {
             cli_version: "2.1.331".to_owned(),
             least_reserve: MicroUsd(50_000),
         };
-        if let Some((kind, count)) = waiting {
-            fill(&database, &store, &claimant, kind, count).await;
+        if waiting > 0 {
+            fill(&database, &store, &claimant, kind, waiting).await;
         }
+        let grouped = matches!(kind, Waiting::Grouped);
         Self {
             store,
             folder,
             key,
             claimant,
+            group: grouped.then(|| "busy".to_owned()),
+            busy: grouped && waiting > 0,
             took: Default::default(),
         }
+    }
+
+    async fn submit(&self, concurrency_key: Option<String>, now: Timestamp) {
+        let mut tx = self.store.begin().await.unwrap();
+        let wanted = NewJob {
+            concurrency_key,
+            ..job(&self.key, now)
+        };
+        tx.insert_job(&wanted).await.unwrap();
+        tx.commit().await.unwrap();
     }
 
     /// A job is submitted, claimed and done.
     async fn round(&mut self, counts: bool) {
         let now = clock::now();
         let begin = Instant::now();
-        let mut tx = self.store.begin().await.unwrap();
-        tx.insert_job(&job(&self.key, now)).await.unwrap();
-        tx.commit().await.unwrap();
+        self.submit(self.group.clone(), now).await;
         let submitted = begin.elapsed();
+        if self.busy {
+            self.submit(None, now).await;
+        }
 
         let begin = Instant::now();
         let lease = claim(&self.store, &self.claimant, now).await;
