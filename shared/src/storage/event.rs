@@ -19,10 +19,10 @@ impl Tx {
             return Ok(last);
         }
         macro_rules! insert {
-            ($db:ty, $tx:expr) => {{
+            ($db:ty, $tx:expr, $events:expr, $first:expr) => {{
                 let mut query =
                     QueryBuilder::<$db>::new("insert into event (job_id, seq, event_type, at, data) ");
-                query.push_values(events.iter().zip(last + 1..), |mut row, (event, seq)| {
+                query.push_values($events.iter().zip($first..), |mut row, (event, seq)| {
                     row.push_bind(job_id)
                         .push_bind(seq)
                         .push_bind(event.event_type);
@@ -31,11 +31,14 @@ impl Tx {
                 query.build().execute(&mut **$tx).await.map(drop)
             }};
         }
-        match &mut self.db {
-            TxDb::Sqlite(tx) => insert!(Sqlite, tx),
-            TxDb::Postgres(tx) => insert!(Postgres, tx),
+        // A statement has room for so many parameters only.
+        for (events, first) in events.chunks(1000).zip((last + 1..).step_by(1000)) {
+            match &mut self.db {
+                TxDb::Sqlite(tx) => insert!(Sqlite, tx, events, first),
+                TxDb::Postgres(tx) => insert!(Postgres, tx, events, first),
+            }
+            .map_err(Error::during("store events"))?;
         }
-        .map_err(Error::during("store events"))?;
         self.touch(job_id);
         Ok(last + i64::try_from(events.len()).unwrap_or(i64::MAX))
     }

@@ -1,7 +1,7 @@
 //! The holder of a lease: the fence, cancels, retries, hand-backs, lost workers.
 
 use super::{NOW, World, again, at, failed, job, report, spend};
-use crate::event::{EventType, NewEvent};
+use crate::event::{Event, EventType, NewEvent};
 use crate::job::{
     CancelReason, Ending, Hold, Job, JobStatus, Lease, NewJob, OnWorkerLost, Report, Resume, Spend,
 };
@@ -26,6 +26,7 @@ use serde_json::json;
     a_lost_job_that_was_to_be_cancelled_is_cancelled,
     what_a_lost_run_had_spent_is_settled_as_an_estimate,
     left_out_events_use_up_their_numbers,
+    thousands_of_events_are_stored_at_once_and_read_page_by_page,
     the_end_of_a_run_rings_only_where_its_lane_was_full
 );
 
@@ -545,4 +546,35 @@ async fn the_end_of_a_run_rings_only_where_its_lane_was_full(db: Db) {
         tickets + 1,
         "there was no room, and now there is"
     );
+}
+
+async fn thousands_of_events_are_stored_at_once_and_read_page_by_page(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 1).await;
+    let stored = world.submit(job(&key)).await;
+    let lease = world.claim_job(&stored).await;
+
+    let events: Vec<_> = (0..7001)
+        .map(|number| NewEvent::new(EventType::Tool, json!({ "number": number })))
+        .collect();
+    world.store.record(&lease, &events, None, NOW).await.unwrap();
+
+    let mut seen = Vec::new();
+    loop {
+        let after = seen.last().map_or(2, |event: &Event| event.seq);
+        let page = world
+            .store
+            .events_after(stored.job_id, after, 3000)
+            .await
+            .unwrap();
+        if page.is_empty() {
+            break;
+        }
+        seen.extend(page);
+    }
+    assert_eq!(seen.len(), 7001);
+    for (number, event) in seen.iter().enumerate() {
+        assert_eq!(event.data, json!({ "number": number }).to_string());
+    }
+    assert_eq!(world.faults().await, [""; 0]);
 }
