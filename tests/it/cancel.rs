@@ -219,7 +219,7 @@ async fn a_daemon_ends(db: Db, sandbox: bool) {
 async fn a_run_ends_at_its_timeout(db: Db) {
     let system = System::start(db).await;
     let client = system.client();
-    let message = ready([Step::Hang]).prompt();
+    let message = daemonic().then(Step::Hang).prompt();
     let begin = Instant::now();
 
     let id = client

@@ -180,7 +180,7 @@ async fn all_slots_are_always_used(db: Db) {
         .start()
         .await;
     let client = system.client();
-    let script = |number: usize| steps([Step::Sleep(700)]).traced(&number.to_string());
+    let script = |number: usize| steps([Step::Sleep(1_200)]).traced(&number.to_string());
 
     let ids = at_once((0..20).map(|number| {
         let client = client.clone();
@@ -202,10 +202,13 @@ async fn all_slots_are_always_used(db: Db) {
         Some(4),
         "never more than four, and four were reached"
     );
-    // From the first to the last the four slots are busy: five rounds of 0.7 s, and a little for the starts.
-    let took = lives.iter().map(|life| life.last).max().unwrap() - lives[0].first;
-    let took = Duration::from_nanos(took);
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    // From the first to the last the four slots are busy, but for the moments in which a run starts.
+    let busy: u64 = lives.iter().map(|life| life.last - life.first).sum();
+    let span = lives.iter().map(|life| life.last).max().unwrap() - lives[0].first;
+    assert!(
+        busy * 10 > span * 4 * 7,
+        "of {span} ns four slots were busy for {busy} ns in all"
+    );
 }
 
 async fn a_key_never_runs_more_than_its_share(db: Db) {
