@@ -141,29 +141,38 @@ impl Keyring {
     async fn find(&self, secret: &[u8], config: &Config, guessing: bool) -> storage::Result<Found> {
         let mut refused = None;
         if let Some(kid) = Secret::kid_of(secret) {
-            let known = self.key(&kid, guessing).await?;
-            match (known, &self.secret_key) {
-                (Some(stored), Some(secret_key)) => {
-                    let now = clock::now();
-                    let opens = stored.key.is_opened_by(&secret_key.digest(secret), now);
-                    if opens && stored.key.status(now) == KeyStatus::Active {
-                        return Ok(Found::Opens(stored.caller.clone()));
-                    }
-                    refused = Some(stored.key.key_id.clone());
+            let mut known = self.key(&kid, guessing).await?;
+            if !guessing
+                && known
+                    .as_ref()
+                    .is_some_and(|stored| !self.is_opened(stored, secret))
+            {
+                // It may have been rotated elsewhere a moment ago: who got the new secret there can use it here.
+                self.known().remove(&kid);
+                known = self.key(&kid, false).await?;
+            }
+            if let Some(stored) = known {
+                if self.is_opened(&stored, secret) && stored.key.status(clock::now()) == KeyStatus::Active {
+                    return Ok(Found::Opens(stored.caller.clone()));
                 }
-                (Some(stored), None) => {
-                    if !self.warned.swap(true, Ordering::Relaxed) {
-                        tracing::warn!("SECRET_KEY isn't set, so the keys of the database open nothing here");
-                    }
-                    refused = Some(stored.key.key_id.clone());
-                }
-                (None, _) => {}
+                refused = Some(stored.key.key_id.clone());
             }
         }
         Ok(match config.keys.find(secret, guessing) {
             Some(caller) => Found::Opens(caller.clone()),
             None => Found::Refused(refused),
         })
+    }
+
+    /// Whether the secret is this key's.
+    fn is_opened(&self, stored: &Stored, secret: &[u8]) -> bool {
+        if let Some(secret_key) = &self.secret_key {
+            return stored.key.is_opened_by(&secret_key.digest(secret), clock::now());
+        }
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!("SECRET_KEY isn't set, so the keys of the database open nothing here");
+        }
+        false
     }
 
     /// The key of this name, as it was at most two seconds ago.

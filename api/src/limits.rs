@@ -113,14 +113,15 @@ impl Limits {
     /// Counts a request of this caller; the answer says whether it is allowed. A database that can't be asked is an
     /// error, never a yes.
     pub async fn admit(&self, caller: &Caller, policy: Policy, config: &Config) -> Result<Quota> {
-        let bucket = bucket(&caller.key_id, policy);
-        self.take(bucket, caller.rate(policy, config)).await
+        let rate = caller.rate(policy, config);
+        self.take(bucket(&caller.key_id, policy, rate), rate).await
     }
 
     /// How a caller stands, without counting anything.
     pub async fn quota(&self, caller: &Caller, policy: Policy, config: &Config) -> Result<Quota> {
-        let bucket = bucket(&caller.key_id, policy);
-        self.store.quota(&bucket, caller.rate(policy, config)).await
+        let rate = caller.rate(policy, config);
+        let bucket = bucket(&caller.key_id, policy, rate);
+        self.store.quota(&bucket, rate).await
     }
 
     /// Counts a failed authentication from this address; whether more may be tried.
@@ -135,11 +136,7 @@ impl Limits {
     }
 
     async fn take(&self, bucket: String, rate: Rate) -> Result<Quota> {
-        let closed = self
-            .closed()
-            .get(&bucket)
-            .filter(|closed| closed.quota.rate == rate)
-            .and_then(Closed::now);
+        let closed = self.closed().get(&bucket).and_then(Closed::now);
         if let Some(quota) = closed {
             return Ok(quota);
         }
@@ -198,8 +195,10 @@ impl Limits {
     }
 }
 
-fn bucket(key_id: &KeyId, policy: Policy) -> String {
-    format!("{key_id}:{}", policy.as_str())
+/// Another limit is another bucket, and that is full: raising a limit works at once.
+fn bucket(key_id: &KeyId, policy: Policy, rate: Rate) -> String {
+    let (limit, window) = (rate.limit(), rate.window_seconds());
+    format!("{key_id}:{}:{limit}/{window}", policy.as_str())
 }
 
 fn door_of(client: IpAddr) -> String {

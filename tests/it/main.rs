@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod bad_input; // What may not be submitted: each its own problem, and nothing written.
+mod budgets; // Money: never more than the limit, whoever dies.
 mod cancel; // A cancel, a timeout: final, paid for, and no process left.
 mod chaos; // Everything at once, and what holds afterwards.
 mod config; // Bad settings stop the start and say which.
@@ -11,8 +12,12 @@ mod events; // The stream of a job's events: replayed, live, resumed.
 mod gate; // Keys, request ids, slow clients, the drain.
 mod idempotency; // A retried submission makes one job.
 mod jobs; // From submission to result, and what can be read in between.
+mod keys; // Keys of the database: made, used, rotated, taken back.
+mod limits; // How often a key may ask, and that the headers say it.
 mod order; // Which job runs when.
 mod outcomes; // What a run can end as.
+mod ownership; // Nobody sees what another owns, on any path there is.
 mod real_cli; // The real Claude CLI against the simulator.
 mod tickets; // What wakes the slots may be lost, damaged or too much.
+mod usage; // What was spent, exact against the attempts.
 mod weather; // The database goes away and comes back.

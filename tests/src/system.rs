@@ -416,11 +416,22 @@ impl System {
 
 fn leaks(written: &str) -> Vec<&str> {
     let secret = |line: &&str| {
-        KEYS.iter()
-            .chain([&ANTHROPIC_KEY])
-            .any(|secret| line.contains(secret))
+        let known = KEYS.iter().chain([&ANTHROPIC_KEY]);
+        known.into_iter().any(|secret| line.contains(secret)) || holds_a_secret(line)
     };
     written.lines().filter(secret).collect()
+}
+
+/// Whether a text holds what looks like the secret of a key that the product made: `cjk_` or `cja_`, 8 characters, `_`,
+/// 49 characters.
+pub fn holds_a_secret(text: &str) -> bool {
+    ["cjk_", "cja_"].iter().any(|prefix| {
+        text.match_indices(prefix).any(|(at, _)| {
+            let rest = &text.as_bytes()[at + prefix.len()..];
+            let plain = |bytes: &[u8]| bytes.iter().all(u8::is_ascii_alphanumeric);
+            rest.len() >= 58 && plain(&rest[..8]) && rest[8] == b'_' && plain(&rest[9..58])
+        })
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
