@@ -2,6 +2,7 @@
 
 pub mod cancel;
 pub mod read;
+pub mod remove;
 pub mod stream;
 pub mod submit;
 pub mod view;
@@ -28,8 +29,12 @@ pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, 
 
 /// `/api/v1/jobs/{id}`.
 pub async fn item(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    only(request, &[Method::GET])?;
-    read::show(request, find(request, caller, id).await?).await
+    only(request, &[Method::GET, Method::DELETE])?;
+    let job = find(request, caller, id).await?;
+    match request.method {
+        Method::DELETE => remove::remove(request, &job).await,
+        _ => read::show(request, job).await,
+    }
 }
 
 /// `/api/v1/jobs/{id}/result`.

@@ -80,7 +80,7 @@ macro_rules! route {
 fn table() -> Vec<Route> {
     vec![
         route!(keyed "api" / "v1" / "jobs" => jobs::collection [GET JobsRead Read, POST JobsWrite Submit]),
-        route!(keyed "api" / "v1" / "jobs" / Segment, id => jobs::item [GET JobsRead Read]),
+        route!(keyed "api" / "v1" / "jobs" / Segment, id => jobs::item [GET JobsRead Read, DELETE JobsWrite Read]),
         route!(keyed "api" / "v1" / "jobs" / Segment / "events", id => jobs::events [GET JobsRead Read]),
         route!(keyed "api" / "v1" / "jobs" / Segment / "stream", id => jobs::stream [GET JobsRead Read]),
         route!(keyed "api" / "v1" / "jobs" / Segment / "result", id => jobs::result [GET JobsRead Read]),

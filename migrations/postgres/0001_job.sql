@@ -81,7 +81,8 @@ create table job (
   completed_at bigint,
   last_event_seq bigint not null default 0,
   version bigint not null default 1,
-  data_removed boolean not null default false
+  data_removed boolean not null default false,
+  remove_requested boolean not null default false -- by its owner: its workspace is still to be removed
 );
 create index job_queue on job (key_id, hold, priority desc, job_number) where status = 'queued';
 create index job_running on job (key_id) where status = 'running';
@@ -90,7 +91,8 @@ create unique index job_group_head on job (key_id, group_key)
   where group_key is not null and status in ('queued', 'running') and hold <> 'order';
 create index job_due on job (run_after) where status = 'queued' and hold in ('delay', 'usage_limit');
 create index job_deadline on job (deadline_at) where deadline_at is not null and status in ('queued', 'running');
-create index job_retention on job (completed_at) where completed_at is not null and not data_removed;
+create index job_retention on job (completed_at, job_number) where completed_at is not null and not data_removed;
+create index job_remove on job (job_number) where remove_requested;
 create index job_list on job (key_id, job_number desc);
 create index job_session on job (session_id, job_number desc) where session_id is not null;
 

@@ -2,7 +2,7 @@
 //! nothing when it doesn't.
 
 use crate::context::Context;
-use shared::clock::{self, Timestamp};
+use shared::clock;
 use shared::storage::{Result, WorkerRow};
 use std::time::Duration;
 
@@ -26,8 +26,7 @@ pub(crate) async fn announce(ctx: &Context) -> Result<()> {
         paused_until: pause.as_ref().map(|(until, _)| *until),
         pause_reason: pause.map(|(_, reason)| reason),
     };
-    let gone_before = Timestamp(now.0.saturating_sub(i64::try_from(GONE.as_micros()).unwrap_or(0)));
-    ctx.store.put_worker(&row, gone_before).await
+    ctx.store.put_worker(&row, now.before(GONE)).await
 }
 
 /// The same at once, for what people should see now. An outage delays it to the next regular time.

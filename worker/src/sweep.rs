@@ -1,14 +1,16 @@
 //! The sweeper: on a timer, no input, the same work every time, safe in every worker at once. It takes lost leases,
 //! ends overdue jobs, makes due ones ready, pushes missing tickets, and removes what is older than the retention.
 
+mod retention;
+
 use crate::context::Context;
 use crate::guard;
 use crate::presence;
 use crate::room;
-use crate::workspace::Folders;
 use futures_util::FutureExt;
 use futures_util::future::{Fuse, FusedFuture};
-use shared::clock::{self, Timestamp};
+use retention::Retention;
+use shared::clock;
 use shared::job::CancelReason;
 use shared::storage::{Result, RunningLease};
 use shared::telemetry::chain;
@@ -25,6 +27,9 @@ const GAP: Duration = Duration::from_secs(2);
 
 /// How often it looks for old data, and says how the worker is.
 const SLOWLY: Duration = Duration::from_secs(5);
+
+/// Old things are removed in small batches; no more of them than this each time.
+const MOST_BATCHES: usize = 10;
 
 /// Watches leases on this process's own clock: a lease is lost when it stood still for `LEASE_SECONDS` while it was
 /// looked at without a gap. So no clock step, no skew and no outage of the database takes anybody's lease.
@@ -60,7 +65,8 @@ pub(crate) async fn sweep(ctx: &Context) {
     tokio::join!(
         Box::pin(watch_leases(ctx)),
         Box::pin(clean_up(ctx)),
-        Box::pin(watch_room(ctx))
+        Box::pin(watch_room(ctx)),
+        Box::pin(remove_what_is_old(ctx))
     );
 }
 
@@ -150,6 +156,21 @@ async fn watch_room(ctx: &Context) {
     }
 }
 
+/// Removes what ended jobs have left.
+async fn remove_what_is_old(ctx: &Context) {
+    let mut retention = Retention::default();
+    let mut ticks = tokio::time::interval(SLOWLY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if let Err(error) = retention.sweep(ctx).await
+            && !ctx.store.note(&error)
+        {
+            warn!(error = %chain(&error), "could not remove old data; trying again");
+        }
+    }
+}
+
 async fn once(ctx: &Context) -> Result<()> {
     for job_id in ctx.store.overdue_jobs(clock::now()).await? {
         ctx.store
@@ -169,28 +190,13 @@ async fn once(ctx: &Context) -> Result<()> {
 
 async fn rarely(ctx: &Context) -> Result<()> {
     presence::announce(ctx).await?;
-    let now = clock::now();
-    for job in ctx.store.expired_jobs(before(now, ctx.config.retention)).await? {
-        if job.session_id.is_none() {
-            let folders = Folders::of_job(&ctx.config.data_dir, &job.job_id);
-            if let Err(error) = folders.remove().await {
-                warn!(job.id = %job.job_id, error = %error, "could not remove an expired job's workspace");
-                continue;
-            }
+    let expired = clock::now().before(ctx.config.idempotency_ttl);
+    for _ in 0..MOST_BATCHES {
+        if ctx.store.forget_idempotency(expired).await? == 0 {
+            break;
         }
-        ctx.store.remove_data(job.job_id).await?;
     }
-    ctx.store
-        .forget_idempotency(before(now, ctx.config.idempotency_ttl))
-        .await?;
     Ok(())
-}
-
-fn before(now: Timestamp, age: Duration) -> Timestamp {
-    Timestamp(
-        now.0
-            .saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX)),
-    )
 }
 
 #[cfg(test)]

@@ -102,7 +102,8 @@ fn private_directory(path: &Path) -> io::Result<()> {
 }
 
 /// Removes a directory without recursion: each directory in it is first moved up into one place beside it. So a tree
-/// of any depth needs one open directory and short paths, and a directory without rights is opened up first.
+/// of any depth needs one open directory and short paths, and a directory without rights is opened up first. Several
+/// may remove the same one at once.
 fn remove_tree(root: &Path) -> io::Result<()> {
     let mut gathered = root.as_os_str().to_owned();
     gathered.push(".removed");
@@ -112,7 +113,7 @@ fn remove_tree(root: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound && !gathered.exists() => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
-        Ok(meta) if !meta.is_dir() => return fs::remove_file(root),
+        Ok(meta) if !meta.is_dir() => return gone(fs::remove_file(root)),
         Ok(_) => {
             private_directory(&gathered)?;
             move_into(root, &gathered, &mut next)?;
@@ -120,38 +121,62 @@ fn remove_tree(root: &Path) -> io::Result<()> {
     }
     loop {
         let mut found = false;
-        for entry in fs::read_dir(&gathered)? {
+        for entry in entries(&gathered)? {
             found = true;
             empty(&entry?.path(), &gathered, &mut next)?;
         }
         if !found {
-            return fs::remove_dir(&gathered);
+            match gone(fs::remove_dir(&gathered)) {
+                // Somebody else has moved more into it.
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                removed => return removed,
+            }
         }
     }
 }
 
 /// Removes a directory's files, moves its directories into `gathered`, and then removes it.
 fn empty(directory: &Path, gathered: &Path, next: &mut u64) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
+    for entry in entries(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             move_into(&entry.path(), gathered, next)?;
         } else {
-            fs::remove_file(entry.path())?;
+            gone(fs::remove_file(entry.path()))?;
         }
     }
-    fs::remove_dir(directory)
+    gone(fs::remove_dir(directory))
 }
 
 fn move_into(directory: &Path, gathered: &Path, next: &mut u64) -> io::Result<()> {
-    fs::set_permissions(directory, Permissions::from_mode(0o700))?;
-    // A removal that was cut short has left numbers behind.
+    gone(fs::set_permissions(directory, Permissions::from_mode(0o700)))?;
+    // A removal that was cut short has left numbers behind, and others count too.
     loop {
         let to = gathered.join(next.to_string());
         *next += 1;
-        if !to.exists() {
-            return fs::rename(directory, to);
+        if to.exists() {
+            continue;
         }
+        match gone(fs::rename(directory, to)) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            moved => return moved,
+        }
+    }
+}
+
+/// What a directory holds; nothing when it's gone.
+fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>>> {
+    match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None.into_iter().flatten()),
+        entries => Ok(Some(entries?).into_iter().flatten()),
+    }
+}
+
+/// What was to go and isn't there is gone.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 

@@ -4,7 +4,6 @@ use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, execute, read};
 use crate::budget::BudgetStatus;
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
-use crate::job::Job;
 use sqlx::{Postgres, QueryBuilder, Sqlite};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -91,66 +90,6 @@ impl Store {
             now
         )?;
         Ok(rows.into_iter().map(|row| row.0).collect())
-    }
-
-    /// Jobs that ended before this time and still have their data, 100 at most.
-    pub async fn expired_jobs(&self, before: Timestamp) -> Result<Vec<Job>> {
-        read!(
-            self,
-            "look for expired jobs",
-            fetch_all => Job,
-            "select * from job where completed_at is not null and not data_removed and completed_at < $1
-             order by completed_at limit 100",
-            before
-        )
-    }
-
-    /// Removes the prompt, result and events of an ended job; its row and its ledger stay. The caller has removed
-    /// its workspace first, so that a crash in between leaves work for the next sweep and nothing behind.
-    /// `false` when the job hasn't ended.
-    pub async fn remove_data(&self, job_id: JobId) -> Result<bool> {
-        let mut tx = self.begin().await?;
-        let marked = execute!(
-            tx,
-            "remove a job's data",
-            "update job set data_removed = true, version = version + 1
-             where job_id = $1 and completed_at is not null and not data_removed",
-            job_id
-        )?;
-        if marked == 0 {
-            tx.rollback().await?;
-            return Ok(false);
-        }
-        for table in [
-            "delete from prompt where job_id = $1",
-            "delete from result where job_id = $1",
-            "delete from event where job_id = $1",
-        ] {
-            execute!(tx, "remove a job's data", table, job_id)?;
-        }
-        execute!(
-            tx,
-            "remove a job's data",
-            "update attempt set stderr_tail = null where job_id = $1",
-            job_id
-        )?;
-        tx.touch(job_id);
-        tx.commit().await?;
-        Ok(true)
-    }
-
-    /// Forgets idempotency keys older than this, 500 at most.
-    pub async fn forget_idempotency(&self, before: Timestamp) -> Result<u64> {
-        let mut tx = self.begin().await?;
-        let rows = execute!(
-            tx,
-            "forget idempotency keys",
-            "delete from idempotency where (key_id, route, idempotency_key) in (
-               select key_id, route, idempotency_key from idempotency where created_at < $1 limit 500)",
-            before
-        )?;
-        tx.commit().await?;
-        Ok(rows)
     }
 
     /// Makes jobs ready whose time has come, up to a thousand. A transaction for each lane, because one that locked

@@ -9,6 +9,7 @@ mod list;
 mod open;
 mod plan;
 mod race;
+mod retention;
 mod run;
 mod session;
 mod status;

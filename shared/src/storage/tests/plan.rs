@@ -95,11 +95,20 @@ const HOT: &[Hot] = &[
     },
     Hot {
         what: "what retention takes",
-        sql: "select * from job where completed_at is not null and not data_removed and completed_at < $1
-              order by completed_at limit 100",
-        arguments: &["10"],
+        sql: "select * from job
+              where completed_at is not null and not data_removed and completed_at < $1
+                and (completed_at, job_number) > ($2, $3)
+              order by completed_at, job_number limit 100",
+        arguments: &["10", "0", "0"],
         sqlite: "job_retention",
         postgres: "job_retention",
+    },
+    Hot {
+        what: "workspaces that owners want removed",
+        sql: "select * from job where remove_requested and job_number > $1 order by job_number limit 100",
+        arguments: &["0"],
+        sqlite: "job_remove",
+        postgres: "job_remove",
     },
     Hot {
         what: "the place of a ready job",
@@ -156,6 +165,7 @@ const SOURCES: &[&str] = &[
     include_str!("../event.rs"),
     include_str!("../job.rs"),
     include_str!("../queue.rs"),
+    include_str!("../retention.rs"),
     include_str!("../run.rs"),
     include_str!("../sweep.rs"),
 ];

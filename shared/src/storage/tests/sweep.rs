@@ -1,7 +1,7 @@
 //! What the sweeper mends and clears away.
 
-use super::{NOW, World, at, job, report};
-use crate::job::{Ending, JobStatus, NewJob};
+use super::{NOW, World, at, job};
+use crate::job::NewJob;
 use crate::storage::{QUEUE, Swept};
 use ::tests::database::Db;
 
@@ -10,9 +10,7 @@ use ::tests::database::Db;
     used_tickets_are_removed,
     a_hint_that_is_too_low_is_raised,
     hundreds_of_due_jobs_are_released_in_one_sweep,
-    sweepers_at_once_do_not_disturb_each_other,
-    the_data_of_an_ended_job_is_removed_once,
-    expired_jobs_are_those_that_ended_before
+    sweepers_at_once_do_not_disturb_each_other
 );
 
 /// The queue library's table of entries.
@@ -212,59 +210,4 @@ async fn sweepers_at_once_do_not_disturb_each_other(db: Db) {
         }
         assert_eq!(due, 30, "each job is released once");
     }
-}
-
-async fn the_data_of_an_ended_job_is_removed_once(db: Db) {
-    let world = World::new(db).await;
-    let key = world.key("a", 1).await;
-    let stored = world.submit(job(&key)).await;
-    let lease = world.claim_job(&stored).await;
-    assert!(!world.store.remove_data(stored.job_id).await.unwrap(), "it runs");
-    world.finish(&lease, Ending::Done).await;
-
-    assert!(world.store.remove_data(stored.job_id).await.unwrap());
-    assert!(!world.store.remove_data(stored.job_id).await.unwrap());
-
-    let left = world.job(stored.job_id).await;
-    assert_eq!((left.status, left.data_removed), (JobStatus::Done, true));
-    assert_eq!(world.store.prompt(stored.job_id).await.unwrap(), "");
-    assert_eq!(world.store.result(stored.job_id).await.unwrap(), None);
-    assert_eq!(world.events(&stored).await, [""; 0]);
-    assert_eq!(
-        world
-            .number("select count(*) from attempt where stderr_tail is null")
-            .await,
-        1
-    );
-    assert_eq!(
-        world.number("select cost from ledger").await,
-        120_000,
-        "money stays"
-    );
-    assert_eq!(world.faults().await, [""; 0]);
-}
-
-async fn expired_jobs_are_those_that_ended_before(db: Db) {
-    let world = World::new(db).await;
-    let key = world.key("a", 9).await;
-    let mut jobs = Vec::new();
-    for second in [10, 20, 30] {
-        let stored = world.submit(job(&key)).await;
-        let lease = world.claim_job(&stored).await;
-        world
-            .store
-            .finish(&lease, &report(Ending::Done), at(second))
-            .await
-            .unwrap();
-        jobs.push(stored.job_id);
-    }
-    world.submit(job(&key)).await;
-
-    let expired = async || {
-        let expired = world.store.expired_jobs(at(30)).await.unwrap();
-        expired.into_iter().map(|job| job.job_id).collect::<Vec<_>>()
-    };
-    assert_eq!(expired().await, jobs[..2]);
-    world.store.remove_data(jobs[0]).await.unwrap();
-    assert_eq!(expired().await, jobs[1..2]);
 }

@@ -1,0 +1,131 @@
+//! The end of what ended jobs have left: after the retention time, or when their owner says so. A job's row, its
+//! attempts and its ledger stay.
+
+use super::{Result, Store, Tx, execute, fetch_locked, read};
+use crate::clock::Timestamp;
+use crate::id::JobId;
+use crate::job::{Job, JobStatus};
+
+/// Whether a job's workspace is there still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workspace {
+    /// It has been removed.
+    Gone,
+    /// A worker has to remove it.
+    Left,
+}
+
+/// What came of a wish to remove a job's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// The data is gone, now or before.
+    Removed,
+    /// The job hasn't ended.
+    Active,
+    /// There is no such job.
+    NoSuchJob,
+}
+
+impl Store {
+    /// Jobs that ended before this time and still have their data, oldest first, 100 at most, beyond the job `after`.
+    pub async fn expired_jobs(&self, before: Timestamp, after: Option<&Job>) -> Result<Vec<Job>> {
+        let ended = after.and_then(|job| job.completed_at).unwrap_or(Timestamp(0));
+        let number = after.map_or(0, |job| job.job_number);
+        read!(
+            self,
+            "look for expired jobs",
+            fetch_all => Job,
+            "select * from job
+             where completed_at is not null and not data_removed and completed_at < $1
+               and (completed_at, job_number) > ($2, $3)
+             order by completed_at, job_number limit 100",
+            before,
+            ended,
+            number
+        )
+    }
+
+    /// Removes the prompt, result and events of an ended job. Whoever removes its workspace too does that first, so
+    /// that a crash in between leaves work for the next sweep and nothing behind.
+    pub async fn remove_data(&self, job_id: JobId, workspace: Workspace) -> Result<Removal> {
+        let mut tx = self.begin().await?;
+        let row = fetch_locked!(
+            tx,
+            "read a job",
+            fetch_optional => (JobStatus, bool),
+            "select status, data_removed from job where job_id = $1",
+            job_id
+        )?;
+        let removal = match row {
+            None => Removal::NoSuchJob,
+            Some((status, _)) if !status.is_final() => Removal::Active,
+            Some((_, true)) => Removal::Removed,
+            Some((_, false)) => {
+                tx.remove_data(job_id, workspace).await?;
+                tx.commit().await?;
+                return Ok(Removal::Removed);
+            }
+        };
+        tx.rollback().await?;
+        Ok(removal)
+    }
+
+    /// Jobs whose owners want their workspaces removed, 100 at most, beyond the job of this number.
+    pub async fn workspaces_to_remove(&self, after: i64) -> Result<Vec<Job>> {
+        read!(
+            self,
+            "look for workspaces to remove",
+            fetch_all => Job,
+            "select * from job where remove_requested and job_number > $1 order by job_number limit 100",
+            after
+        )
+    }
+
+    /// Says that the workspace of a job has been removed.
+    pub async fn workspace_removed(&self, job_id: JobId) -> Result<()> {
+        let mut tx = self.begin().await?;
+        execute!(
+            tx,
+            "note that a workspace is gone",
+            "update job set remove_requested = false where job_id = $1",
+            job_id
+        )?;
+        tx.commit().await
+    }
+
+    /// Forgets idempotency keys older than this, 500 at most.
+    pub async fn forget_idempotency(&self, before: Timestamp) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        let rows = execute!(
+            tx,
+            "forget idempotency keys",
+            "delete from idempotency where (key_id, route, idempotency_key) in (
+               select key_id, route, idempotency_key from idempotency where created_at < $1 limit 500)",
+            before
+        )?;
+        tx.commit().await?;
+        Ok(rows)
+    }
+}
+
+impl Tx {
+    async fn remove_data(&mut self, job_id: JobId, workspace: Workspace) -> Result<()> {
+        execute!(
+            self,
+            "remove a job's data",
+            "update job set data_removed = true, remove_requested = $2, version = version + 1 where job_id = $1",
+            job_id,
+            workspace == Workspace::Left
+        )?;
+        for statement in [
+            "delete from prompt where job_id = $1",
+            "delete from result where job_id = $1",
+            "delete from event where job_id = $1",
+            "update attempt set stderr_tail = null where job_id = $1",
+        ] {
+            execute!(self, "remove a job's data", statement, job_id)?;
+        }
+        self.touch(job_id);
+        Ok(())
+    }
+}

@@ -1,0 +1,75 @@
+//! Retention: what ended jobs have left is removed when it is old enough, or when its owner has removed the rest. The
+//! workspaces of sessions stay, they are their sessions'.
+
+use super::MOST_BATCHES;
+use crate::context::Context;
+use crate::workspace::Folders;
+use shared::clock;
+use shared::id::JobId;
+use shared::job::Job;
+use shared::storage::{Result, Workspace};
+use std::collections::HashSet;
+use tracing::warn;
+
+/// Removes old data, again and again.
+#[derive(Debug, Default)]
+pub(super) struct Retention {
+    /// Jobs whose workspaces couldn't be removed; each is told once.
+    stuck: HashSet<JobId>,
+}
+
+impl Retention {
+    /// Removes what is to be removed now, up to a thousand jobs of each kind. Whatever happens in between, the next
+    /// sweep finds the rest.
+    pub(super) async fn sweep(&mut self, ctx: &Context) -> Result<()> {
+        self.finish_removals(ctx).await?;
+        let before = clock::now().before(ctx.config.retention);
+        let mut last = None;
+        for _ in 0..MOST_BATCHES {
+            let jobs = ctx.store.expired_jobs(before, last.as_ref()).await?;
+            for job in &jobs {
+                if self.remove_workspace(ctx, job).await {
+                    ctx.store.remove_data(job.job_id, Workspace::Gone).await?;
+                }
+            }
+            last = jobs.into_iter().next_back();
+            if last.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the workspaces of jobs whose owners have removed the rest.
+    async fn finish_removals(&mut self, ctx: &Context) -> Result<()> {
+        let mut last = 0;
+        for _ in 0..MOST_BATCHES {
+            let jobs = ctx.store.workspaces_to_remove(last).await?;
+            for job in &jobs {
+                if self.remove_workspace(ctx, job).await {
+                    ctx.store.workspace_removed(job.job_id).await?;
+                }
+            }
+            let Some(job) = jobs.last() else { break };
+            last = job.job_number;
+        }
+        Ok(())
+    }
+
+    /// Whether the job has no workspace of its own any more.
+    async fn remove_workspace(&mut self, ctx: &Context, job: &Job) -> bool {
+        if job.session_id.is_some() {
+            return true;
+        }
+        let folders = Folders::of_job(&ctx.config.data_dir, &job.job_id);
+        match folders.remove().await {
+            Ok(()) => true,
+            Err(error) => {
+                if self.stuck.insert(job.job_id) {
+                    warn!(job.id = %job.job_id, error = %error, "could not remove an ended job's workspace; trying again");
+                }
+                false
+            }
+        }
+    }
+}
