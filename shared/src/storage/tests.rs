@@ -177,6 +177,7 @@ const FAULTS: &str = "select fault from (
       where not exists (select 1 from job
         where job.job_id = r.job_id and job.attempt = r.attempt and job.status = 'running')
     union all select 'spent is not the sum of the ledger', count(*) from budget_period as b
+      join budget on budget.scope = b.scope and budget.scope_id = b.scope_id and budget.period = 'total'
       where b.period_start = 0 and spent <> (select cast(coalesce(sum(cost), 0) as bigint) from ledger
         where b.scope = 'global' or ledger.key_id = b.scope_id)
     union all select 'over budget', count(*) from budget_period as b

@@ -445,7 +445,7 @@ async fn a_budget_counts_what_was_spent_before_it(db: Db) {
         .await
         .unwrap();
 
-    let spent = |scope| async { status(&world, &scope, NOW).await.spent };
+    let spent = async |scope| status(&world, &scope, NOW).await.spent;
     assert_eq!(spent(Scope::Key(a)).await, MicroUsd(300_000));
     assert_eq!(spent(Scope::Global).await, MicroUsd(600_000));
     assert_eq!(
@@ -621,7 +621,7 @@ async fn a_budget_that_is_taken_away_is_the_default_again(db: Db) {
         (MicroUsd(100_000), MicroUsd(1_000_000))
     );
     assert_eq!(delete(&Scope::Global).await, DeleteBudget::NoSuchBudget);
-    put(&world.store, &global(9), None, NOW).await;
+    put(&world.store, &global(9_000_000), None, NOW).await;
     assert_eq!(delete(&Scope::Global).await, DeleteBudget::Deleted);
     assert_eq!(world.store.budget(&Scope::Global, NOW).await.unwrap(), None);
     assert_eq!(world.faults().await, [""; 0]);
@@ -745,8 +745,16 @@ async fn a_settlement_and_a_raise_at_once_leave_nothing_waiting(db: Db) {
     let world = World::new(db).await;
     let others = [world.other().await, world.other().await, world.other().await];
     let key = world.key("a", 9).await;
+    // A job that is claimed after the settlement and before the raise would rightly fail, if it might.
+    let [of_key, global] = [of_key(&key, 0), global(0)].map(|budget| {
+        move |limit| Budget {
+            limit: MicroUsd(limit),
+            on_exceeded: OnExceeded::Hold,
+            ..budget.clone()
+        }
+    });
     let mut limit = 1_000_000;
-    put(&world.store, &of_key(&key, limit), None, NOW).await;
+    put(&world.store, &of_key(limit), None, NOW).await;
     put(&world.store, &global(limit), None, NOW).await;
     world.submit(job(&key)).await;
     let mut running = world.claim().await.unwrap();
@@ -759,7 +767,7 @@ async fn a_settlement_and_a_raise_at_once_leave_nothing_waiting(db: Db) {
             ..report(Ending::Done)
         };
         let both = async {
-            put(&others[1], &of_key(&key, limit), None, NOW).await;
+            put(&others[1], &of_key(limit), None, NOW).await;
             put(&others[1], &global(limit), None, NOW).await;
         };
         let claiming = async {
