@@ -1,6 +1,7 @@
 //! Which database: what `DATABASE_URL` says, in our spelling or in the Python service's.
 
 use crate::env::{Error, Vars};
+use sqlx::postgres::PgConnectOptions;
 use std::path::PathBuf;
 
 /// Where the database is.
@@ -44,9 +45,11 @@ impl DatabaseUrl {
             | "postgresql"
             | "postgresql+asyncpg"
             | "postgresql+psycopg"
-            | "postgresql+psycopg2" => rest
-                .starts_with("//")
-                .then(|| Self::Postgres(format!("postgres:{rest}"))),
+            | "postgresql+psycopg2" => {
+                let url = format!("postgres:{rest}");
+                (rest.starts_with("//") && url.parse::<PgConnectOptions>().is_ok())
+                    .then_some(Self::Postgres(url))
+            }
             // SQLAlchemy writes three slashes before a relative path and four before an absolute one.
             "sqlite+aiosqlite" | "sqlite+pysqlite" => rest.strip_prefix("///").and_then(file),
             "sqlite" => match rest.strip_prefix("///") {
@@ -97,6 +100,7 @@ mod tests {
             "sqlite+aiosqlite://",
             "data/q.db",
             "postgres:db",
+            "postgres://db:notaport/q",
         ] {
             assert_eq!(DatabaseUrl::parse(text), None, "{text}");
         }
