@@ -14,6 +14,7 @@ both!(
     a_wrong_key_fails_the_job_with_what_to_do,
     it_is_cancelled_in_the_middle_of_an_answer,
     it_ends_at_its_timeout_in_the_middle_of_a_command,
+    it_goes_on_in_its_conversation_when_its_worker_was_killed,
 );
 
 async fn start(db: Db) -> (System, Client) {
@@ -161,4 +162,67 @@ async fn it_ends_at_its_timeout_in_the_middle_of_a_command(db: Db) {
         .collect();
     assert_eq!(tools.len(), 1, "the command had begun");
     assert!(job["cost"].as_f64().unwrap() > 0.0, "{job:#}");
+}
+
+async fn it_goes_on_in_its_conversation_when_its_worker_was_killed(db: Db) {
+    let mut system = System::builder()
+        .database(db)
+        .cli(Cli::Real)
+        .env("LEASE_SECONDS", "2")
+        .start()
+        .await;
+    let client = system.client();
+    // Five minutes at first, a moment when it finds what the first run has done.
+    let command = "if test -e begun; then echo found; else touch begun; sleep 300; fi";
+    let scenario = json!({ "steps": [
+        { "text": "Here I go.", "tools": [{ "name": "Bash", "input": { "command": command, "description": "Begin" } }] },
+        { "text": "All of it is done." },
+    ]});
+    system
+        .simulator()
+        .put_scenario("goes-on", serde_json::from_value(scenario).unwrap());
+    let id = client.accepted("[[scenario:goes-on]] Begin, then finish.").await;
+    tests::eventually(Duration::from_secs(20), "the first run's work", async || {
+        system.workspace(&id).join("begun").exists().then_some(())
+    })
+    .await;
+    client.until(&id, |job| job["cost"].as_f64() > Some(0.0)).await;
+
+    system.worker(0).restart().await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(
+        (&job["status"], &job["attempt"]),
+        (&json!("done"), &json!(2)),
+        "{job:#}"
+    );
+    assert_eq!(job["result"]["content"], "All of it is done.");
+    // The model has seen the first run's messages, and that the run was interrupted.
+    let sessions = system
+        .database()
+        .texts("select claude_session_id from attempt order by attempt")
+        .await;
+    let body = system
+        .simulator()
+        .last_body("goes-on", &sessions[1])
+        .expect("a request of the second run");
+    let messages = body["messages"].to_string();
+    for said in [
+        "Begin, then finish.",
+        "Here I go.",
+        "sleep 300",
+        "was interrupted before it could finish",
+        "found",
+    ] {
+        assert!(messages.contains(said), "{said} isn't in {messages}");
+    }
+    // Three answers were paid for, each of them once, though the CLI's own sum of the second run holds all three.
+    let requests = system.simulator().requests();
+    let answers = requests.iter().filter(|request| !request.auxiliary).count();
+    assert_eq!(answers, 3, "{requests:#?}");
+    let ledger = "select cast(sum(cost) as bigint) from ledger";
+    assert_eq!(system.database().number(ledger).await, 3 * 400);
+    let tokens = "select cast(sum(input_tokens) as bigint) from ledger";
+    assert_eq!(system.database().number(tokens).await, 3 * 100);
+    assert_eq!(job["cost"], 0.0012, "{job:#}");
 }

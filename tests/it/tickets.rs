@@ -14,6 +14,8 @@ both!(
     damaged_tickets_cost_no_job,
     tickets_without_jobs_harm_nothing,
     tickets_are_bounded_and_cleared_away,
+    a_lost_wake_up_costs_a_moment,
+    a_restart_of_the_queues_worker_drops_no_run,
 );
 
 /// The queue library's own table.
@@ -134,4 +136,116 @@ async fn tickets_are_bounded_and_cleared_away(db: Db) {
         async || (system.database().number(&tickets).await < 50).then_some(()),
     )
     .await;
+}
+
+async fn a_lost_wake_up_costs_a_moment(db: Db) {
+    let system = System::builder().database(db).sandbox(false).start().await;
+    let client = system.client();
+    let database = system.database();
+    let insert = match db {
+        Db::Sqlite => {
+            "insert into Jobs (id, job_type, job, status, attempts, max_attempts, run_at, priority) \
+             values ('01ARZ3NDEKTSV4RRFFQ69G5FAV', 'jobs', x'7b7d', 'Pending', 0, 1, 0, 0)"
+        }
+        Db::Postgres => {
+            "insert into apalis.jobs (id, job_type, job, status, attempts, max_attempts, run_at, priority) \
+             values ('01ARZ3NDEKTSV4RRFFQ69G5FAV', 'jobs', '{}'::bytea, 'Pending', 0, 1, to_timestamp(0), 0)"
+        }
+    };
+
+    // Without a ticket, and with one of which nobody was told.
+    for ticket in [None, Some(insert)] {
+        database.execute("update queue set paused = true").await;
+        let id = client.play(&answer("at last")).await;
+        let used = format!(
+            "select count(*) from {} where status = 'Pending'",
+            table(database)
+        );
+        eventually(Duration::from_secs(10), "a used ticket", async || {
+            (database.number(&used).await == 0).then_some(())
+        })
+        .await;
+        let job = client.job(&id).await.data(200).clone();
+        assert_eq!(
+            (&job["status"], &job["hold"]),
+            (&json!("queued"), &json!("paused"))
+        );
+        // Let the three rings of the ticket's own wake-up pass.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let begin = Instant::now();
+
+        database.execute("update queue set paused = false").await;
+        if let Some(insert) = ticket {
+            database.execute(insert).await;
+        }
+
+        client.finished(&id).await;
+        // The sweeper looks each second.
+        assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    }
+}
+
+async fn a_restart_of_the_queues_worker_drops_no_run(db: Db) {
+    let system = System::builder()
+        .database(db)
+        .sandbox(false)
+        .env("WORKER_CONCURRENCY", "2")
+        .start()
+        .await;
+    let client = system.client();
+    let script = |tag: usize, millis| steps([Step::Sleep(millis)]).traced(&tag.to_string());
+    // One slot is free, so the queue's worker goes on looking, while the other one holds a long run.
+    let long = client.play(&script(0, 9_000)).await;
+    client.reaches(&long, "running").await;
+    let database = system.database();
+
+    match db {
+        Db::Sqlite => {
+            let mut lock = database.sqlite().await;
+            sqlx::query("begin immediate").execute(&mut lock).await.unwrap();
+            // A look at the queue gives up after five seconds.
+            eventually(Duration::from_secs(20), "a restart", async || {
+                system.written().contains("worker future ended").then_some(())
+            })
+            .await;
+            sqlx::query("rollback").execute(&mut lock).await.unwrap();
+        }
+        Db::Postgres => {
+            let broken = "alter function apalis.get_jobs rename to get_none";
+            database.execute(broken).await;
+            client.submit(&json!({ "message": "a ring" })).await.data(202);
+            eventually(Duration::from_secs(20), "a restart", async || {
+                system.written().contains("worker future ended").then_some(())
+            })
+            .await;
+            database
+                .execute("alter function apalis.get_none rename to get_jobs")
+                .await;
+        }
+    }
+    let mut ids = vec![long];
+    for tag in 1..7 {
+        let body = json!({ "message": script(tag, 200).prompt() });
+        let id = eventually(Duration::from_secs(20), "an accepted job", async || {
+            let answer = client.submit(&body).await;
+            (answer.status == 202).then(|| answer.json["data"]["id"].as_str().unwrap().to_owned())
+        });
+        ids.push(id.await);
+    }
+
+    for job in at_once(ids.iter().map(|id| client.finished(id))).await {
+        assert_eq!(
+            (&job["status"], &job["attempt"]),
+            (&json!("done"), &json!(1)),
+            "{job:#}"
+        );
+    }
+    // The slots belong to the process: the new worker has no more of them than the old one.
+    let lives: Vec<_> = ids.iter().flat_map(|id| system.lives(id)).collect();
+    for life in &lives {
+        let at_once = lives
+            .iter()
+            .filter(|other| other.first <= life.first && life.first <= other.last);
+        assert!(at_once.count() <= 2, "{lives:#?}");
+    }
 }

@@ -193,6 +193,8 @@ pub(crate) async fn serve(ctx: &Arc<Context>) {
         take_tickets(ctx, &slots).await;
     }
 
+    let (runs, seconds) = (ctx.busy.len(), ctx.config.drain.as_secs());
+    tracing::info!("the worker drains: {runs} runs have {seconds} s, or until the next signal");
     let all_free = slots.acquire_many(concurrency);
     tokio::pin!(all_free);
     tokio::select! {

@@ -456,6 +456,64 @@ async fn a_stopped_guard_doesnt_save_the_run_from_the_worker() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_guard_doesnt_keep_the_worker_when_the_cli_has_ended() {
+    // Nothing of it outlives it, so its output ends with it.
+    let stand = stand_with(Sandboxed::No, "#!/bin/sh\necho ready\nread -r line\n", &[]).await;
+    let mut process = stand.start().await;
+    assert_eq!(process.next_line().await.unwrap().unwrap(), b"ready");
+    kill_process(stand.guard_pid(), Signal::STOP).unwrap();
+    process.send("hello").await.unwrap();
+    while process.next_line().await.unwrap().is_some() {}
+    let since = Instant::now();
+
+    let exit = process.end_within(Duration::from_millis(500)).await;
+
+    stand.assert_nothing_left();
+    assert_eq!((exit.code, exit.ended_by), (None, EndedBy::Worker));
+    assert!(since.elapsed() < Duration::from_secs(8), "{:?}", since.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_started_under_a_lease_that_ran_out() {
+    for sandboxed in BOTH {
+        let mut stand = stand(sandboxed).await;
+        // The worker was stopped between its claim and the start.
+        stand.launch.held_at = Instant::now().checked_sub(Duration::from_secs(3)).unwrap();
+        stand.launch.beat_within = Duration::from_secs(2);
+
+        let started = Process::start_under(Path::new(GUARD), stand.launch.clone()).await;
+
+        let error = started.unwrap_err().to_string();
+        assert!(error.contains("lease ran out"), "{error}");
+        stand.assert_nothing_left();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_comes_next_ends_what_a_stopped_guard_of_a_stopped_worker_guards() {
+    for sandboxed in BOTH {
+        let mut stand = stand(sandboxed).await;
+        let mark = |place: &str, name: &str| guard::marker(&format!("{place}{}.{name}", stand.token));
+        let (earlier, next, elsewhere) = (mark("a", "1"), mark("a", "2"), mark("b", "1"));
+        stand
+            .launch
+            .env
+            .push(("CLAUDE_QUEUE_RUN".to_owned(), earlier.clone()));
+        stand.launch.marker = earlier;
+        let process = stand.started().await;
+        kill_process(stand.guard_pid(), Signal::STOP).unwrap();
+
+        assert_eq!(guard::end_earlier_runs(&elsewhere), 0);
+        assert!(!stand.alive().is_empty());
+        assert!(guard::end_earlier_runs(&next) >= 5);
+
+        stand.assert_nothing_left();
+        // The worker, when it wakes, learns that its guard is gone.
+        assert_eq!(ended(process).await.ended_by, EndedBy::GuardLost, "{sandboxed:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guard_that_wakes_up_reads_its_beats_before_it_judges() {
     let mut stand = stand(Sandboxed::No).await;
     stand.launch.beat_within = Duration::from_secs(1);
