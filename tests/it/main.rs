@@ -8,6 +8,7 @@ mod cancel; // A cancel, a timeout: final, paid for, and no process left.
 mod chaos; // Everything at once, and what holds afterwards.
 mod config; // Bad settings stop the start and say which.
 mod crash; // Processes that are killed and stopped: nothing lost, nothing run twice at once.
+mod drain; // A process that is told to stop.
 mod events; // The stream of a job's events: replayed, live, resumed.
 mod gate; // Keys, request ids, slow clients, the drain.
 mod idempotency; // A retried submission makes one job.
@@ -18,6 +19,7 @@ mod order; // Which job runs when.
 mod outcomes; // What a run can end as.
 mod ownership; // Nobody sees what another owns, on any path there is.
 mod real_cli; // The real Claude CLI against the simulator.
+mod survivors; // A run that does everything to live on doesn't.
 mod tickets; // What wakes the slots may be lost, damaged or too much.
 mod usage; // What was spent, exact against the attempts.
 mod weather; // The database goes away and comes back.
