@@ -234,13 +234,25 @@ impl Anthropic {
             .unlisted("HOME")
             .map(|home| PathBuf::from(home).join(".claude"));
         Ok(Self {
-            api_key: vars.text("ANTHROPIC_API_KEY"),
-            oauth_token: vars.text("CLAUDE_CODE_OAUTH_TOKEN"),
-            auth_token: vars.text("ANTHROPIC_AUTH_TOKEN"),
+            api_key: credential(vars, "ANTHROPIC_API_KEY")?,
+            oauth_token: credential(vars, "CLAUDE_CODE_OAUTH_TOKEN")?,
+            auth_token: credential(vars, "ANTHROPIC_AUTH_TOKEN")?,
             config_dir: vars.text("CLAUDE_CONFIG_DIR").map(PathBuf::from).or(home),
             base_url,
         })
     }
+}
+
+fn credential(vars: &Vars, name: &'static str) -> Result<Option<String>, Error> {
+    let text = vars.text(name);
+    if text
+        .as_ref()
+        .is_some_and(|text| !text.bytes().all(|byte| byte.is_ascii_graphic()))
+    {
+        let problem = "has a character that no header can carry";
+        return Err(Error::new(name, problem, "visible ASCII characters only"));
+    }
+    Ok(text)
 }
 
 fn number(vars: &Vars, name: &'static str, default: u32, low: u32, high: u32) -> Result<u32, Error> {
