@@ -289,7 +289,8 @@ async fn finals(system: &System, accepted: &[Accepted]) -> BTreeMap<String, Valu
         let some = some.iter().map(async |job| {
             let client = system.client().with_key(KEYS[job.key]);
             let what = format!("the end of {}", job.id);
-            let job = eventually(Duration::from_mins(2), &what, async || {
+            let limit = Duration::from_mins(2) + Duration::from_millis(100) * u32::try_from(jobs()).unwrap();
+            let job = eventually(limit, &what, async || {
                 let answer = client.get(&format!("/api/v1/jobs/{}?wait=20", job.id)).await;
                 let job = answer.data(200).clone();
                 tests::client::is_final(&job).then_some(job)
