@@ -30,16 +30,16 @@ pub async fn keep(context: Context, ended: CancellationToken) {
     let (mut note, mut renew, mut sweep) = (every(NOTE_EVERY), every(RENEW_EVERY), every(SWEEP_EVERY));
     loop {
         tokio::select! {
-            Some(stream_id) = closed.recv() => told(context.store.close_stream(stream_id).await),
-            _ = note.tick() => told(context.keyring.note().await),
-            _ = renew.tick() => told(context.streams.renew().await),
-            _ = sweep.tick() => told(sweep_all(&context).await),
+            Some(stream_id) = closed.recv() => told(&context, context.store.close_stream(stream_id).await),
+            _ = note.tick() => told(&context, context.keyring.note().await),
+            _ = renew.tick() => told(&context, context.streams.renew().await),
+            _ = sweep.tick() => told(&context, sweep_all(&context).await),
             () = ended.cancelled() => break,
         }
     }
-    told(context.keyring.note().await);
+    told(&context, context.keyring.note().await);
     while let Ok(stream_id) = closed.try_recv() {
-        told(context.store.close_stream(stream_id).await);
+        told(&context, context.store.close_stream(stream_id).await);
     }
 }
 
@@ -48,8 +48,11 @@ async fn sweep_all(context: &Context) -> storage::Result<()> {
     context.store.sweep_audit(clock::now()).await
 }
 
-fn told(done: storage::Result<()>) {
-    if let Err(error) = done {
+fn told(context: &Context, done: storage::Result<()>) {
+    // An outage is told once, for everything that it meets.
+    if let Err(error) = done
+        && !context.store.note(&error)
+    {
         tracing::warn!(error = %chain(&error), "a part of the housekeeping has to wait");
     }
 }

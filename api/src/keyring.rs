@@ -142,17 +142,19 @@ impl Keyring {
         let mut refused = None;
         if let Some(kid) = Secret::kid_of(secret) {
             let mut known = self.key(&kid, guessing).await?;
-            if !guessing
-                && known
-                    .as_ref()
-                    .is_some_and(|stored| !self.is_opened(stored, secret))
-            {
+            let mut opens = known
+                .as_ref()
+                .is_some_and(|stored| self.is_opened(stored, secret));
+            if !opens && !guessing && known.is_some() {
                 // It may have been rotated elsewhere a moment ago: who got the new secret there can use it here.
                 self.known().remove(&kid);
                 known = self.key(&kid, false).await?;
+                opens = known
+                    .as_ref()
+                    .is_some_and(|stored| self.is_opened(stored, secret));
             }
             if let Some(stored) = known {
-                if self.is_opened(&stored, secret) && stored.key.status(clock::now()) == KeyStatus::Active {
+                if opens && stored.key.status(clock::now()) == KeyStatus::Active {
                     return Ok(Found::Opens(stored.caller.clone()));
                 }
                 refused = Some(stored.key.key_id.clone());

@@ -6,23 +6,24 @@ mod wish;
 
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
-use shared::budget::{Budget, Scope as BudgetScope};
+use shared::budget::Scope as BudgetScope;
 use shared::clock::{self, Timestamp};
 use shared::id::KeyId;
 use shared::job::CancelReason;
-use shared::key::{ApiKey, KeyKind, KeyStatus, Kid, NewApiKey, Scope, Secret};
+use shared::key::{ApiKey, Digest, KeyKind, KeyRights, KeyStatus, Kid, NewApiKey, Scope, Secret};
 use shared::storage::{self, KeyFilter, NewSecret, PutBudget, Store, Tx};
 use std::time::Duration;
 use warp::reply::Response;
 
 use crate::audit;
+use crate::budgets::{self, Terms};
 use crate::caller::Caller;
 use crate::problem::Problem;
 use crate::reply::{self, Cursor, Headers, Pagination, etag};
 use crate::request::fields::{boolean, choice, integer, text};
 use crate::request::{Request, Segment, headers};
 use change::Change;
-use wish::{NewBudget, Wish};
+use wish::Wish;
 
 /// How often a change is tried that somebody else's comes before.
 const TRIES: usize = 5;
@@ -53,10 +54,10 @@ pub async fn me(request: &Request, caller: &Caller) -> Result<Response, Problem>
         Some(key) => view::show(context, &key).await?,
         None => view::show_other(context, caller).await?,
     };
-    let budgets = context.store.budgets_of(&caller.key_id, clock::now()).await?;
+    let own = context.store.budgets_of(&caller.key_id, clock::now()).await?;
     shown.insert(
         "budget_status".to_owned(),
-        budgets.iter().map(view::budget_status).collect(),
+        own.iter().map(budgets::show).collect(),
     );
     shown.insert(
         "rate_limit_status".to_owned(),
@@ -191,7 +192,11 @@ async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem>
                 .await?;
         }
     }
-    let detail = json!({"name": key.name, "scopes": key.rights.scopes.to_string()});
+    let detail = json!({
+        "name": key.name,
+        "scopes": key.rights.scopes.to_string(),
+        "budget": shown_budget(wish.budget.as_ref(), &key.key_id),
+    });
     tx.audit(&audit::entry(
         request,
         caller,
@@ -300,7 +305,7 @@ async fn patch(request: &Request, caller: &Caller, id: &Segment) -> Result<Respo
             }
             None => {}
         }
-        let detail = json!({"changed": change.names()});
+        let detail = json!({"changed": change.names(), "budget": shown_budget(change.budget.as_ref().and_then(Option::as_ref), &key.key_id)});
         tx.audit(&audit::entry(
             request,
             caller,
@@ -375,7 +380,7 @@ fn check_match(request: &Request, key: &ApiKey) -> Result<(), Problem> {
 }
 
 /// Nobody gives what they haven't.
-fn within_own(caller: &Caller, rights: &shared::key::KeyRights) -> Result<(), Problem> {
+fn within_own(caller: &Caller, rights: &KeyRights) -> Result<(), Problem> {
     match rights.scopes.beyond(caller.rights.scopes) {
         Some(scope) => Err(Problem::InsufficientScope(scope)),
         None => Ok(()),
@@ -387,7 +392,7 @@ fn may_change(caller: &Caller, key: &ApiKey) -> Result<(), Problem> {
     within_own(caller, &key.rights)
 }
 
-fn new_secret(request: &Request, kind: KeyKind, kid: &Kid) -> Result<(Secret, shared::key::Digest), Problem> {
+fn new_secret(request: &Request, kind: KeyKind, kid: &Kid) -> Result<(Secret, Digest), Problem> {
     let secret_key = request.context.keyring.secret_key().ok_or(Problem::Unavailable {
         detail: "Keys need SECRET_KEY, which this service is started without",
         source: None,
@@ -398,17 +403,19 @@ fn new_secret(request: &Request, kind: KeyKind, kid: &Kid) -> Result<(Secret, sh
 }
 
 /// Gives the key a budget of its own.
-async fn put_budget(tx: &mut Tx, key_id: &KeyId, budget: &NewBudget, now: Timestamp) -> Result<(), Problem> {
-    let budget = Budget {
-        scope: BudgetScope::Key(key_id.clone()),
-        limit: budget.limit,
-        period: budget.period,
-        alert_thresholds: budget.alert_thresholds.clone(),
-        on_exceeded: budget.on_exceeded,
-    };
+async fn put_budget(tx: &mut Tx, key_id: &KeyId, terms: &Terms, now: Timestamp) -> Result<(), Problem> {
+    let budget = terms.clone().of(BudgetScope::Key(key_id.clone()));
     match tx.put_budget(&budget, None, now).await? {
         PutBudget::Stored => Ok(()),
-        PutBudget::BelowSpent(spent) => Err(wish::below_spent(spent)),
+        PutBudget::BelowSpent(spent) => Err(budgets::below_spent("body -> budget -> limit_usd", spent)),
         PutBudget::NoSuchKey | PutBudget::Changed => Err(Problem::NoSuch("Key")),
+    }
+}
+
+/// A budget that was set with its key, for the audit.
+fn shown_budget(terms: Option<&Terms>, key_id: &KeyId) -> Value {
+    match terms {
+        Some(terms) => budgets::terms(&terms.clone().of(BudgetScope::Key(key_id.clone()))),
+        None => Value::Null,
     }
 }

@@ -4,7 +4,8 @@ use serde_json::{Map, Value};
 use shared::clock::Timestamp;
 use shared::key::{ApiKey, Scopes, TextList};
 
-use super::wish::{self, NewBudget, Rates};
+use super::wish::{self, Rates};
+use crate::budgets::Terms;
 use crate::problem::Problem;
 use crate::request::fields::{Fields, metadata};
 
@@ -25,7 +26,7 @@ pub(super) struct Change {
     max_queued_jobs: Wanted<i64>,
     max_streams: Wanted<i64>,
     max_priority: Wanted<i64>,
-    pub(super) budget: Wanted<NewBudget>,
+    pub(super) budget: Wanted<Terms>,
     metadata: Wanted<Map<String, Value>>,
 }
 

@@ -1,10 +1,11 @@
 //! Keys as clients see them: never a secret, nor its digest.
 
 use serde_json::{Map, Value, json};
-use shared::budget::{BudgetStatus, Scope as BudgetScope};
+use shared::budget::Scope as BudgetScope;
 use shared::clock;
 use shared::key::{ApiKey, Scope};
 
+use crate::budgets;
 use crate::caller::Caller;
 use crate::context::Context;
 use crate::limits::Policy;
@@ -101,36 +102,13 @@ async fn rights(context: &Context, caller: &Caller) -> Result<Map<String, Value>
         ("max_priority", json!(caller.max_priority())),
         (
             "budget",
-            budget.map_or(Value::Null, |status| show_budget(&status)),
+            budget.map_or(Value::Null, |status| budgets::terms(&status.budget)),
         ),
     ];
     Ok(members
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect())
-}
-
-fn show_budget(status: &BudgetStatus) -> Value {
-    let budget = &status.budget;
-    json!({
-        "scope": budget.scope.name(),
-        "id": budget.scope.id(),
-        "limit_usd": budget.limit,
-        "period": budget.period,
-        "alert_thresholds": budget.alert_thresholds,
-        "on_exceeded": budget.on_exceeded,
-    })
-}
-
-/// A budget and where it stands.
-pub(super) fn budget_status(status: &BudgetStatus) -> Value {
-    let mut shown = show_budget(status);
-    shown["period_start"] = json!(status.period_start);
-    shown["resets_at"] = json!(status.resets_at);
-    shown["spent_usd"] = json!(status.spent);
-    shown["reserved_usd"] = json!(status.reserved);
-    shown["remaining_usd"] = json!(status.remaining());
-    shown
 }
 
 /// How the caller's limits stand.

@@ -1,20 +1,15 @@
 //! What a client wants of a new key.
 
 use serde_json::{Map, Value};
-use shared::budget::{OnExceeded, Period};
 use shared::clock::Timestamp;
 use shared::key::{KeyRights, Scope, Scopes, TextList};
-use shared::money::MicroUsd;
 
 use crate::address;
+use crate::budgets::Terms;
 use crate::problem::Problem;
 use crate::request::fields::{
-    Fault, Fields, Reading, choice, dollars, integer, list, members, metadata, parsed, time,
+    Fault, Fields, Reading, choice, integer, list, members, metadata, parsed, time,
 };
-use crate::request::invalid;
-
-/// A budget may be this large.
-const LARGEST_BUDGET: MicroUsd = MicroUsd(1_000_000_000_000);
 
 /// A key as a client wants it, every member right by itself.
 #[derive(Debug)]
@@ -22,17 +17,8 @@ pub(super) struct Wish {
     pub(super) name: String,
     pub(super) rights: KeyRights,
     pub(super) expires_at: Option<Timestamp>,
-    pub(super) budget: Option<NewBudget>,
+    pub(super) budget: Option<Terms>,
     pub(super) metadata: Map<String, Value>,
-}
-
-/// A budget of a key's own.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct NewBudget {
-    pub(super) limit: MicroUsd,
-    pub(super) period: Period,
-    pub(super) alert_thresholds: Vec<i64>,
-    pub(super) on_exceeded: OnExceeded,
 }
 
 /// Limits on requests of a key's own.
@@ -124,33 +110,8 @@ pub(super) fn rates(value: Value) -> Reading<Rates> {
     })(value)
 }
 
-pub(super) fn budget(value: Value) -> Reading<NewBudget> {
-    members(|fields| {
-        let limit = fields.required("limit_usd", dollars(LARGEST_BUDGET));
-        let period = fields.optional("period", choice(&["total", "day", "week", "month"]));
-        let thresholds = fields.optional("alert_thresholds", list(5, integer(1..=100)));
-        let on_exceeded = fields.optional("on_exceeded", choice(&["reject", "hold"]));
-        Some(NewBudget {
-            limit: limit?,
-            period: match period {
-                Some("day") => Period::Day,
-                Some("week") => Period::Week,
-                Some("month") => Period::Month,
-                _ => Period::Total,
-            },
-            alert_thresholds: thresholds.unwrap_or_else(|| vec![80, 100]),
-            on_exceeded: match on_exceeded {
-                Some("hold") => OnExceeded::Hold,
-                _ => OnExceeded::Reject,
-            },
-        })
-    })(value)
-}
-
-/// A budget that is spent before it begins.
-pub(super) fn below_spent(spent: MicroUsd) -> Problem {
-    let why = format!("Input should be greater than or equal to what was spent, {spent}");
-    invalid("body -> budget -> limit_usd", why, "greater_than_equal")
+pub(super) fn budget(value: Value) -> Reading<Terms> {
+    members(Terms::read)(value)
 }
 
 pub(super) fn max_running_jobs() -> impl Fn(Value) -> Reading<i64> {
