@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 /// How long a case may take before it counts as stuck.
-const CASE_LIMIT: Duration = Duration::from_mins(2);
+const CASE_LIMIT: Duration = Duration::from_mins(5);
 
 /// Permits of all cases that may run at once; one that must be alone takes all of them.
 const ALL: u32 = 1_000;
