@@ -9,7 +9,9 @@ use shared::clock;
 use shared::env::{Error, Vars};
 use shared::id::KeyId;
 use shared::job::CancelReason;
-use shared::key::{ApiKey, Digest, KeyKind, KeyRights, KeyStatus, Kid, NewApiKey, Scope, Scopes, Secret, SecretKey};
+use shared::key::{
+    ApiKey, Digest, KeyKind, KeyRights, KeyStatus, Kid, NewApiKey, Scope, Scopes, Secret, SecretKey,
+};
 use shared::storage::{AuditEntry, DatabaseUrl, KeyFilter, NewSecret, Store};
 
 use crate::failure::Failure;
@@ -158,7 +160,10 @@ impl Keys {
     async fn rotate(&self, wish: Rotate) -> Result<(), Failure> {
         let (kid, key) = self.find(&wish.id).await?;
         if key.status(clock::now()) != KeyStatus::Active {
-            return Err(Failure::Other(format!("{} was revoked or has expired", key.key_id)));
+            return Err(Failure::Other(format!(
+                "{} was revoked or has expired",
+                key.key_id
+            )));
         }
         let (secret, digest) = self.secret(KeyKind::of(key.is_admin()), &kid).await?;
         let grace = Duration::from_secs(wish.grace_seconds);
@@ -170,7 +175,10 @@ impl Keys {
         let mut tx = self.store.begin().await?;
         let rotated = tx.rotate_api_key(&key.key_id, key.version, &fresh).await?;
         if rotated.is_none() {
-            return Err(Failure::Other(format!("{} was changed meanwhile; try again", key.key_id)));
+            return Err(Failure::Other(format!(
+                "{} was changed meanwhile; try again",
+                key.key_id
+            )));
         }
         let detail = json!({"grace_seconds": wish.grace_seconds});
         tx.audit(&entry("key.rotate", &key.key_id, detail)).await?;
@@ -212,7 +220,11 @@ impl Keys {
     }
 
     async fn find(&self, id: &str) -> Result<(Kid, ApiKey), Failure> {
-        let unknown = || Failure::Other(format!("there is no key {id} in the database; `keys list` shows them"));
+        let unknown = || {
+            Failure::Other(format!(
+                "there is no key {id} in the database; `keys list` shows them"
+            ))
+        };
         let kid = Kid::of(id).ok_or_else(unknown)?;
         let key = self.store.api_key(&kid.key_id()).await?.ok_or_else(unknown)?;
         Ok((kid, key))

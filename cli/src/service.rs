@@ -68,12 +68,13 @@ impl Service {
                 return Err(ended.err().unwrap_or_else(|| Failure::Other("the worker ended at its start".to_owned())));
             }
         }
-        let context = Context::new(api_config, store.clone(), wakeups)
-            .await
-            .map_err(|error| match error {
-                StartError::Setting(error) => error.into(),
-                StartError::Storage(error) => Failure::because(&error),
-            })?;
+        let context =
+            Context::new(api_config, store.clone(), wakeups)
+                .await
+                .map_err(|error| match error {
+                    StartError::Setting(error) => error.into(),
+                    StartError::Storage(error) => Failure::because(&error),
+                })?;
         let api = tokio::spawn(api::serve(listener, context, shutdown.clone()));
         Ok(Self {
             address,
