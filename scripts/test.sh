@@ -21,7 +21,8 @@ cargo clippy --workspace --all-targets -- -D warnings
 step "build"
 cargo build --workspace --bins
 step "tests"
-cargo test --workspace
+# Most cases of the integration tests wait for processes, so more of them than cores run at once.
+RUST_TEST_THREADS=4 cargo test --workspace
 step "documentation"
 # For those who read the code: private items are in it, so links to them are right.
 RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --workspace --no-deps --document-private-items
