@@ -723,7 +723,7 @@ async fn thresholds_are_told(db: Db) {
         client.finished(&id).await;
         let now = budget(&client, &path).await;
         assert_eq!(now["alerts"].as_array().unwrap().len(), alerts, "{now:#}");
-        told = now["alerts"].as_array().unwrap().clone();
+        told.clone_from(now["alerts"].as_array().unwrap());
     }
 
     let thresholds: Vec<&Value> = told.iter().map(|alert| &alert["threshold"]).collect();
