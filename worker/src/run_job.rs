@@ -36,6 +36,9 @@ const CLOSE: Duration = Duration::from_secs(2);
 /// After its result the CLI ends by itself within a moment; longer than this and it is made to.
 const GOODBYE: Duration = Duration::from_secs(5);
 
+/// How long a run may take to start.
+const PREPARE: Duration = Duration::from_mins(1);
+
 /// How often the cost so far is told, and how often the CLI is asked for what the stream doesn't show.
 const TELL_COST: Duration = Duration::from_secs(2);
 const ASK_COST: Duration = Duration::from_secs(10);
@@ -75,13 +78,24 @@ pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
 async fn run(ctx: &Context, lease: Arc<Lease>, claimed_at: Instant) {
     info!(key.id = %lease.job.key_id, "job {} begins, attempt {}", lease.job.job_id, lease.job.attempt);
     let began = Instant::now();
-    let mut report = match Run::prepare(ctx, lease.clone(), claimed_at).await {
-        Ok(run) => run.follow(claimed_at).await,
-        Err(error) if claimed_at.elapsed() >= ctx.config.lease => {
+    // From here on the lease is renewed: on a busy machine a run takes long to start.
+    let renew_every = (ctx.config.lease / 3).min(Duration::from_secs(10));
+    let recorder = Recorder::start(
+        ctx.store.clone(),
+        &ctx.wakeups,
+        lease.clone(),
+        claimed_at,
+        renew_every,
+    );
+    let prepared = tokio::time::timeout(PREPARE, Run::prepare(ctx, lease.clone(), &recorder)).await;
+    let mut report = match prepared.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+        Ok(run) => run.follow(recorder).await,
+        Err(error) if recorder.standing().held_at.elapsed() >= ctx.config.lease => {
             warn!(error = %error, "the lease ran out before the run could start");
             None
         }
         Err(error) => {
+            recorder.close().await;
             // A disk without room is no fault of the job.
             let room = room::check(ctx).await;
             if room {
@@ -190,7 +204,7 @@ enum Rung {
 }
 
 impl<'a> Run<'a> {
-    async fn prepare(ctx: &'a Context, lease: Arc<Lease>, claimed_at: Instant) -> std::io::Result<Self> {
+    async fn prepare(ctx: &'a Context, lease: Arc<Lease>, recorder: &Recorder) -> std::io::Result<Self> {
         let job = &lease.job;
         let (folders, place) = match &job.session_id {
             Some(session_id) => (
@@ -254,21 +268,20 @@ impl<'a> Run<'a> {
             .and_then(|seconds| u64::try_from(seconds).ok())
             .map_or(ctx.config.timeout, Duration::from_secs);
         let command = ctx.isolation.command(&places, command::arguments(&spec));
-        let process = Process::start(Launch {
+        let launch = Launch {
             program: command.program,
             args: command.args,
             env: command::environment(&ctx.isolation.paths(&places), (name, &token), &marker),
             cwd: command.cwd,
             marker,
-            held_at: claimed_at.into_std(),
             beat_within: ctx.config.lease,
             // The worker's own deadline comes first; this one is for a worker that can't.
             deadline: total + INTERRUPT + CLOSE + GOODBYE,
             runtime_dir: sockets.path().to_owned(),
             memory_limit: None,
             no_new_privileges: command.no_new_privileges,
-        })
-        .await?;
+        };
+        let process = Process::start(launch, || recorder.standing().held_at.into_std()).await?;
         Ok(Self {
             ctx,
             lease,
@@ -283,11 +296,8 @@ impl<'a> Run<'a> {
     }
 
     /// Runs it to its end. `None` when another worker may hold the job by then, so that nothing may be written.
-    async fn follow(mut self, claimed_at: Instant) -> Option<Report> {
+    async fn follow(mut self, mut recorder: Recorder) -> Option<Report> {
         let mut meter = Meter::new(self.spec.resume.is_some());
-        let renew_every = (self.ctx.config.lease / 3).min(Duration::from_secs(10));
-        let (store, wakeups) = (self.ctx.store.clone(), &self.ctx.wakeups);
-        let mut recorder = Recorder::start(store, wakeups, self.lease.clone(), claimed_at, renew_every);
         if self.spec.resume.is_some() {
             // What the earlier runs of the conversation cost isn't this run's.
             let _ = self.process.send(&command::usage_line("usage-0")).await;
@@ -491,7 +501,7 @@ impl<'a> Run<'a> {
         let verdict = outcome::judge(&ended);
         note_account(ctx, &verdict).await;
         let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
-        let ending = verdict.into_ending(now.plus(pause))?;
+        let ending = of_budget(verdict.into_ending(now.plus(pause))?, &lease);
         let transcript = Transcript::of(&folders, spec.claude_session_id).await;
         Some(Report {
             ending,
@@ -555,6 +565,21 @@ fn tell_cost(spend: &Spend, recorder: &mut Recorder) {
         EventType::Usage,
         json!({ "cost": spend.total(), "usage": spend.usage() }),
     ));
+}
+
+/// A run that met its cap because the budget left it no more failed for the budget, not for its own cap.
+fn of_budget(ending: Ending, lease: &Lease) -> Ending {
+    let (had, wanted) = (lease.reserved, lease.job.max_cost);
+    match ending {
+        Ending::Failed { code, .. } if code == ErrorCode::MaxCost.as_str() && had < wanted => Ending::Failed {
+            code: "budget_exceeded".to_owned(),
+            message: format!(
+                "The budget had only {had} left for this run, which may cost {wanted}, and it has used that up. Raise \
+                 the budget, or wait for its next period, and submit the job again; what it did is kept."
+            ),
+        },
+        ending => ending,
+    }
 }
 
 /// What this run of the job is asked to do, defaults filled in.

@@ -125,7 +125,6 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
         env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
         cwd: command.cwd,
         marker: guard::marker(&format!("test-{token}")),
-        held_at: Instant::now(),
         beat_within: Duration::from_mins(1),
         deadline: Duration::from_mins(1),
         runtime_dir: dir.path().to_owned(),
@@ -147,7 +146,7 @@ async fn stand(sandboxed: Sandboxed) -> Stand {
 
 impl Stand {
     async fn start(&self) -> Process {
-        Process::start_under(Path::new(GUARD), self.launch.clone())
+        Process::start_under(Path::new(GUARD), self.launch.clone(), Instant::now)
             .await
             .unwrap()
     }
@@ -478,10 +477,10 @@ async fn nothing_is_started_under_a_lease_that_ran_out() {
     for sandboxed in BOTH {
         let mut stand = stand(sandboxed).await;
         // The worker was stopped between its claim and the start.
-        stand.launch.held_at = Instant::now().checked_sub(Duration::from_secs(3)).unwrap();
+        let held_at = Instant::now().checked_sub(Duration::from_secs(3)).unwrap();
         stand.launch.beat_within = Duration::from_secs(2);
 
-        let started = Process::start_under(Path::new(GUARD), stand.launch.clone()).await;
+        let started = Process::start_under(Path::new(GUARD), stand.launch.clone(), || held_at).await;
 
         let error = started.unwrap_err().to_string();
         assert!(error.contains("lease ran out"), "{error}");
@@ -591,7 +590,7 @@ async fn a_program_that_isnt_there_is_named() {
     let mut stand = stand(Sandboxed::No).await;
     stand.launch.program = "/nonexistent/claude".into();
 
-    let error = Process::start_under(Path::new(GUARD), stand.launch.clone())
+    let error = Process::start_under(Path::new(GUARD), stand.launch.clone(), Instant::now)
         .await
         .unwrap_err();
 

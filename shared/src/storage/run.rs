@@ -85,6 +85,19 @@ impl Store {
         })
     }
 
+    /// How often the lease was renewed; `None` when it's gone.
+    pub async fn renewals(&self, lease: &Lease) -> Result<Option<i64>> {
+        let row = read!(
+            self,
+            "look at a lease",
+            fetch_optional => (i64,),
+            "select renewals from job where job_id = $1 and attempt = $2 and status = 'running'",
+            lease.job.job_id,
+            lease.job.attempt
+        )?;
+        Ok(row.map(|row| row.0))
+    }
+
     /// Ends a run: the result, the cost, the status, all in one transaction.
     pub async fn finish(&self, lease: &Lease, report: &Report, now: Timestamp) -> Result<Finish> {
         let mut tx = self.begin().await?;

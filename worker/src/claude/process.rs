@@ -64,8 +64,6 @@ pub struct Launch {
     pub cwd: PathBuf,
     /// The run's mark ([`crate::guard::marker`]), by which its processes are found when the guard is gone.
     pub marker: String,
-    /// When the lease was held last, which counts as the first beat. When that's too long ago, nothing is started.
-    pub held_at: Instant,
     /// The run ends when no beat is younger than this.
     pub beat_within: Duration,
     /// The run ends this long after its start.
@@ -111,14 +109,19 @@ enum Told {
 
 impl Process {
     /// Starts the run, its guard being this very program. Fails when the program can't be started, with its name in
-    /// the error.
-    pub async fn start(launch: Launch) -> io::Result<Self> {
-        Self::start_under(Path::new("/proc/self/exe"), launch).await
+    /// the error. `held_at` says when the lease was held last, which counts as the first beat; when that's too long
+    /// ago, nothing is started.
+    pub async fn start(launch: Launch, held_at: impl Fn() -> Instant) -> io::Result<Self> {
+        Self::start_under(Path::new("/proc/self/exe"), launch, held_at).await
     }
 
     /// Starts the run with another program as its guard: one that calls [`crate::guard::main`].
     #[expect(clippy::disallowed_methods, reason = "this file starts programs")]
-    pub async fn start_under(guard: &Path, launch: Launch) -> io::Result<Self> {
+    pub async fn start_under(
+        guard: &Path,
+        launch: Launch,
+        held_at: impl Fn() -> Instant,
+    ) -> io::Result<Self> {
         let path = launch.runtime_dir.join("guard.sock");
         let listener = bind(&path)?;
         // The environment of the guard stays empty but for its mark: it needs nothing and may hold no secret.
@@ -135,7 +138,7 @@ impl Process {
             .spawn()?;
         // Waiting for a child closes its input if it still has it.
         let stdin = guard.stdin.take();
-        let met = tokio::time::timeout(GUARD_START, meet(&listener, &mut guard, &launch)).await;
+        let met = tokio::time::timeout(GUARD_START, meet(&listener, &mut guard, &launch, held_at)).await;
         let _ = std::fs::remove_file(&path);
         let (reports, writer) = match met.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(met) => met,
@@ -288,6 +291,7 @@ async fn meet(
     listener: &UnixListener,
     guard: &mut Child,
     launch: &Launch,
+    held_at: impl Fn() -> Instant,
 ) -> io::Result<(Reports, OwnedWriteHalf)> {
     let socket = loop {
         let (socket, _) = tokio::select! {
@@ -316,7 +320,7 @@ async fn meet(
         deadline_ms: milliseconds(launch.deadline),
         memory_limit: launch.memory_limit,
         no_new_privileges: launch.no_new_privileges,
-        held_at: Moment::of(launch.held_at),
+        held_at: Moment::of(held_at()),
     };
     let mut line = serde_json::to_vec(&order)?;
     line.push(b'\n');

@@ -77,6 +77,8 @@ impl Recorder {
             events: Vec::new(),
             spend: None,
             dropped: 0,
+            renewals: 0,
+            tried: None,
         };
         let task = tokio::spawn(writer.write(changes));
         Self {
@@ -143,6 +145,10 @@ struct Writer {
     events: Vec<NewEvent>,
     spend: Option<Spend>,
     dropped: i64,
+    /// How often the lease was renewed.
+    renewals: i64,
+    /// So many of the events are in a renewal that failed, and may be stored all the same.
+    tried: Option<usize>,
 }
 
 impl Writer {
@@ -228,11 +234,25 @@ impl Writer {
     }
 
     async fn flush(&mut self) -> shared::storage::Result<Signal> {
+        if let Some(tried) = self.tried {
+            // When a connection is lost nobody knows whether the commit came first. Each renewal is counted with what
+            // it stores, so the count tells.
+            let Some(renewals) = self.store.renewals(&self.lease).await? else {
+                return Ok(Signal::Lost);
+            };
+            if renewals > self.renewals {
+                self.renewals = renewals;
+                self.events.drain(..tried);
+            }
+        }
         let now = clock::now();
+        self.tried = Some(self.events.len());
         let signal = self
             .store
             .record(&self.lease, &self.events, self.spend.as_ref(), now)
             .await?;
+        self.tried = None;
+        self.renewals += 1;
         self.events.clear();
         self.spend = None;
         if self.dropped > 0 && signal != Signal::Lost {
