@@ -156,7 +156,7 @@ async fn jobs_stop_when_the_money_is_spent(db: Db) {
     assert_eq!(assert_settled(&system).await, 100_000_000);
     let (paid, unpaid): (Vec<_>, Vec<_>) = jobs.iter().partition(|job| job["cost"] == 1.0);
     assert_eq!(paid.len(), 100);
-    // The last one's cap is the dollar that is left, which it reaches.
+    // The last one gets the dollar that is left, and uses it up.
     let done = paid.iter().filter(|job| job["status"] == "done").count();
     assert_eq!(done, 99);
     for job in unpaid {
@@ -214,10 +214,7 @@ async fn killed_workers_leave_nothing_reserved_and_nothing_unpaid(db: Db) {
     assert!(done > 50, "{done}");
     for job in jobs.iter().filter(|job| job["status"] != "done") {
         let code = job["error_code"].as_str().unwrap();
-        assert!(
-            ["budget_exceeded", "max_cost", "worker_lost"].contains(&code),
-            "{job:#}"
-        );
+        assert!(["budget_exceeded", "worker_lost"].contains(&code), "{job:#}");
     }
     let lost = "select count(*) from attempt where ending = 'lost'";
     let paid = "select count(*) from attempt where ending = 'lost' and cost > 0";
@@ -319,8 +316,13 @@ async fn a_budget_may_make_jobs_wait_for_the_next_period(db: Db) {
     let job = client.finished(&waiting).await;
     assert_eq!(
         (&job["error_code"], &job["cost"]),
-        (&json!("max_cost"), &json!(0.5)),
+        (&json!("budget_exceeded"), &json!(0.5)),
         "{job:#}"
+    );
+    let why = job["error"].as_str().unwrap();
+    assert!(
+        why.starts_with("The budget had only $0.50 left for this run"),
+        "{why}"
     );
 }
 

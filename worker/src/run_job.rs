@@ -571,13 +571,15 @@ fn tell_cost(spend: &Spend, recorder: &mut Recorder) {
 fn of_budget(ending: Ending, lease: &Lease) -> Ending {
     let (had, wanted) = (lease.reserved, lease.job.max_cost);
     match ending {
-        Ending::Failed { code, .. } if code == ErrorCode::MaxCost.as_str() && had < wanted => Ending::Failed {
-            code: "budget_exceeded".to_owned(),
-            message: format!(
-                "The budget had only {had} left for this run, which may cost {wanted}, and it has used that up. Raise \
+        Ending::Failed { code, .. } if code == ErrorCode::MaxCost.as_str() && had < wanted => {
+            Ending::Failed {
+                code: "budget_exceeded".to_owned(),
+                message: format!(
+                    "The budget had only {had} left for this run, which may cost {wanted}, and it has used that up. Raise \
                  the budget, or wait for its next period, and submit the job again; what it did is kept."
-            ),
-        },
+                ),
+            }
+        }
         ending => ending,
     }
 }

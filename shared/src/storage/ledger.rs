@@ -61,7 +61,7 @@ impl Store {
                      from ledger left join session on session.session_id = ledger.session_id
                      where ",
                     $of,
-                    "at >= $2 and (at < $3 or (at = $3 and ledger_number < $4))
+                    "at >= $2 and at <= $3 and (at < $3 or ledger_number < $4)
                      order by at desc, ledger_number desc limit $5"
                 )
             };
