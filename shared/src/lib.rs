@@ -7,6 +7,7 @@
 pub mod budget;
 pub mod clock;
 pub mod data_dir;
+pub mod disk;
 pub mod env;
 pub mod event;
 pub mod id;

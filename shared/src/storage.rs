@@ -185,23 +185,27 @@ impl Store {
             DatabaseUrl::Sqlite(path) => Self::open_sqlite(path).await?,
             DatabaseUrl::Postgres(url) => Self::open_postgres(url, slots).await?,
         };
-        Ok(Self {
+        let store = Self {
             db: Arc::new(db),
             tickets: Arc::default(),
             outage: Arc::default(),
-        })
+        };
+        store.wait_for_lock().await?;
+        Ok(store)
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Db> {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            std::fs::create_dir_all(folder).map_err(Error::during("make the database's folder"))?;
+            std::fs::create_dir_all(folder)
+                .map_err(Error::with("make the folder of the database", folder))?;
         }
         // Already the switch to WAL can fail when several processes make it at once. Unlocked when the file is
         // closed, also by a kill.
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(".migrate-lock");
+        let lock = path.with_file_name(name);
         let lock =
-            std::fs::File::create(path.with_file_name(name)).map_err(Error::during("make the lock file"))?;
+            std::fs::File::create(&lock).map_err(Error::with("make the lock file of the database", &lock))?;
         let lock = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock))
             .await
             .map_err(|error| Error::during("lock the lock file")(error.to_string()))?

@@ -13,7 +13,10 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
         "critical" => "error",
         other => other,
     };
-    let quiet = format!("{filter},sqlx=warn,apalis=warn,apalis_core=warn,hyper=warn,reqwest=warn");
+    // What the pools of connections and the queue library complain about is told once, by whoever meets it.
+    let quiet = "sqlx=warn,sqlx::pool=error,sqlx_core::pool=error,sqlx::postgres::notice=error,apalis=warn,\
+                 apalis_core=off,hyper=warn,reqwest=warn";
+    let quiet = format!("{filter},{quiet}");
     let filter = EnvFilter::try_new(quiet).map_err(|_| {
         Error::new(
             "LOG_LEVEL",

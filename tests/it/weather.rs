@@ -1,27 +1,34 @@
-//! The database goes away and comes back, or has no room: nothing accepted is lost, nothing is accepted that isn't
-//! stored, and nobody has to be restarted.
+//! The database goes away and comes back, is locked, read-only or full, the disk has no room, the clock is set: nothing
+//! accepted is lost, nothing is accepted that isn't stored, the log says it once, and nobody has to be restarted.
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _};
-use tests::client::{Client, at_once};
+use tests::client::{Client, Sse, Stream, at_once};
 use tests::database::{Cluster, Database, Db};
+use tests::disk::Disk;
 use tests::script::{Step, answer, steps};
-use tests::system::System;
+use tests::system::{self, System};
 use tests::trace::assert_one_at_a_time;
-use tests::{both, eventually, once, place};
+use tests::{both, eventually, once};
 
 once!(
     postgresql_is_restarted_under_load,
-    a_locked_sqlite_file_is_waited_for,
     connections_are_cut_under_load,
+    postgresql_becomes_read_only,
+    postgresql_runs_out_of_disk,
+    a_locked_sqlite_file_is_waited_for,
     a_full_disk_refuses_what_it_cannot_hold,
+    a_directory_that_cannot_be_written_is_told_at_the_start,
 );
-both!(a_workspace_that_cannot_be_made_fails_no_job_for_good);
+both!(
+    a_worker_without_room_begins_nothing_and_fails_nothing,
+    a_workspace_that_cannot_be_made_fails_no_job_for_good,
+    a_stepped_clock_takes_no_lease,
+);
 
 /// Submits with one idempotency key until it is accepted; says how often it was refused, which it may be with a 503
 /// and a time only.
@@ -85,8 +92,79 @@ async fn all_is_well(system: &System, ids: &[String]) {
     );
 }
 
+/// A job that speaks first and then takes so many milliseconds, once it has spoken.
+async fn long_job(client: &Client, millis: u64) -> String {
+    let script = steps([Step::Say("begun".to_owned()), Step::Sleep(millis)]).answering("untouched");
+    let id = client.play(&script).await;
+    client.event(&id, "assistant").await;
+    id
+}
+
+/// Such a job went on as if nothing had been.
+async fn is_untouched(client: &Client, id: &str) {
+    let job = client.finished(id).await;
+    assert_eq!(
+        (&job["result"]["content"], &job["attempt"]),
+        (&json!("untouched"), &json!(1)),
+        "{job:#}"
+    );
+}
+
+/// The stream of a job that ends has brought every event once, in order.
+async fn is_whole(mut stream: Stream) {
+    let events = stream.rest().await;
+    let numbers: Vec<_> = events.iter().filter_map(|event| event.id).collect();
+    assert_eq!(
+        numbers,
+        (1..=numbers.len() as u64).collect::<Vec<_>>(),
+        "{events:#?}"
+    );
+    let last = events.last().map(|Sse { event, .. }| event.as_str());
+    assert_eq!(last, Some("done"), "{events:#?}");
+}
+
 async fn ready(client: &Client) -> u16 {
     client.get("/readyz").await.status
+}
+
+async fn becomes_ready(client: &Client) {
+    eventually(Duration::from_secs(30), "ready", async || {
+        (ready(client).await == 200).then_some(())
+    })
+    .await;
+}
+
+async fn becomes_unready(client: &Client) {
+    eventually(Duration::from_secs(30), "not ready", async || {
+        (ready(client).await == 503).then_some(())
+    })
+    .await;
+    assert_eq!(client.get("/livez").await.status, 200);
+}
+
+/// Each process has told these outages, and told each of them once: when it began and when it was over. Nothing else
+/// is complained about.
+async fn outages_were_told(system: &mut System, outages: usize) {
+    for process in system.processes() {
+        let told = eventually(
+            Duration::from_secs(10),
+            "the end of the outage in the log",
+            async || {
+                let written = process.written();
+                let count = |words: &str| written.matches(words).count();
+                let told = count("the database can't be used");
+                (told == count("the database can be used again")).then_some(told)
+            },
+        )
+        .await;
+        let written = process.written();
+        let complaints = |line: &&str| line.contains("WARN") || line.contains("ERROR");
+        let complaints: Vec<_> = written.lines().filter(complaints).collect();
+        assert!(
+            (1..=outages).contains(&told) && complaints.len() == told,
+            "{told} outages told of {outages}: {complaints:#?}"
+        );
+    }
 }
 
 async fn postgresql_is_restarted_under_load() {
@@ -96,32 +174,26 @@ async fn postgresql_is_restarted_under_load() {
         .on(database)
         .workers(2)
         .sandbox(false)
-        .env("LEASE_SECONDS", "5")
+        .env("LEASE_SECONDS", "10")
         .start()
         .await;
     let client = system.client();
     let pids: Vec<_> = system.processes().iter().map(|process| process.pid()).collect();
+    let mut long = vec![long_job(&client, 8_000).await];
+    let stream = client.stream(&long[0], None).await;
     let enough = AtomicBool::new(false);
 
     let ((ids, refusals), ()) = tokio::join!(keep_submitting(&client, &enough), async {
         for how in [Signal::INT, Signal::QUIT, Signal::INT] {
-            eventually(Duration::from_secs(30), "ready", async || {
-                (ready(&client).await == 200).then_some(())
-            })
-            .await;
+            becomes_ready(&client).await;
             tokio::time::sleep(Duration::from_secs(1)).await;
             cluster.stop(how).await;
-            eventually(Duration::from_secs(30), "not ready", async || {
-                (ready(&client).await == 503).then_some(())
-            })
-            .await;
-            assert_eq!(client.get("/livez").await.status, 200);
+            becomes_unready(&client).await;
             cluster.run().await.unwrap();
         }
-        eventually(Duration::from_secs(30), "ready", async || {
-            (ready(&client).await == 200).then_some(())
-        })
-        .await;
+        let back = Instant::now();
+        becomes_ready(&client).await;
+        assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
         enough.store(true, Ordering::Relaxed);
     });
 
@@ -130,22 +202,13 @@ async fn postgresql_is_restarted_under_load() {
         "{refusals} refusals, {} jobs",
         ids.len()
     );
-    all_is_well(&system, &ids).await;
-    assert_eq!(
-        system
-            .processes()
-            .iter()
-            .map(|process| process.pid())
-            .collect::<Vec<_>>(),
-        pids
-    );
-    // One line an outage and worker, not one a second.
-    let complaints = system
-        .written()
-        .lines()
-        .filter(|line| line.contains("WARN") || line.contains("ERROR"))
-        .count();
-    assert!(complaints < 150, "{complaints} complaints about three outages");
+    is_untouched(&client, &long[0]).await;
+    is_whole(stream).await;
+    long.extend(ids);
+    all_is_well(&system, &long).await;
+    let now: Vec<_> = system.processes().iter().map(|process| process.pid()).collect();
+    assert_eq!(now, pids);
+    outages_were_told(&mut system, 3).await;
     drop(system);
     cluster.stop(Signal::QUIT).await;
 }
@@ -158,143 +221,283 @@ async fn connections_are_cut_under_load() {
         .start()
         .await;
     let client = system.client();
-    let long = client
-        .play(&steps([Step::Say("begun".to_owned()), Step::Sleep(6_000)]).answering("untouched"))
-        .await;
-    client.event(&long, "assistant").await;
+    let long = long_job(&client, 6_000).await;
+    let stream = client.stream(&long, None).await;
     let enough = AtomicBool::new(false);
 
     let ((mut ids, _), ()) = tokio::join!(keep_submitting(&client, &enough), async {
         for _ in 0..12 {
-            let cut = "select pg_terminate_backend(pid) from pg_stat_activity \
-                       where datname = current_database() and pid <> pg_backend_pid()";
-            system.database().execute(cut).await;
+            cut(&system).await;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
         enough.store(true, Ordering::Relaxed);
     });
 
-    let job = client.finished(&long).await;
-    assert_eq!(
-        (&job["result"]["content"], &job["attempt"]),
-        (&json!("untouched"), &json!(1)),
-        "{job:#}"
-    );
+    is_untouched(&client, &long).await;
+    is_whole(stream).await;
     ids.push(long);
     all_is_well(&system, &ids).await;
 }
 
-async fn a_locked_sqlite_file_is_waited_for() {
+/// Ends every connection to the system's database but the one that does so.
+async fn cut(system: &System) {
+    let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+               where datname = current_database() and pid <> pg_backend_pid()";
+    system.database().number(cut).await;
+}
+
+async fn postgresql_becomes_read_only() {
+    let mut system = System::builder()
+        .database(Db::Postgres)
+        .sandbox(false)
+        .start()
+        .await;
+    let client = system.client();
+    let long = long_job(&client, 4_000).await;
+    let name = system
+        .database()
+        .texts("select current_database()")
+        .await
+        .remove(0);
+    let set = async |read_only: &str| {
+        // As after a failover: the connections end, and the new ones lead to a server that is what it is.
+        let sql = format!("alter database {name} set default_transaction_read_only = {read_only}");
+        let mut connection = system.database().postgres().await;
+        connection
+            .execute("set transaction_read_only = off")
+            .await
+            .unwrap();
+        let writable = "set session characteristics as transaction read write";
+        connection.execute(writable).await.unwrap();
+        connection.execute(sqlx::AssertSqlSafe(sql)).await.unwrap();
+        connection.close().await.unwrap();
+        cut(&system).await;
+    };
+
+    set("on").await;
+    becomes_unready(&client).await;
+    let refused = client.submit(&json!({ "message": "now?" })).await;
+    refused.assert_problem(503, "unavailable");
+    set("off").await;
+
+    becomes_ready(&client).await;
+    let (id, _) = insist(&client, 0, &answer("again").prompt()).await;
+    assert_eq!(client.finished(&id).await["result"]["content"], "again");
+    is_untouched(&client, &long).await;
+    all_is_well(&system, &[id, long]).await;
+    // The cuts may be told apart from what lies between them.
+    outages_were_told(&mut system, 3).await;
+}
+
+async fn postgresql_runs_out_of_disk() {
+    let disk = Disk::mount(192);
+    let cluster = Cluster::start_on(Some(&disk)).await.unwrap();
+    let database = Database::in_cluster(&cluster).await;
     let system = System::builder()
+        .on(database)
         .sandbox(false)
         .env("LEASE_SECONDS", "60")
         .start()
         .await;
     let client = system.client();
-    let long = client
-        .play(&steps([Step::Say("begun".to_owned()), Step::Sleep(9_000)]).answering("untouched"))
-        .await;
-    client.event(&long, "assistant").await;
+    let long = long_job(&client, 4_000).await;
+    disk.fill();
+
+    let (stored, refused) = submit_until_refused(&client).await;
+    becomes_unready(&client).await;
+    disk.free();
+    // A server that had no room for its log has stopped, and starts again when told.
+    if cluster.has_ended().await {
+        cluster.run().await.unwrap();
+    }
+
+    becomes_ready(&client).await;
+    assert!(refused > 0);
+    is_untouched(&client, &long).await;
+    for id in &stored {
+        assert_eq!(client.finished(id).await["status"], "done");
+    }
+    let (id, _) = insist(&client, 0, &answer("after").prompt()).await;
+    assert_eq!(client.finished(&id).await["result"]["content"], "after");
+    drop(system);
+    cluster.stop(Signal::QUIT).await;
+}
+
+/// Large messages, until ten in a row are refused; the accepted ones and the number of refusals.
+async fn submit_until_refused(client: &Client) -> (Vec<String>, usize) {
+    let (mut stored, mut refused, mut in_a_row) = (Vec::new(), 0, 0);
+    let begin = Instant::now();
+    while in_a_row < 10 {
+        assert!(
+            begin.elapsed() < Duration::from_secs(30),
+            "{} were accepted",
+            stored.len()
+        );
+        // Random digits, which a database can't make smaller.
+        let noise = || uuid::Uuid::new_v4().simple().to_string();
+        let message: String = (0..3_000).map(|_| noise()).collect();
+        let answer = client.submit(&json!({ "message": message })).await;
+        if answer.status == 202 {
+            stored.push(answer.json["data"]["id"].as_str().unwrap().to_owned());
+            in_a_row = 0;
+        } else {
+            answer.assert_problem(503, "unavailable");
+            assert!(!answer.header("retry-after").is_empty());
+            refused += 1;
+            in_a_row += 1;
+        }
+    }
+    (stored, refused)
+}
+
+async fn a_locked_sqlite_file_is_waited_for() {
+    let mut system = System::builder().sandbox(false).start().await;
+    let client = system.client();
+    let long = long_job(&client, 9_000).await;
     let mut lock = system.database().sqlite().await;
     lock.execute("begin immediate").await.unwrap();
     let begin = Instant::now();
 
-    let message = answer("after the lock").prompt();
-    let ((id, refusals), ()) = tokio::join!(insist(&client, 0, &message), async {
+    let prompt = answer("after the lock").prompt();
+    let ((id, refusals), released) = tokio::join!(insist(&client, 0, &prompt), async {
         // Reads go on: a reader never waits for the writer.
         assert_eq!(client.job(&long).await.data(200)["status"], "running");
         assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
-        tokio::time::sleep(Duration::from_secs(12)).await;
+        becomes_unready(&client).await;
+        tokio::time::sleep(Duration::from_secs(12).saturating_sub(begin.elapsed())).await;
+        assert_eq!(ready(&client).await, 503);
         lock.execute("rollback").await.unwrap();
         lock.close().await.unwrap();
+        let released = Instant::now();
+        becomes_ready(&client).await;
+        released.elapsed()
     });
 
     assert!(refusals > 0);
+    assert!(released < Duration::from_secs(3), "{released:?}");
     assert_eq!(client.finished(&id).await["result"]["content"], "after the lock");
-    let job = client.finished(&long).await;
-    assert_eq!(
-        (&job["result"]["content"], &job["attempt"]),
-        (&json!("untouched"), &json!(1)),
-        "{job:#}"
-    );
+    is_untouched(&client, &long).await;
+    outages_were_told(&mut system, 1).await;
 }
 
-/// A file system of a few megabytes of its own. None where the tests may not mount one.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount() -> Option<Self> {
-        let folder = place::folder('m');
-        let mounted = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
-            .arg(&folder)
-            .status()
-            .is_ok_and(|status| status.success());
-        mounted.then_some(Self(folder))
-    }
-
-    fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: a process that is just ending may still hold a file.
-        let _ = std::process::Command::new("umount")
-            .arg("-l")
-            .arg(&self.0)
-            .status();
-    }
-}
-
-#[expect(clippy::print_stderr, reason = "a test that could not be made must say so")]
 async fn a_full_disk_refuses_what_it_cannot_hold() {
-    let Some(disk) = SmallDisk::mount() else {
-        eprintln!("not tested: only root may mount a small disk");
-        return;
-    };
-    let url = format!("sqlite://{}", disk.path().join("small.db").display());
-    let system = System::builder()
+    let disk = Disk::mount(12);
+    let file = disk.path().join("small.db");
+    let mut system = System::builder()
+        .within(&disk)
         .sandbox(false)
-        .env("DATABASE_URL", &url)
+        .on(Database::file(&disk.from_outside(&file)))
+        .env("DATABASE_URL", &format!("sqlite://{}", file.display()))
         .start()
         .await;
     let client = system.client();
     let before = client.play(&answer("before")).await;
     client.finished(&before).await;
-    // Full to the last byte.
-    let filler = disk.path().join("filler");
-    let mut file = std::fs::File::create(&filler).unwrap();
-    let mut piece = vec![0; 1 << 16];
-    while !piece.is_empty() {
-        if std::io::Write::write_all(&mut file, &piece).is_err() {
-            piece.truncate(piece.len() / 2);
-        }
-    }
-    drop(file);
+    let long = long_job(&client, 4_000).await;
+    let stream = client.stream(&long, None).await;
+    disk.fill();
 
-    let (mut stored, mut refused) = (Vec::new(), 0);
-    for _ in 0..20 {
-        let answer = client.submit(&json!({ "message": "x".repeat(100_000) })).await;
-        match answer.status {
-            202 => stored.push(answer.json["data"]["id"].as_str().unwrap().to_owned()),
-            _ => {
-                answer.assert_problem(503, "unavailable");
-                refused += 1;
-            }
-        }
-    }
+    let (stored, refused) = submit_until_refused(&client).await;
     assert!(refused > 0);
+    becomes_unready(&client).await;
     assert_eq!(client.job(&before).await.data(200)["result"]["content"], "before");
-    std::fs::remove_file(&filler).unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(ready(&client).await, 503);
+    disk.free();
 
+    becomes_ready(&client).await;
     let (after, _) = insist(&client, 1, &answer("after").prompt()).await;
     assert_eq!(client.finished(&after).await["result"]["content"], "after");
-    for id in stored {
-        assert_eq!(client.finished(&id).await["status"], "done");
+    for id in &stored {
+        assert_eq!(client.finished(id).await["status"], "done");
     }
-    drop(system);
+    is_untouched(&client, &long).await;
+    is_whole(stream).await;
+    // A disk may take a little now and then before it is full for good.
+    outages_were_told(&mut system, 5).await;
+}
+
+async fn a_directory_that_cannot_be_written_is_told_at_the_start() {
+    // Nobody writes there, not even root.
+    let database = ("DATABASE_URL", "sqlite:///sys/claude-queue/claude-queue.db");
+    for name in ["claude-queue-api", "claude-queue-worker"] {
+        let ended = system::run(name, &[], &[database, ("API_PORT", "0")]).await;
+
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        assert!(
+            ended
+                .stderr
+                .contains("could not make the folder of the database: /sys/claude-queue:"),
+            "{}",
+            ended.stderr
+        );
+    }
+    let fake = tests::place::binary("fake-claude");
+    let url = format!("sqlite://{}/x.db", tests::place::folder('d').display());
+    let env = [
+        ("DATABASE_URL", url.as_str()),
+        ("DATA_DIR", "/sys/claude-queue"),
+        ("CLAUDE_CLI_PATH", fake.to_str().unwrap()),
+        ("ANTHROPIC_API_KEY", "sk-none"),
+    ];
+    let ended = system::run("claude-queue-worker", &[], &env).await;
+
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+    assert!(ended.stderr.contains("DATA_DIR"), "{}", ended.stderr);
+}
+
+async fn a_worker_without_room_begins_nothing_and_fails_nothing(db: Db) {
+    let disk = Disk::mount(4);
+    let system = System::builder()
+        .database(db)
+        .within(&disk)
+        .sandbox(false)
+        .env("DATA_DIR", disk.path().join("data").to_str().unwrap())
+        .env("CLAUDE_RETRY_BASE_DELAY", "0.2")
+        .start()
+        .await;
+    let client = system.client();
+    let mut ids = vec![client.play(&answer("before")).await];
+    client.finished(&ids[0]).await;
+    let pause = async || client.get("/api/v1/health").await.json["workers"][0]["pause_reason"].clone();
+
+    for (why, begin, end) in [
+        ("No space left", Disk::fill as fn(&Disk), Disk::free as fn(&Disk)),
+        (
+            "Read-only",
+            |disk: &Disk| disk.set_read_only(true),
+            |disk: &Disk| disk.set_read_only(false),
+        ),
+    ] {
+        begin(&disk);
+        // At once: it may be tried before the worker has noticed, which must not count.
+        for _ in 0..4 {
+            ids.push(client.play(&answer("after")).await);
+        }
+        eventually(Duration::from_secs(10), "a paused worker", async || {
+            let said = pause().await;
+            let said = said.as_str()?;
+            assert!(said.contains("DATA_DIR") && said.contains(why), "{said}");
+            Some(())
+        })
+        .await;
+        let waits = client.play(&answer("after")).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(client.job(&waits).await.data(200)["attempt"], 0);
+        ids.push(waits);
+        end(&disk);
+
+        for id in &ids {
+            assert_eq!(client.finished(id).await["status"], "done");
+        }
+        assert_eq!(pause().await, Value::Null);
+    }
+
+    let failures = "select cast(sum(failures) as bigint) from job";
+    assert_eq!(system.database().number(failures).await, 0);
+    let told = |words: &str| system.written().matches(words).count();
+    assert_eq!(told("begins no runs"), 2, "{}", system.written());
+    assert_eq!(told("room for runs again"), 2);
 }
 
 async fn a_workspace_that_cannot_be_made_fails_no_job_for_good(db: Db) {
@@ -317,4 +520,41 @@ async fn a_workspace_that_cannot_be_made_fails_no_job_for_good(db: Db) {
         system.written().contains("jobs"),
         "the log says which folder it was"
     );
+}
+
+async fn a_stepped_clock_takes_no_lease(db: Db) {
+    let system = System::builder()
+        .database(db)
+        .workers(2)
+        .sandbox(false)
+        .stepped_clock()
+        .env("LEASE_SECONDS", "2")
+        .start()
+        .await;
+    let client = system.client();
+    let long = long_job(&client, 12_000).await;
+    let stream = client.stream(&long, None).await;
+
+    for offset in [3_600, 0, -3_600] {
+        system.step_clock(offset);
+        let begin = Instant::now();
+        for _ in 0..3 {
+            let id = client.play(&answer("by any clock")).await;
+            assert_eq!(client.finished(&id).await["attempt"], 1);
+        }
+        // Longer than a lease, looked at by both workers.
+        tokio::time::sleep(Duration::from_millis(3_500).saturating_sub(begin.elapsed())).await;
+    }
+
+    is_untouched(&client, &long).await;
+    is_whole(stream).await;
+    assert_eq!(system.database().number("select count(*) from attempt").await, 10);
+    assert_eq!(
+        system
+            .database()
+            .number("select count(*) from attempt where ending <> 'done'")
+            .await,
+        0
+    );
+    assert!(!system.written().contains("lease"), "{}", system.written());
 }

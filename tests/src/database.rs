@@ -1,6 +1,7 @@
 //! A fresh database for each test: a SQLite file, or a database in a PostgreSQL cluster that the kit starts itself,
 //! once for the test binary, from the installed programs. Also a direct look into it, for what no answer shows.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use rustix::process::Signal;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, SqliteConnection};
 use tokio::sync::{Mutex, OnceCell};
 
+use crate::disk::Disk;
 use crate::{place, processes};
 
 /// Which database a test runs on.
@@ -76,6 +78,14 @@ impl Database {
             }
         };
         Self { db, url }
+    }
+
+    /// A SQLite file, there or not.
+    pub fn file(path: &Path) -> Self {
+        Self {
+            db: Db::Sqlite,
+            url: format!("sqlite://{}", path.display()),
+        }
     }
 
     /// A database in a cluster of the test's own, so that the test may restart or stop the server.
@@ -172,6 +182,10 @@ impl Database {
 pub struct Cluster {
     programs: PathBuf,
     folder: PathBuf,
+    /// Where its data is.
+    data: PathBuf,
+    /// What stands before the programs' command lines.
+    enter: Vec<String>,
     account: Option<Account>,
     server: Mutex<Option<Child>>,
     count: Mutex<u32>,
@@ -199,6 +213,14 @@ impl Cluster {
     /// # Errors
     /// A sentence that says what is missing or what didn't work.
     pub async fn start() -> Result<Self, String> {
+        Self::start_on(None).await
+    }
+
+    /// The same, its data on this disk.
+    ///
+    /// # Errors
+    /// As of [`Cluster::start`].
+    pub async fn start_on(disk: Option<&Disk>) -> Result<Self, String> {
         let programs = programs()?;
         let account = account()?;
         let folder = place::folder('p');
@@ -209,6 +231,8 @@ impl Cluster {
         }
         let cluster = Self {
             programs,
+            data: disk.map_or(&*folder, Disk::path).join("data"),
+            enter: disk.map(Disk::enter).unwrap_or_default(),
             folder,
             account,
             server: Mutex::new(None),
@@ -225,7 +249,7 @@ impl Cluster {
                 "--no-sync",
                 "-D",
             ])
-            .arg(cluster.folder.join("data"))
+            .arg(&cluster.data)
             .output()
             .map_err(|error| format!("initdb doesn't start: {error}"))?;
         if !init.status.success() {
@@ -252,7 +276,7 @@ impl Cluster {
         let server = self
             .command("postgres")
             .arg("-D")
-            .arg(self.folder.join("data"))
+            .arg(&self.data)
             .arg("-k")
             .arg(&self.folder)
             .args(
@@ -300,6 +324,18 @@ impl Cluster {
             );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Whether the server has ended by itself.
+    pub async fn has_ended(&self) -> bool {
+        let mut server = self.server.lock().await;
+        let ended = server
+            .as_mut()
+            .is_none_or(|server| server.try_wait().is_ok_and(|status| status.is_some()));
+        if ended {
+            *server = None;
+        }
+        ended
     }
 
     async fn fresh(&self) -> String {
@@ -369,19 +405,24 @@ impl Cluster {
     /// A program of PostgreSQL, as the ordinary user that it demands.
     fn command(&self, program: &str) -> Command {
         let program = self.programs.join(program);
-        let mut command = match self.account {
-            None => Command::new(program),
-            Some(Account { uid, gid }) => {
-                let mut command = Command::new("setpriv");
-                command
-                    .arg(format!("--reuid={uid}"))
-                    .arg(format!("--regid={gid}"))
-                    .arg("--clear-groups")
-                    .arg("--")
-                    .arg(program);
-                command
-            }
-        };
+        let mut words: Vec<OsString> = self.enter.iter().map(Into::into).collect();
+        if !words.is_empty() {
+            words.push(self.folder.clone().into());
+        }
+        if let Some(Account { uid, gid }) = self.account {
+            words.extend(
+                [
+                    "setpriv".to_owned(),
+                    format!("--reuid={uid}"),
+                    format!("--regid={gid}"),
+                ]
+                .map(Into::into),
+            );
+            words.extend(["--clear-groups", "--"].map(Into::into));
+        }
+        words.push(program.into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
         command
             .env_clear()
             .env("PATH", "/usr/bin:/bin")

@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::client::Client;
 use crate::database::{Database, Db};
+use crate::disk::Disk;
 use crate::{eventually, place, processes, trace};
 
 /// The key that a system's client has unless told otherwise; the second key of every system; its administrator's.
@@ -42,6 +43,7 @@ pub struct Builder {
     cli: Cli,
     sandbox: bool,
     stepped_clock: bool,
+    enter: Vec<String>,
     env: Vec<(String, String)>,
 }
 
@@ -99,6 +101,13 @@ impl Builder {
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// All processes see this disk at its path.
+    #[must_use]
+    pub fn within(mut self, disk: &Disk) -> Self {
+        self.enter = disk.enter();
         self
     }
 
@@ -177,6 +186,7 @@ impl Builder {
             workers: Vec::new(),
             folder,
             database,
+            enter: self.enter,
             env,
             simulator,
             _real: real,
@@ -208,6 +218,7 @@ pub struct System {
     workers: Vec<Process>,
     folder: PathBuf,
     database: Database,
+    enter: Vec<String>,
     env: Vec<(String, String)>,
     simulator: Option<Simulator>,
     _real: Option<SemaphorePermit<'static>>,
@@ -225,6 +236,7 @@ impl System {
             cli: Cli::Fake,
             sandbox: true,
             stepped_clock: false,
+            enter: Vec::new(),
             env: Vec::new(),
         }
     }
@@ -353,6 +365,7 @@ impl System {
             Kind::Api | Kind::Up => self.apis.len(),
         };
         let mut process = Process::new(kind, index + 1, &self.folder, &self.env);
+        process.enter.clone_from(&self.enter);
         process.start().await;
         match kind {
             Kind::Worker => self.workers.push(process),
@@ -447,6 +460,8 @@ pub struct Process {
     kind: Kind,
     name: String,
     folder: PathBuf,
+    /// What stands before its working directory and command line, to have it run elsewhere.
+    enter: Vec<String>,
     env: Vec<(String, String)>,
     child: Option<Child>,
     /// How much of standard output belongs to earlier starts.
@@ -466,6 +481,7 @@ impl Process {
             kind,
             name,
             folder,
+            enter: Vec::new(),
             env,
             child: None,
             old: 0,
@@ -495,7 +511,16 @@ impl Process {
                 .open(path)
                 .expect("a log file")
         };
-        let child = Command::new(place::binary(program))
+        let binary = place::binary(program);
+        let mut command = match self.enter.split_first() {
+            None => Command::new(binary),
+            Some((first, more)) => {
+                let mut command = Command::new(first);
+                command.args(more).arg(&self.folder).arg(binary);
+                command
+            }
+        };
+        let child = command
             .args(arguments)
             .env_clear()
             .envs(self.env.iter().map(|(name, value)| (name, value)))

@@ -3,7 +3,7 @@
 
 use crate::context::Context;
 use crate::presence;
-use crate::workspace;
+use shared::disk;
 use std::path::Path;
 use tracing::{info, warn};
 
@@ -27,7 +27,7 @@ pub(crate) async fn check(ctx: &Context) -> bool {
 /// What is wrong, in words.
 fn look(data: &Path, sockets: &Path) -> Option<String> {
     for (name, folder) in [("DATA_DIR", data), ("the folder for sockets", sockets)] {
-        if let Err(error) = workspace::try_to_write(folder) {
+        if let Err(error) = disk::try_to_write(folder) {
             return Some(format!("{name} can't be written: {error}."));
         }
     }

@@ -85,18 +85,6 @@ fn find_transcript(home: &Path, claude_session: Uuid) -> io::Result<Option<PathB
     Ok(None)
 }
 
-/// What is written to see whether a directory can be: more than fits into an inode, little for a disk.
-static SAMPLE: [u8; 64 * 1024] = [1; 64 * 1024];
-
-/// Writes a little into a directory and leaves nothing there.
-pub(crate) fn try_to_write(directory: &Path) -> io::Result<()> {
-    let path = directory.join(format!(".room-{}", Uuid::new_v4().simple()));
-    let mut file = File::create_new(&path)?;
-    // Now, so that a kill leaves nothing behind either.
-    fs::remove_file(&path)?;
-    io::Write::write_all(&mut file, &SAMPLE)
-}
-
 fn private_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }

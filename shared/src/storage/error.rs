@@ -1,5 +1,7 @@
 //! What the database couldn't do.
 
+use std::path::Path;
+
 /// A database operation failed. Its `Display` names the operation; the cause is the source.
 #[derive(Debug, thiserror::Error)]
 #[error("could not {operation}")]
@@ -41,6 +43,14 @@ impl Error {
         }
     }
 
+    /// The same for a file or directory, whose name the system leaves out.
+    pub(crate) fn with(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |error| {
+            let named = format!("{}: {error}", path.display());
+            Self::during(operation)(std::io::Error::new(error.kind(), named))
+        }
+    }
+
     /// Whether the database can't be reached, is busy, full or read-only: a later try may succeed. Everything else
     /// is a fault of this program or of the data.
     pub fn is_unavailable(&self) -> bool {
@@ -51,6 +61,15 @@ impl Error {
             Cause::File(_) => true,
             _ => false,
         }
+    }
+
+    /// Whether somebody else holds SQLite's write lock.
+    pub(crate) fn is_locked(&self) -> bool {
+        let Cause::Database(sqlx::Error::Database(error)) = &self.cause else {
+            return false;
+        };
+        let code = error.code().unwrap_or_default();
+        code.len() < 5 && code.parse::<u32>().is_ok_and(|code| code & 0xff == 5)
     }
 
     /// Whether nobody can use the database for now; unlike [`Error::is_unavailable`] this leaves out that this one

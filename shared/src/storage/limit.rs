@@ -121,11 +121,14 @@ const fn ceil_seconds(micros: i64) -> i64 {
     (micros + 999_999).div_euclid(1_000_000)
 }
 
-/// Where the full bucket lies before this call: not in the past, and never beyond a window from now, so that neither a
-/// clock that was set back nor a limit that was lowered locks anybody out for longer.
+/// Where the full bucket lies before this call: not in the past, and never beyond a window from now, so that a limit
+/// that was lowered locks nobody out for longer. When the clock was set back by more than a window, the bucket is as far
+/// from full as it was then.
 macro_rules! before {
     () => {
         "case when held.full_at <= excluded.asked_at then excluded.asked_at
+              when held.asked_at > excluded.asked_at + $3 and held.full_at < held.asked_at + $3
+                then excluded.asked_at + held.full_at - held.asked_at
               when held.full_at > excluded.asked_at + $3 then excluded.asked_at + $3
               else held.full_at end"
     };

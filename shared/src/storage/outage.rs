@@ -1,11 +1,14 @@
 //! Outages: the database can't be reached, or is locked, full or read-only. Everything in the process meets the same
 //! one at the same time; the log is told twice: when it begins and when it is over.
 
-use super::{Error, Result, Store, execute};
+use super::{Db, Error, Result, Store, execute};
+use crate::disk;
 use crate::telemetry::chain;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 /// How often it is tried whether the database can be used again. It must also have been quiet for so long.
@@ -13,6 +16,9 @@ const TRY_AGAIN: Duration = Duration::from_millis(500);
 
 /// A database that hasn't written by then can't be used.
 const WRITES_WITHIN: Duration = Duration::from_secs(2);
+
+/// A process that starts waits for a lock of somebody else for so long.
+const LOCKED_FOR: Duration = Duration::from_secs(30);
 
 /// Whoever asks more often gets the last answer.
 const CHECKED_FOR: Duration = Duration::from_secs(1);
@@ -90,7 +96,29 @@ impl Store {
         !self.is_out()
     }
 
+    /// Waits at the start for whoever holds SQLite's write lock, which may be a process that was stopped.
+    pub(super) async fn wait_for_lock(&self) -> Result<()> {
+        let begin = Instant::now();
+        loop {
+            match self.try_to_write().await {
+                Err(error) if error.is_locked() && begin.elapsed() < LOCKED_FOR => {
+                    tracing::warn!(error = %chain(&error), "the database is locked; waiting for it");
+                }
+                tried => return tried,
+            }
+        }
+    }
+
     async fn try_to_write(&self) -> Result<()> {
+        if let Db::Sqlite { reader, .. } = &*self.db {
+            // The log of SQLite has room in reserve, which lets small things be written and large ones not.
+            let file = reader.connect_options().get_filename().to_owned();
+            let tried = spawn_blocking(move || disk::try_to_write(file.parent().unwrap_or(Path::new("."))));
+            tried
+                .await
+                .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+                .map_err(Error::during("write beside the database"))?;
+        }
         let mut tx = self.begin().await?;
         execute!(
             tx,

@@ -428,6 +428,13 @@ async fn neither_a_clock_that_goes_back_nor_a_lowered_limit_locks_out_for_long(d
     assert_eq!((refused.granted, refused.retry_after()), (false, 6));
     assert!(world.store.take_at("k", rate, Some(at(6))).await.unwrap().granted);
 
+    // Who wasn't at the limit isn't after a step either.
+    for _ in 0..5 {
+        world.store.take_at("half", rate, Some(at(86_400))).await.unwrap();
+    }
+    let granted = world.store.take_at("half", rate, Some(NOW)).await.unwrap();
+    assert_eq!((granted.granted, granted.remaining()), (true, 4));
+
     let shorter = Rate::new(10, 5);
     let refused = world.store.take_at("k", shorter, Some(at(6))).await.unwrap();
     assert_eq!((refused.granted, refused.retry_after()), (false, 1));
