@@ -19,6 +19,7 @@ mod order; // Which job runs when.
 mod outcomes; // What a run can end as.
 mod ownership; // Nobody sees what another owns, on any path there is.
 mod real_cli; // The real Claude CLI against the simulator.
+mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.
 mod survivors; // A run that does everything to live on doesn't.
 mod tickets; // What wakes the slots may be lost, damaged or too much.

@@ -93,28 +93,25 @@ fn private_directory(path: &Path) -> io::Result<()> {
 /// of any depth needs one open directory and short paths, and a directory without rights is opened up first. Several
 /// may remove the same one at once.
 fn remove_tree(root: &Path) -> io::Result<()> {
-    let mut gathered = root.as_os_str().to_owned();
-    gathered.push(".removed");
-    let gathered = PathBuf::from(gathered);
-    let mut next = 0_u64;
+    let mut gathered = Gathered::beside(root);
     match fs::symlink_metadata(root) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound && !gathered.exists() => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !gathered.path.exists() => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
         Ok(meta) if !meta.is_dir() => return gone(fs::remove_file(root)),
         Ok(_) => {
-            private_directory(&gathered)?;
-            move_into(root, &gathered, &mut next)?;
+            private_directory(&gathered.path)?;
+            gathered.take(root)?;
         }
     }
     loop {
         let mut found = false;
-        for entry in entries(&gathered)? {
+        for entry in entries(&gathered.path)? {
             found = true;
-            empty(&entry?.path(), &gathered, &mut next)?;
+            gathered.empty(&entry?.path())?;
         }
         if !found {
-            match gone(fs::remove_dir(&gathered)) {
+            match gone(fs::remove_dir(&gathered.path)) {
                 // Somebody else has moved more into it.
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
                 removed => return removed,
@@ -123,37 +120,49 @@ fn remove_tree(root: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes a directory's files, moves its directories into `gathered`, and then removes it.
-fn empty(directory: &Path, gathered: &Path, next: &mut u64) -> io::Result<()> {
-    for entry in entries(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            move_into(&entry.path(), gathered, next)?;
-        } else {
-            gone(fs::remove_file(entry.path()))?;
-        }
-    }
-    gone(fs::remove_dir(directory))
+/// Where the directories of a tree are gathered to be removed.
+struct Gathered {
+    path: PathBuf,
+    /// Begins the names that this removal gives; others have left or give names of their own.
+    own: Uuid,
+    next: u64,
 }
 
-fn move_into(directory: &Path, gathered: &Path, next: &mut u64) -> io::Result<()> {
-    gone(fs::set_permissions(directory, Permissions::from_mode(0o700)))?;
-    // A removal that was cut short has left numbers behind, and others count too.
-    loop {
-        let to = gathered.join(next.to_string());
-        *next += 1;
-        if to.exists() {
-            continue;
+impl Gathered {
+    fn beside(root: &Path) -> Self {
+        let mut path = root.as_os_str().to_owned();
+        path.push(".removed");
+        Self {
+            path: PathBuf::from(path),
+            own: Uuid::new_v4(),
+            next: 0,
         }
-        match gone(fs::rename(directory, to)) {
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
-            moved => return moved,
+    }
+
+    /// Moves a directory here.
+    fn take(&mut self, directory: &Path) -> io::Result<()> {
+        gone(fs::set_permissions(directory, Permissions::from_mode(0o700)))?;
+        let name = format!("{}-{}", self.own.simple(), self.next);
+        self.next += 1;
+        gone(fs::rename(directory, self.path.join(name)))
+    }
+
+    /// Removes a directory's files, moves its directories here, and then removes it.
+    fn empty(&mut self, directory: &Path) -> io::Result<()> {
+        for entry in entries(directory)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                self.take(&entry.path())?;
+            } else {
+                gone(fs::remove_file(entry.path()))?;
+            }
         }
+        gone(fs::remove_dir(directory))
     }
 }
 
 /// What a directory holds; nothing when it's gone.
-fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>>> {
+fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>> + use<>> {
     match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None.into_iter().flatten()),
         entries => Ok(Some(entries?).into_iter().flatten()),
