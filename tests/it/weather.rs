@@ -246,6 +246,22 @@ async fn cut(system: &System) {
     system.database().number(cut).await;
 }
 
+/// As a failover: the connections end, and the new ones lead to a server that is what it is.
+async fn set_read_only(system: &System, read_only: &str) {
+    let mut connection = system.database().postgres().await;
+    let writable = "set session characteristics as transaction read write";
+    connection.execute(writable).await.unwrap();
+    let name = system
+        .database()
+        .texts("select current_database()")
+        .await
+        .remove(0);
+    let sql = format!("alter database {name} set default_transaction_read_only = {read_only}");
+    connection.execute(sqlx::AssertSqlSafe(sql)).await.unwrap();
+    connection.close().await.unwrap();
+    cut(system).await;
+}
+
 async fn postgresql_becomes_read_only() {
     let mut system = System::builder()
         .database(Db::Postgres)
@@ -254,31 +270,20 @@ async fn postgresql_becomes_read_only() {
         .await;
     let client = system.client();
     let long = long_job(&client, 4_000).await;
-    let name = system
-        .database()
-        .texts("select current_database()")
-        .await
-        .remove(0);
-    let set = async |read_only: &str| {
-        // As after a failover: the connections end, and the new ones lead to a server that is what it is.
-        let sql = format!("alter database {name} set default_transaction_read_only = {read_only}");
-        let mut connection = system.database().postgres().await;
-        connection
-            .execute("set transaction_read_only = off")
-            .await
-            .unwrap();
-        let writable = "set session characteristics as transaction read write";
-        connection.execute(writable).await.unwrap();
-        connection.execute(sqlx::AssertSqlSafe(sql)).await.unwrap();
-        connection.close().await.unwrap();
-        cut(&system).await;
-    };
-
-    set("on").await;
+    set_read_only(&system, "on").await;
     becomes_unready(&client).await;
     let refused = client.submit(&json!({ "message": "now?" })).await;
     refused.assert_problem(503, "unavailable");
-    set("off").await;
+    for process in system.processes() {
+        eventually(Duration::from_secs(10), "a told outage", async || {
+            process
+                .written()
+                .contains("the database can't be used")
+                .then_some(())
+        })
+        .await;
+    }
+    set_read_only(&system, "off").await;
 
     becomes_ready(&client).await;
     let (id, _) = insist(&client, 0, &answer("again").prompt()).await;
@@ -353,7 +358,7 @@ async fn submit_until_refused(client: &Client) -> (Vec<String>, usize) {
 async fn a_locked_sqlite_file_is_waited_for() {
     let mut system = System::builder().sandbox(false).start().await;
     let client = system.client();
-    let long = long_job(&client, 9_000).await;
+    let long = long_job(&client, 8_000).await;
     let mut lock = system.database().sqlite().await;
     lock.execute("begin immediate").await.unwrap();
     let begin = Instant::now();
@@ -364,7 +369,7 @@ async fn a_locked_sqlite_file_is_waited_for() {
         assert_eq!(client.job(&long).await.data(200)["status"], "running");
         assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
         becomes_unready(&client).await;
-        tokio::time::sleep(Duration::from_secs(12).saturating_sub(begin.elapsed())).await;
+        tokio::time::sleep(Duration::from_millis(10_500).saturating_sub(begin.elapsed())).await;
         assert_eq!(ready(&client).await, 503);
         lock.execute("rollback").await.unwrap();
         lock.close().await.unwrap();
@@ -532,7 +537,7 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
         .start()
         .await;
     let client = system.client();
-    let long = long_job(&client, 12_000).await;
+    let long = long_job(&client, 9_000).await;
     let stream = client.stream(&long, None).await;
 
     for offset in [3_600, 0, -3_600] {
@@ -543,7 +548,7 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
             assert_eq!(client.finished(&id).await["attempt"], 1);
         }
         // Longer than a lease, looked at by both workers.
-        tokio::time::sleep(Duration::from_millis(3_500).saturating_sub(begin.elapsed())).await;
+        tokio::time::sleep(Duration::from_millis(2_700).saturating_sub(begin.elapsed())).await;
     }
 
     is_untouched(&client, &long).await;

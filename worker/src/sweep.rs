@@ -28,6 +28,9 @@ const GAP: Duration = Duration::from_secs(2);
 /// How often it looks for old data, and says how the worker is.
 const SLOWLY: Duration = Duration::from_secs(5);
 
+/// How often it looks whether runs would have room.
+const LOOK_FOR_ROOM: Duration = Duration::from_secs(2);
+
 /// Old things are removed in small batches; no more of them than this each time.
 const MOST_BATCHES: usize = 10;
 
@@ -148,7 +151,7 @@ async fn clean_up(ctx: &Context) {
 
 /// Looks whether runs would have room.
 async fn watch_room(ctx: &Context) {
-    let mut ticks = tokio::time::interval(SLOWLY);
+    let mut ticks = tokio::time::interval(LOOK_FOR_ROOM);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
