@@ -43,12 +43,19 @@ pub async fn readyz(request: &Request) -> Result<Response, Problem> {
 /// `GET /api/v1/health`: always 200; the body says how things are, for the service as a whole.
 pub async fn health(request: &Request) -> Result<Response, Problem> {
     only_get(request)?;
+    let store = &request.context.store;
+    let usable = store.is_usable().await;
     let since = Timestamp(clock::now().0 - SEEN_WITHIN);
-    let workers = match timeout(ANSWER_WITHIN, request.context.store.workers(since)).await {
+    let workers = match timeout(ANSWER_WITHIN, store.workers(since)).await {
         Ok(Ok(workers)) => Some(workers),
         Ok(Err(_)) | Err(_) => None,
     };
     let mut body = describe(workers.as_deref(), clock::now());
+    if !usable {
+        // One that can't be written may still be read.
+        body["status"] = json!("degraded");
+        body["checks"]["database"] = json!("error");
+    }
     body["meta"] = json!(Meta::of(request));
     reply::json(StatusCode::OK, &body)
 }
