@@ -125,6 +125,10 @@ pub(crate) use {execute, fetch, fetch_locked, read};
 /// How long a statement waits for a lock or a connection before the caller hears that the database is unavailable.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a writer waits for its turn on SQLite's one writing connection: a burst of submissions takes turns, and
+/// on a slow disk the last of them waits longer than any single statement may.
+const TURN: Duration = Duration::from_secs(10);
+
 /// The database, whichever it is. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -221,7 +225,7 @@ impl Store {
         let pool = |connections| {
             SqlitePoolOptions::new()
                 .max_connections(connections)
-                .acquire_timeout(PATIENCE)
+                .acquire_timeout(TURN)
                 .test_before_acquire(false)
                 // A full disk makes SQLite roll back by itself. The library doesn't learn of it, and would refuse to
                 // begin another transaction on this connection for ever.
