@@ -190,6 +190,8 @@ async fn a_restart_of_the_queues_worker_drops_no_run(db: Db) {
         .database(db)
         .sandbox(false)
         .env("WORKER_CONCURRENCY", "2")
+        // A single restart is nothing to be told of.
+        .env("LOG_LEVEL", "info,worker=debug")
         .start()
         .await;
     let client = system.client();
@@ -205,7 +207,10 @@ async fn a_restart_of_the_queues_worker_drops_no_run(db: Db) {
             sqlx::query("begin immediate").execute(&mut lock).await.unwrap();
             // A look at the queue gives up after five seconds.
             eventually(Duration::from_secs(20), "a restart", async || {
-                system.written().contains("worker future ended").then_some(())
+                system
+                    .written()
+                    .contains("the queue's worker restarts")
+                    .then_some(())
             })
             .await;
             sqlx::query("rollback").execute(&mut lock).await.unwrap();
@@ -215,7 +220,10 @@ async fn a_restart_of_the_queues_worker_drops_no_run(db: Db) {
             database.execute(broken).await;
             client.submit(&json!({ "message": "a ring" })).await.data(202);
             eventually(Duration::from_secs(20), "a restart", async || {
-                system.written().contains("worker future ended").then_some(())
+                system
+                    .written()
+                    .contains("the queue's worker restarts")
+                    .then_some(())
             })
             .await;
             database

@@ -144,7 +144,11 @@ async fn becomes_unready(client: &Client) {
     assert_eq!(health.status, 200);
     let database = health.json["checks"]["database"].clone();
     // It may be back by now.
-    assert!(database == "error" || ready(client).await == 200, "{}", health.text);
+    assert!(
+        database == "error" || ready(client).await == 200,
+        "{}",
+        health.text
+    );
 }
 
 /// Each process has told these outages, and told each of them once: when it began and when it was over. Nothing else

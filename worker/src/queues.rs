@@ -127,8 +127,11 @@ async fn on_ticket(_: Ticket, ctx: Data<Arc<Context>>, slot: Data<Slot>) -> Resu
 #[derive(Default)]
 struct Starts(Mutex<(Option<Instant>, u32)>);
 
+/// So many starts, each within a minute of the one before, are more than an outage makes.
+const TOO_MANY: u32 = 5;
+
 impl Starts {
-    /// The pause before this start: none at first, and up to 5 s for one that fails again and again.
+    /// Counts a start. The pause before it: none at first, and up to 5 s for one that fails again and again.
     fn pause(&self) -> Duration {
         let mut starts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let quick = starts
@@ -137,6 +140,16 @@ impl Starts {
         let number = if quick { (starts.1 + 1).min(20) } else { 0 };
         *starts = (Some(Instant::now()), number);
         Duration::from_millis(250) * number
+    }
+
+    /// Says that the library's worker has ended, and starts anew. It does so with every outage, which is told anyway.
+    fn tell(&self, error: &str) {
+        let (_, quick) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if quick < TOO_MANY {
+            tracing::debug!(error, "the queue's worker restarts; runs go on");
+        } else {
+            tracing::warn!(error, "the queue's worker restarts again and again; runs go on");
+        }
     }
 }
 
@@ -152,13 +165,11 @@ macro_rules! monitor {
             .lock_tasks(false)
             // The lease alone decides who is lost.
             .missed_heartbeats(1_000_000);
-        let store = ctx.store.clone();
-        let starts = Starts::default();
+        let starts = Arc::new(Starts::default());
+        let ended = starts.clone();
         Monitor::new()
-            .should_restart(move |worker, error| {
-                tracing::debug!(worker = worker.name(), error = %error, "the queue's worker restarts; runs go on");
-                // It ends when the database can't be used, and for no other reason that is known.
-                store.note_outage(&error.to_string());
+            .should_restart(move |_, error| {
+                ended.tell(&error.to_string());
                 true
             })
             .register(move |restarts| {
@@ -170,7 +181,10 @@ macro_rules! monitor {
                             .before_start(move |_| {
                                 let store = store.clone();
                                 async move {
-                                    store.answers().await;
+                                    // It has ended because the database can't be used, most likely.
+                                    while !store.is_usable().await {
+                                        store.answers().await;
+                                    }
                                     tokio::time::sleep(pause).await;
                                     Ok(())
                                 }
@@ -178,7 +192,10 @@ macro_rules! monitor {
                             .with_codec(TicketCodec),
                     )
                     .data(ctx.clone())
-                    .layer(SlotLayer { slots: slots.clone(), ctx: ctx.clone() })
+                    .layer(SlotLayer {
+                        slots: slots.clone(),
+                        ctx: ctx.clone(),
+                    })
                     .build(on_ticket)
             })
     }};

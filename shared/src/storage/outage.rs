@@ -44,8 +44,8 @@ impl Store {
         outage
     }
 
-    /// Takes note that the database could not be used, by whomever.
-    pub fn note_outage(&self, why: &str) {
+    /// Takes note that the database could not be used.
+    fn note_outage(&self, why: &str) {
         *self.outage.last_error() = Some(Instant::now());
         let begins = self.outage.since.send_if_modified(|since| {
             let begins = since.is_none();
