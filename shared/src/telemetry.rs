@@ -14,8 +14,8 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
         other => other,
     };
     // What the pools of connections and the queue library complain about is told once, by whoever meets it.
-    let quiet = "sqlx=warn,sqlx::pool=error,sqlx_core::pool=error,sqlx::postgres::notice=error,apalis=warn,\
-                 apalis_core=off,hyper=warn,reqwest=warn";
+    let quiet = "sqlx=warn,sqlx::pool=error,sqlx_core::pool=error,sqlx::postgres::notice=error,\
+                 apalis=off,apalis_core=off,apalis_postgres=off,apalis_sqlite=off,hyper=warn,reqwest=warn";
     let quiet = format!("{filter},{quiet}");
     let filter = EnvFilter::try_new(quiet).map_err(|_| {
         Error::new(

@@ -182,7 +182,7 @@ macro_rules! monitor {
                                 let store = store.clone();
                                 async move {
                                     // It has ended because the database can't be used, most likely.
-                                    while !store.is_usable().await {
+                                    if !store.is_usable().await {
                                         store.answers().await;
                                     }
                                     tokio::time::sleep(pause).await;
