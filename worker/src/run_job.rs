@@ -6,7 +6,7 @@ mod transcript;
 
 use crate::claude::command::{self, RunSpec};
 use crate::claude::message::{Block, Message};
-use crate::claude::process::{EndedBy, Exit, Launch, Process};
+use crate::claude::process::{self, EndedBy, Exit, Launch, Process};
 use crate::claude::sandbox::Places;
 use crate::context::Context;
 use crate::gateway::Gateway;
@@ -52,7 +52,6 @@ const TOOL_RESULT: usize = 16 * 1024;
 /// Claims and runs until nothing is left, or until this worker may not.
 pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
     while !ctx.draining.is_cancelled() && ctx.pause.current(clock::now()).is_none() {
-        let claimed_at = Instant::now();
         let claim = {
             let _one_at_a_time = ctx.claiming.lock().await;
             ctx.store.claim(&ctx.claimant, clock::now()).await
@@ -60,7 +59,7 @@ pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
         match claim {
             Ok(Claim::Run(lease)) => {
                 let span = info_span!("run", job.id = %lease.job.job_id, attempt = lease.job.attempt);
-                run(&ctx, Arc::new(*lease), claimed_at).instrument(span).await;
+                run(&ctx, Arc::new(*lease)).instrument(span).await;
             }
             Ok(Claim::Again) => {}
             Ok(Claim::Nothing) => return,
@@ -75,23 +74,16 @@ pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
     }
 }
 
-async fn run(ctx: &Context, lease: Arc<Lease>, claimed_at: Instant) {
+async fn run(ctx: &Context, lease: Arc<Lease>) {
     info!(key.id = %lease.job.key_id, "job {} begins, attempt {}", lease.job.job_id, lease.job.attempt);
     let began = Instant::now();
     // From here on the lease is renewed: on a busy machine a run takes long to start.
     let renew_every = (ctx.config.lease / 3).min(Duration::from_secs(10));
-    let recorder = Recorder::start(
-        ctx.store.clone(),
-        &ctx.wakeups,
-        lease.clone(),
-        claimed_at,
-        renew_every,
-    );
-    let prepared = tokio::time::timeout(PREPARE, Run::prepare(ctx, lease.clone(), &recorder)).await;
-    let mut report = match prepared.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+    let recorder = Recorder::start(ctx.store.clone(), &ctx.wakeups, lease.clone(), renew_every);
+    let mut report = match start(ctx, &lease, &recorder).await {
         Ok(run) => run.follow(recorder).await,
-        Err(error) if recorder.standing().held_at.elapsed() >= ctx.config.lease => {
-            warn!(error = %error, "the lease ran out before the run could start");
+        Err(_) if !holds(ctx, &recorder) => {
+            warn!("the lease ran out before the run could start");
             None
         }
         Err(error) => {
@@ -108,6 +100,25 @@ async fn run(ctx: &Context, lease: Arc<Lease>, claimed_at: Instant) {
         report.duration = began.elapsed();
         finish(ctx, &lease, report).await;
     }
+}
+
+/// Starts the run, in a minute at most.
+async fn start<'a>(ctx: &'a Context, lease: &Arc<Lease>, recorder: &Recorder) -> std::io::Result<Run<'a>> {
+    let until = Instant::now() + PREPARE;
+    loop {
+        let prepared = tokio::time::timeout_at(until, Run::prepare(ctx, lease.clone(), recorder)).await;
+        match prepared.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+            // The guard found the lease too old, which was renewed meanwhile: the machine is that busy.
+            Err(error) if process::is_too_late(&error) && holds(ctx, recorder) && Instant::now() < until => {}
+            prepared => return prepared,
+        }
+    }
+}
+
+/// Whether nobody else can hold the job by now.
+fn holds(ctx: &Context, recorder: &Recorder) -> bool {
+    let standing = recorder.standing();
+    standing.signal != Signal::Lost && standing.held_at.elapsed() < ctx.config.lease
 }
 
 /// Writes the end of the run, however long the database takes: the work was done and paid for.
@@ -274,6 +285,7 @@ impl<'a> Run<'a> {
             env: command::environment(&ctx.isolation.paths(&places), (name, &token), &marker),
             cwd: command.cwd,
             marker,
+            cgroup: ctx.cgroup.clone(),
             beat_within: ctx.config.lease,
             // The worker's own deadline comes first; this one is for a worker that can't.
             deadline: total + INTERRUPT + CLOSE + GOODBYE,

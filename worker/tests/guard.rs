@@ -17,7 +17,7 @@ use std::{env, fs};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
-use worker::claude::process::{EndedBy, Exit, Launch, Process};
+use worker::claude::process::{self, EndedBy, Exit, Launch, Process};
 use worker::claude::sandbox::{self, Isolation, Places};
 use worker::guard;
 use worker::workspace::{RunDir, Runtime};
@@ -125,6 +125,7 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
         env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
         cwd: command.cwd,
         marker: guard::marker(&format!("test-{token}")),
+        cgroup: None,
         beat_within: Duration::from_mins(1),
         deadline: Duration::from_mins(1),
         runtime_dir: dir.path().to_owned(),
@@ -423,6 +424,63 @@ async fn a_killed_guard_leaves_nothing_that_bears_the_mark() {
     }
 }
 
+/// A tree of control groups of the test's own; none where the tests may not mount one.
+struct Groups(tempfile::TempDir);
+
+impl Groups {
+    fn mount() -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "cgroup2", "none"])
+            .arg(folder.path())
+            .stderr(Stdio::null())
+            .status();
+        mounted
+            .is_ok_and(|status| status.success())
+            .then_some(Self(folder))
+    }
+
+    fn of_runs(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.0.path()).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths
+            .filter(|path| path.to_str().unwrap().contains("claude-queue."))
+            .collect()
+    }
+}
+
+impl Drop for Groups {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_control_group_finds_what_has_lost_both_its_guard_and_its_mark() {
+    let Some(groups) = Groups::mount() else { return };
+    for sandboxed in BOTH {
+        let mut stand = stand(sandboxed).await;
+        stand.launch.cgroup = Some(groups.0.path().to_owned());
+        let process = stand.started().await;
+        assert_eq!(groups.of_runs().len(), 1);
+
+        kill_process(stand.guard_pid(), Signal::KILL).unwrap();
+        let exit = ended(process).await;
+
+        stand.assert_nothing_left();
+        assert_eq!(exit.ended_by, EndedBy::GuardLost, "{sandboxed:?}");
+        assert_eq!(groups.of_runs(), Vec::<PathBuf>::new());
+
+        // The ordinary end leaves no group either.
+        let mut process = stand.started().await;
+        process.send("hello").await.unwrap();
+        while process.next_line().await.unwrap().is_some() {}
+        assert_eq!(process.wait().await.ended_by, EndedBy::Exited, "{sandboxed:?}");
+        stand.assert_nothing_left();
+        assert_eq!(groups.of_runs(), Vec::<PathBuf>::new());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminated_guard_ends_its_run_first() {
     for sandboxed in BOTH {
@@ -482,8 +540,8 @@ async fn nothing_is_started_under_a_lease_that_ran_out() {
 
         let started = Process::start_under(Path::new(GUARD), stand.launch.clone(), || held_at).await;
 
-        let error = started.unwrap_err().to_string();
-        assert!(error.contains("lease ran out"), "{error}");
+        let error = started.unwrap_err();
+        assert!(process::is_too_late(&error), "{error}");
         stand.assert_nothing_left();
     }
 }

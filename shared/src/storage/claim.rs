@@ -198,6 +198,7 @@ impl Tx {
         reserved: MicroUsd,
         now: Timestamp,
     ) -> Result<Claim> {
+        let held_at = Instant::now();
         let claude_session_id = uuid::Uuid::new_v4().to_string();
         let resume = self.resumable(&job).await?;
         let claimed = fetch!(
@@ -248,6 +249,7 @@ impl Tx {
         };
         Ok(Claim::Run(Box::new(Lease {
             job,
+            held_at,
             message,
             options,
             reserved,

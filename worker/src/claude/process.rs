@@ -20,8 +20,9 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
+use crate::guard::cgroup;
 use crate::guard::former::{self, GUARD_VARIABLE, RUN_VARIABLE};
-use crate::guard::order::{Moment, Order, Report, ToGuard};
+use crate::guard::order::{Moment, Order, Report, TOO_LATE, ToGuard};
 use crate::guard::tree;
 
 pub use crate::guard::order::EndedBy;
@@ -64,6 +65,8 @@ pub struct Launch {
     pub cwd: PathBuf,
     /// The run's mark ([`crate::guard::marker`]), by which its processes are found when the guard is gone.
     pub marker: String,
+    /// A control group in which this process may make one for the run ([`crate::guard::cgroup::own`]).
+    pub cgroup: Option<PathBuf>,
     /// The run ends when no beat is younger than this.
     pub beat_within: Duration,
     /// The run ends this long after its start.
@@ -75,6 +78,15 @@ pub struct Launch {
     /// No program of the run may change its user (`sudo`), which would get it out of reach. Bubblewrap sets this
     /// itself, and where it's set-uid it can't start with it.
     pub no_new_privileges: bool,
+}
+
+impl Launch {
+    /// The run's own control group.
+    fn group(&self) -> Option<PathBuf> {
+        self.cgroup
+            .as_deref()
+            .map(|parent| cgroup::of(parent, &self.marker))
+    }
 }
 
 /// How a run ended.
@@ -175,6 +187,7 @@ impl Process {
             writer,
             told,
             deadline: launch.deadline,
+            cgroup: launch.group(),
         };
         let marker = launch.marker.clone();
         let supervisor = tokio::spawn(async move {
@@ -277,6 +290,11 @@ impl Process {
     }
 }
 
+/// Whether this is the error of a start that came too late for its lease.
+pub fn is_too_late(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(TOO_LATE.raw_os_error())
+}
+
 type Reports = Lines<BufReader<OwnedReadHalf>>;
 
 fn bind(path: &Path) -> io::Result<UnixListener> {
@@ -316,6 +334,7 @@ async fn meet(
         args: launch.args.clone(),
         env,
         cwd: launch.cwd.clone(),
+        cgroup: launch.group(),
         beat_within_ms: milliseconds(launch.beat_within),
         deadline_ms: milliseconds(launch.deadline),
         memory_limit: launch.memory_limit,
@@ -328,6 +347,9 @@ async fn meet(
     let report = reports.next_line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
     match serde_json::from_str(&report)? {
         Report::NotStarted { os_error, message } => {
+            if os_error == Some(TOO_LATE.raw_os_error()) {
+                return Err(TOO_LATE.into());
+            }
             let kind = os_error.map_or(io::ErrorKind::Other, |code| {
                 io::Error::from_raw_os_error(code).kind()
             });
@@ -348,6 +370,7 @@ struct Supervisor {
     writer: OwnedWriteHalf,
     told: mpsc::UnboundedReceiver<Told>,
     deadline: Duration,
+    cgroup: Option<PathBuf>,
 }
 
 type Ending = (Option<i32>, Option<i32>, EndedBy);
@@ -421,6 +444,9 @@ impl Supervisor {
             let _ = tokio::task::spawn_blocking(move || end_descendants(guard)).await;
         }
         let _ = self.guard.kill().await;
+        if let Some(group) = self.cgroup.take() {
+            let _ = tokio::task::spawn_blocking(move || cgroup::end(&group)).await;
+        }
         end_by_marker(marker).await;
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, WaitOptions};
 
+use super::cgroup;
 use super::tree::{self, Process};
 
 /// The variable that holds the marker in every process of a run.
@@ -56,6 +57,7 @@ pub(crate) fn end_marked(marker: &str) -> usize {
 }
 
 fn end_where(wanted: impl Fn(&str) -> bool) -> usize {
+    cgroup::end_where(&wanted);
     let since = Instant::now();
     let mut seen = Vec::new();
     let mut empty_looks = 0;

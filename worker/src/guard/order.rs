@@ -4,8 +4,12 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+
+/// The error of a start that came too late.
+pub(crate) const TOO_LATE: Errno = Errno::TIME;
 
 /// A moment of the machine's monotonic clock, which all its processes share, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -39,6 +43,8 @@ pub(crate) struct Order {
     /// The whole environment of the run.
     pub(crate) env: Vec<(String, String)>,
     pub(crate) cwd: PathBuf,
+    /// The control group that the run gets, if one can be made there.
+    pub(crate) cgroup: Option<PathBuf>,
     /// The oldest beat that the run survives.
     pub(crate) beat_within_ms: u64,
     /// Counted from the start.
@@ -92,7 +98,7 @@ impl Report {
     /// Another worker may hold the job by now.
     pub(crate) fn too_late() -> Self {
         Self::NotStarted {
-            os_error: None,
+            os_error: Some(TOO_LATE.raw_os_error()),
             message: "the lease ran out before the run could start".to_owned(),
         }
     }

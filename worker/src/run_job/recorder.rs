@@ -53,19 +53,12 @@ enum Note {
 }
 
 impl Recorder {
-    /// Starts recording the run of this lease, which was claimed at `claimed_at`. The lease is renewed each
-    /// `renew_every`, and more often when events come.
-    pub(super) fn start(
-        store: Store,
-        wakeups: &Wakeups,
-        lease: Arc<Lease>,
-        claimed_at: Instant,
-        renew_every: Duration,
-    ) -> Self {
+    /// Starts recording the run of this lease, which is renewed each `renew_every`, and more often when events come.
+    pub(super) fn start(store: Store, wakeups: &Wakeups, lease: Arc<Lease>, renew_every: Duration) -> Self {
         let (notes, inbox) = mpsc::unbounded_channel();
         let (tell, standing) = watch::channel(Standing {
             signal: Signal::Continue,
-            held_at: claimed_at,
+            held_at: lease.held_at.into(),
         });
         let changes = wakeups.job(lease.job.job_id);
         let writer = Writer {

@@ -54,6 +54,7 @@ impl Change {
         // A lease is only proof where storage made it; a test may forge one, to see that the SQL doesn't trust it.
         let lease = Lease {
             job: job.clone(),
+            held_at: std::time::Instant::now(),
             message: String::new(),
             options: RunOptions::default(),
             reserved: MicroUsd::ZERO,

@@ -1,0 +1,163 @@
+//! A control group of its own for each run, where the system lets this process make one (version 2, for instance in a
+//! systemd service with `Delegate=yes`). It holds every process of the run, whatever that did to its parents and its
+//! environment, and the kernel ends all of it at one word. Everywhere else the guard does without.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Access, access};
+
+/// The beginning of the names of the runs' groups; the marker follows.
+const PREFIX: &str = "claude-queue.";
+
+/// How long ended processes may take to leave their group.
+const PATIENCE: Duration = Duration::from_secs(4);
+
+/// The group that this process is in, when groups can be made in it.
+pub fn own() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = locate(&mounts, &groups)?;
+    let writable = |path: &Path| access(path, Access::WRITE_OK).is_ok();
+    (writable(&own) && writable(&own.join("cgroup.procs"))).then_some(own)
+}
+
+/// Where the group of version 2 that a process is in is mounted.
+fn locate(mounts: &str, groups: &str) -> Option<PathBuf> {
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    // Outside of what this process may see of the tree.
+    if path.contains("/..") {
+        return None;
+    }
+    mounts.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        let within = Path::new(path).strip_prefix(root).ok()?;
+        kind.starts_with("cgroup2 ")
+            .then(|| Path::new(point).join(within))
+    })
+}
+
+/// The group of the run of this marker.
+pub(crate) fn of(parent: &Path, marker: &str) -> PathBuf {
+    parent.join(format!("{PREFIX}{marker}"))
+}
+
+/// The group of a run while this process looks after it.
+pub(crate) struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Makes the group, and has `start` run in it: what it starts is born there.
+    pub(crate) fn born<T>(
+        group: &Path,
+        start: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<(Option<Self>, T)> {
+        let Ok(cgroup) = Self::enter(group) else {
+            return start().map(|started| (None, started));
+        };
+        let started = start();
+        if cgroup.leave().is_err() {
+            // Ending the group would end this process too.
+            return started.map(|started| (None, started));
+        }
+        if started.is_err() {
+            cgroup.remove();
+        }
+        started.map(|started| (Some(cgroup), started))
+    }
+
+    fn enter(group: &Path) -> io::Result<Self> {
+        fs::create_dir(group)?;
+        let cgroup = Self(group.to_owned());
+        // Kernels before 5.14 can't end a group.
+        let entered = access(group.join("cgroup.kill"), Access::WRITE_OK)
+            .map_err(io::Error::from)
+            .and_then(|()| fs::write(group.join("cgroup.procs"), "0"));
+        if entered.is_err() {
+            let _ = fs::remove_dir(group);
+        }
+        entered.map(|()| cgroup)
+    }
+
+    fn leave(&self) -> io::Result<()> {
+        let parent = self.0.parent().ok_or(io::ErrorKind::NotFound)?;
+        fs::write(parent.join("cgroup.procs"), "0")
+    }
+
+    /// Ends every process in the group.
+    pub(crate) fn kill(&self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+    }
+
+    /// Removes the group, whose processes have been collected.
+    pub(crate) fn remove(&self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// Ends every process in a run's group without the run's guard, and removes it; nothing when it isn't there. Blocks
+/// until they are gone, for some milliseconds.
+pub(crate) fn end(group: &Path) {
+    let since = Instant::now();
+    // Refused while a process is in it, and when there is none.
+    while group.is_dir() && fs::remove_dir(group).is_err() && since.elapsed() < PATIENCE {
+        let _ = fs::write(group.join("cgroup.kill"), "1");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Ends what is in the groups of the runs with these markers beside the group of this process' own runs.
+pub(crate) fn end_where(wanted: impl Fn(&str) -> bool) {
+    let entries = own().and_then(|own| fs::read_dir(own).ok());
+    for entry in entries.into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let marker = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if marker.is_some_and(&wanted) {
+            end(&entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+30 23 0:26 / /sys rw,nosuid - sysfs sysfs rw
+31 30 0:27 / /sys/fs/cgroup rw,nosuid,nodev shared:9 - cgroup2 cgroup2 rw,nsdelegate
+";
+
+    #[test]
+    fn the_own_group_is_found_in_its_mount() {
+        let found = locate(MOUNTS, "0::/system.slice/claude-queue.service\n");
+        let expected = Path::new("/sys/fs/cgroup/system.slice/claude-queue.service");
+        assert_eq!(found.as_deref(), Some(expected));
+
+        // Version 1 beside it.
+        let found = locate(MOUNTS, "4:memory:/x\n0::/\n");
+        assert_eq!(found.as_deref(), Some(Path::new("/sys/fs/cgroup/")));
+
+        // A container that sees a part of the tree.
+        let bound = MOUNTS.replace("0:27 / ", "0:27 /docker/a ");
+        let found = locate(&bound, "0::/docker/a/b\n");
+        assert_eq!(found.as_deref(), Some(Path::new("/sys/fs/cgroup/b")));
+    }
+
+    #[test]
+    fn no_group_is_made_up() {
+        for (mounts, groups) in [
+            ("", "0::/\n"),
+            (MOUNTS, "4:memory:/x\n"),
+            (MOUNTS, "0::/../other\n"),
+            (
+                "31 30 0:27 / /sys/fs/cgroup rw - cgroup cgroup rw,memory\n",
+                "0::/\n",
+            ),
+        ] {
+            assert_eq!(locate(mounts, groups), None);
+        }
+    }
+}
