@@ -13,6 +13,7 @@ both!(
     a_killed_workers_job_is_done_by_another,
     a_killed_workers_job_resumes_its_session,
     a_stopped_workers_job_is_done_by_another,
+    a_worker_that_cannot_renew_ends_its_runs,
     a_killed_workers_runs_end_with_it,
     a_killed_workers_runs_end_with_it_without_a_sandbox,
     a_job_that_kills_its_worker_every_time_ends,
@@ -174,6 +175,51 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
         system.database().number("select count(*) from reservation").await,
         0
     );
+}
+
+async fn a_worker_that_cannot_renew_ends_its_runs(db: Db) {
+    let system = System::builder()
+        .database(db)
+        .workers(2)
+        .sandbox(false)
+        .env("LEASE_SECONDS", LEASE)
+        .start()
+        .await;
+    let client = system.client();
+    let id = client.play(&twice(Step::Sleep(60_000))).await;
+    client.until(&id, |job| job["cost"] == 0.1).await;
+    let begin = tests::trace::now();
+
+    // Nobody can write for a while.
+    let (mut file, mut server) = (None, None);
+    match db {
+        Db::Sqlite => {
+            let file = file.insert(system.database().sqlite().await);
+            sqlx::query("begin immediate").execute(file).await.unwrap();
+        }
+        Db::Postgres => {
+            let server = server.insert(system.database().postgres().await);
+            sqlx::query("begin").execute(&mut *server).await.unwrap();
+            sqlx::query("lock table job in exclusive mode")
+                .execute(server)
+                .await
+                .unwrap();
+        }
+    }
+    system.no_run_process_within(Duration::from_secs(6)).await;
+    drop((file, server));
+
+    let job = client.finished(&id).await;
+    assert_eq!(
+        (&job["status"], &job["attempt"], &job["cost"]),
+        (&json!("done"), &json!(2), &json!(0.2)),
+        "{job:#}"
+    );
+    let lives = system.lives(&id);
+    assert_one_at_a_time(&lives);
+    // Counted from its last renewal, which was before.
+    let lived = Duration::from_nanos(lives[0].last.saturating_sub(begin));
+    assert!(lived < Duration::from_millis(2_500), "{lived:?}");
 }
 
 async fn a_killed_workers_runs_end_with_it(db: Db) {
