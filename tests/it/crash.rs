@@ -151,7 +151,7 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
         .remove(0);
     let index = usize::from(system.worker(0).worker_id() != owner);
 
-    system.worker(index).pause();
+    system.pause_worker(index).await;
     let job = client.finished(&id).await;
     let events = client.all_events(&id).await;
     system.worker(index).resume();

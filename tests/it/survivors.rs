@@ -143,7 +143,7 @@ async fn stop_the_worker(db: Db, sandbox: bool) {
     let id = begin(&client, json!({ "on_worker_lost": "fail" })).await;
 
     let since = Instant::now();
-    system.worker(0).pause();
+    system.pause_worker(0).await;
 
     // Nobody but the guard can do it, when the lease has run out.
     gone(&system, &id, since, Duration::from_secs(2) + LIMIT).await;

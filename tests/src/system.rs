@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use simulator::Simulator;
+use sqlx::Connection as _;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::client::Client;
@@ -264,6 +265,23 @@ impl System {
     /// A worker process.
     pub fn worker(&mut self, index: usize) -> &mut Process {
         &mut self.workers[index]
+    }
+
+    /// Stops a worker for long, at a moment when it doesn't hold SQLite's one write lock: nobody could take that from a
+    /// stopped process, so that everything would wait for it. (PostgreSQL ends its transaction after five seconds.)
+    pub async fn pause_worker(&mut self, index: usize) {
+        let mut lock = None;
+        if self.database.db() == Db::Sqlite {
+            let lock = lock.insert(self.database.sqlite().await);
+            sqlx::query("begin immediate")
+                .execute(lock)
+                .await
+                .expect("the lock is free now and then");
+        }
+        self.workers[index].pause();
+        if let Some(lock) = lock {
+            lock.close().await.expect("the lock is given back");
+        }
     }
 
     /// Every process, to pick one at random.
