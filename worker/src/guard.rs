@@ -89,15 +89,15 @@ fn guard(socket: &Path) -> io::Result<()> {
             if order.held_at.age() >= beat_within {
                 return send(&mut reports, &Report::too_late()).await;
             }
-            let born = match &order.cgroup {
-                Some(group) => Cgroup::born(group, || start(&order)),
-                None => start(&order).map(|pid| (None, pid)),
-            };
-            let (cgroup, main) = match born {
-                Ok(born) => born,
+            let main = match start(&order) {
+                Ok(main) => main,
                 Err(error) => return send(&mut reports, &Report::not_started(&error, &order)).await,
             };
             send(&mut reports, &Report::Started).await.ok();
+            let cgroup = order.cgroup.as_deref().and_then(Cgroup::make);
+            if let Some(cgroup) = &cgroup {
+                cgroup.gather(|| tree::descendants(own_pid()));
+            }
             let run = Run {
                 main,
                 status: None,
@@ -241,21 +241,19 @@ impl Run {
     /// orphan among them becomes its child.
     async fn end_tree(&mut self) {
         let mut pause = Duration::from_millis(1);
-        loop {
+        // Most runs leave nothing behind.
+        while self.reap() != Left::Nothing {
             if let Some(cgroup) = &self.cgroup {
                 cgroup.kill();
             }
             for process in tree::descendants(own_pid()) {
                 process.kill();
             }
-            if self.reap() == Left::Nothing {
-                if let Some(cgroup) = &self.cgroup {
-                    cgroup.remove();
-                }
-                return;
-            }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(50));
+        }
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.remove();
         }
     }
 

@@ -25,8 +25,8 @@ use tower_service::Service;
 /// Wake-ups can be lost; beneath them everyone looks by himself this often.
 const SLOW_POLL: Duration = Duration::from_secs(5);
 
-/// A wake-up that comes while the library fetches is lost until the next one, so each comes three times.
-const RINGS_MS: [u64; 3] = [0, 25, 200];
+/// A wake-up that comes while the library fetches is lost until the next one, so each is repeated after these pauses.
+const RING_AGAIN: [Duration; 2] = [Duration::from_millis(25), Duration::from_millis(200)];
 
 /// How long the library may take to stop, for a database that doesn't answer.
 const STOP: Duration = Duration::from_secs(10);
@@ -238,13 +238,14 @@ async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
     let workers = monitor.context();
     let mut changes = ctx.wakeups.slots();
     let ring = async {
+        let mut pauses = [].iter();
         loop {
-            let _ = tokio::time::timeout(SLOW_POLL, changes.changed()).await;
-            for pause in RINGS_MS {
-                tokio::time::sleep(Duration::from_millis(pause)).await;
-                for worker in workers.workers() {
-                    let _ = workers.wake_worker(worker.name());
-                }
+            let pause = pauses.next().copied().unwrap_or(SLOW_POLL);
+            if let Ok(Ok(())) = tokio::time::timeout(pause, changes.changed()).await {
+                pauses = RING_AGAIN.iter();
+            }
+            for worker in workers.workers() {
+                let _ = workers.wake_worker(worker.name());
             }
         }
     };

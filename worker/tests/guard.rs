@@ -175,11 +175,17 @@ impl Stand {
 
     /// Processes with the token among their arguments that aren't zombies.
     fn alive(&self) -> Vec<String> {
+        self.own().map(|(_, command)| command).collect()
+    }
+
+    fn pids(&self) -> Vec<i32> {
+        self.own().map(|(pid, _)| pid).collect()
+    }
+
+    fn own(&self) -> impl Iterator<Item = (i32, String)> {
         commands()
             .into_iter()
-            .map(|(_, command)| command)
-            .filter(|c| c.contains(&self.token))
-            .collect()
+            .filter(|(_, command)| command.contains(&self.token))
     }
 
     fn assert_nothing_left(&self) {
@@ -447,6 +453,24 @@ impl Groups {
             .filter(|path| path.to_str().unwrap().contains("claude-queue."))
             .collect()
     }
+
+    /// Waits until every process of the run is in its group.
+    async fn hold(&self, stand: &Stand) {
+        let since = Instant::now();
+        loop {
+            let lists = self
+                .of_runs()
+                .iter()
+                .map(|group| fs::read_to_string(group.join("cgroup.procs")).unwrap())
+                .collect::<String>();
+            let inside = |pid: &i32| lists.lines().any(|line| line == pid.to_string());
+            if stand.pids().iter().all(inside) {
+                return;
+            }
+            assert!(since.elapsed() < Duration::from_secs(10), "outside of {lists}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
 }
 
 impl Drop for Groups {
@@ -462,6 +486,7 @@ async fn a_control_group_finds_what_has_lost_both_its_guard_and_its_mark() {
         let mut stand = stand(sandboxed).await;
         stand.launch.cgroup = Some(groups.0.path().to_owned());
         let process = stand.started().await;
+        groups.hold(&stand).await;
         assert_eq!(groups.of_runs().len(), 1);
 
         kill_process(stand.guard_pid(), Signal::KILL).unwrap();

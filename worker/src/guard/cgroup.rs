@@ -2,18 +2,24 @@
 //! systemd service with `Delegate=yes`). It holds every process of the run, whatever that did to its parents and its
 //! environment, and the kernel ends all of it at one word. Everywhere else the guard does without.
 
+use std::collections::HashSet;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Access, access};
+
+use super::tree::Process;
 
 /// The beginning of the names of the runs' groups; the marker follows.
 const PREFIX: &str = "claude-queue.";
 
 /// How long ended processes may take to leave their group.
 const PATIENCE: Duration = Duration::from_secs(4);
+
+/// How often it is looked whether a run has started more processes while its others were moved. Each round leaves only
+/// what was started within the one before, and the guard finds those as well.
+const ROUNDS: usize = 20;
 
 /// The group that this process is in, when groups can be made in it.
 pub fn own() -> Option<PathBuf> {
@@ -50,41 +56,36 @@ pub(crate) fn of(parent: &Path, marker: &str) -> PathBuf {
 pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Makes the group, and has `start` run in it: what it starts is born there.
-    pub(crate) fn born<T>(
-        group: &Path,
-        start: impl FnOnce() -> io::Result<T>,
-    ) -> io::Result<(Option<Self>, T)> {
-        let Ok(cgroup) = Self::enter(group) else {
-            return start().map(|started| (None, started));
-        };
-        let started = start();
-        if cgroup.leave().is_err() {
-            // Ending the group would end this process too.
-            return started.map(|started| (None, started));
-        }
-        if started.is_err() {
-            cgroup.remove();
-        }
-        started.map(|started| (Some(cgroup), started))
-    }
-
-    fn enter(group: &Path) -> io::Result<Self> {
-        fs::create_dir(group)?;
+    /// Makes the group, with nothing in it yet; `None` where it can't be made.
+    pub(crate) fn make(group: &Path) -> Option<Self> {
+        fs::create_dir(group).ok()?;
         let cgroup = Self(group.to_owned());
         // Kernels before 5.14 can't end a group.
-        let entered = access(group.join("cgroup.kill"), Access::WRITE_OK)
-            .map_err(io::Error::from)
-            .and_then(|()| fs::write(group.join("cgroup.procs"), "0"));
-        if entered.is_err() {
-            let _ = fs::remove_dir(group);
+        if access(group.join("cgroup.kill"), Access::WRITE_OK).is_err() {
+            cgroup.remove();
+            return None;
         }
-        entered.map(|()| cgroup)
+        Some(cgroup)
     }
 
-    fn leave(&self) -> io::Result<()> {
-        let parent = self.0.parent().ok_or(io::ErrorKind::NotFound)?;
-        fs::write(parent.join("cgroup.procs"), "0")
+    /// Moves these processes into the group, those that they have started meanwhile too: what is started in the group
+    /// is born there. For after the start of a run: the kernel lets whoever starts a process wait while others are
+    /// moved, for up to 30 ms, and a run that is moved into its group need not wait for that.
+    pub(crate) fn gather(&self, family: impl Fn() -> Vec<Process>) {
+        let list = self.0.join("cgroup.procs");
+        for _ in 0..ROUNDS {
+            let inside = fs::read_to_string(&list).unwrap_or_default();
+            let inside: HashSet<i32> = inside.lines().filter_map(|pid| pid.parse().ok()).collect();
+            let mut outside = family();
+            outside.retain(|process| !process.zombie && !inside.contains(&process.pid));
+            if outside.is_empty() {
+                return;
+            }
+            for process in outside {
+                // Gone meanwhile, most likely.
+                let _ = fs::write(&list, process.pid.to_string());
+            }
+        }
     }
 
     /// Ends every process in the group.
@@ -92,7 +93,7 @@ impl Cgroup {
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
     }
 
-    /// Removes the group, whose processes have been collected.
+    /// Removes the group, in which nothing is left.
     pub(crate) fn remove(&self) {
         let _ = fs::remove_dir(&self.0);
     }
