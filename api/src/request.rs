@@ -209,8 +209,7 @@ impl Request {
         let _ = timeout(LEFTOVER_WITHIN, rest).await;
     }
 
-    /// The scope and the fingerprint of an idempotent request: the same for the same request, however its JSON is
-    /// spelled.
+    /// The fingerprint of an idempotent request's body and query: the same however the JSON is spelled.
     pub fn fingerprint(&self, body: &Json) -> String {
         let mut hash = Sha256::new();
         // Values that came out of JSON can always be written as JSON.
@@ -271,6 +270,18 @@ impl Query {
         )
     }
 
+    /// Refuses what no database can be asked for.
+    pub fn check(&self) -> Result<(), Problem> {
+        match self.0.iter().find(|(_, value)| value.contains('\0')) {
+            Some((name, _)) => {
+                let fault = Fault::value("String should not contain the null character");
+                let name = name.replace('\0', "");
+                Err(Problem::Invalid(in_query(&name, vec![fault])))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The last value of `name`; an empty one counts as absent.
     pub fn text(&self, name: &str) -> Option<&str> {
         let value = self.0.iter().rev().find(|(key, _)| key == name)?;
@@ -300,11 +311,6 @@ impl Query {
         })
     }
 
-    /// `true` or `1`; absent is false.
-    pub fn flag(&self, name: &str) -> bool {
-        matches!(self.text(name), Some("1" | "true"))
-    }
-
     /// One of the values that `rule` knows.
     pub fn value<T>(
         &self,
@@ -328,17 +334,19 @@ pub fn in_query(name: &str, faults: Vec<Fault>) -> Vec<FieldFault> {
         .collect()
 }
 
-/// One part of a path, with its percent signs decoded.
+/// One part of a path, with its percent signs decoded. Nothing is named by what isn't text, or has the null character,
+/// which PostgreSQL can't even be asked for.
 #[derive(Debug)]
 pub struct Segment(String);
 
 impl FromStr for Segment {
-    type Err = std::str::Utf8Error;
+    type Err = ();
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        percent_encoding::percent_decode_str(text)
-            .decode_utf8()
-            .map(Cow::into_owned)
-            .map(Self)
+        let text = percent_encoding::percent_decode_str(text).decode_utf8();
+        match text {
+            Ok(text) if !text.contains('\0') => Ok(Self(text.into_owned())),
+            _ => Err(()),
+        }
     }
 }
 
@@ -427,5 +435,6 @@ mod tests {
     fn the_parts_of_a_path_are_decoded() {
         assert_eq!("caf%C3%A9%20x".parse::<Segment>().unwrap().as_ref(), "café x");
         assert!("%ff".parse::<Segment>().is_err());
+        assert!("a%00".parse::<Segment>().is_err());
     }
 }

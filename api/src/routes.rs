@@ -145,7 +145,8 @@ fn written(parts: &str) -> String {
     parts.fold(String::new(), |path, part| path + "/" + part)
 }
 
-/// Who asks, if they may do this: first the key, then its rate, then whether the path has the method, then the scope.
+/// Who asks, if they may do this: first the key, then its rate, then whether the path has the method, then the scope,
+/// then whether the query can mean anything.
 async fn admit(request: &Request, methods: &'static [Method], rules: &[Rule]) -> Result<Caller, Problem> {
     let rule = rules.iter().find(|rule| rule.method == request.method);
     let caller = request
@@ -155,6 +156,7 @@ async fn admit(request: &Request, methods: &'static [Method], rules: &[Rule]) ->
     if let Some(scope) = rule.scope {
         caller.require(scope)?;
     }
+    request.query().check()?;
     Ok(caller)
 }
 
