@@ -191,7 +191,7 @@ pub fn presented(headers: &HeaderMap) -> Result<Option<&[u8]>, Problem> {
 
 /// Without any key everybody on this machine may ask. A web page that is open on this machine may not: it could be
 /// anyone's, and a browser would send its requests here. (A page gives itself away by `Origin`, and one that made its
-/// own name point here by `Host`.)
+/// own name point here by `Host`.) Nor may what a proxy passes on: its client may be anybody.
 pub fn anonymous(headers: &HeaderMap, config: &Config) -> Result<Caller, Problem> {
     let from_page = headers::text(headers, "origin").is_some_and(|origin| !config.cors.names(origin));
     if !config.allow_anonymous && !config.address.ip().is_loopback() {
@@ -201,7 +201,19 @@ pub fn anonymous(headers: &HeaderMap, config: &Config) -> Result<Caller, Problem
     if !config.allow_anonymous && (from_page || !host_is_local(headers)) {
         return Err(Problem::AnonymousFromWeb);
     }
+    if !config.allow_anonymous && is_passed_on(headers) {
+        return Err(Problem::AnonymousThroughProxy);
+    }
     Ok(Caller::ordinary(KeyId::anonymous()))
+}
+
+/// Whether a proxy has passed the request on. One that says so in none of its headers can't be told from a program on
+/// this machine.
+fn is_passed_on(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| {
+        let name = name.as_str();
+        name.starts_with("x-forwarded-") || matches!(name, "forwarded" | "via" | "x-real-ip")
+    })
 }
 
 fn host_is_local(headers: &HeaderMap) -> bool {
@@ -338,6 +350,11 @@ mod tests {
             vec![("host", "127.0.0.1:8000"), ("origin", "null")],
             vec![("host", "evil.example:8000")],
             vec![("host", "127.0.0.1.evil.example")],
+            vec![("host", "127.0.0.1:8000"), ("x-forwarded-for", "127.0.0.1")],
+            vec![("host", "127.0.0.1:8000"), ("x-forwarded-proto", "https")],
+            vec![("host", "127.0.0.1:8000"), ("x-real-ip", "203.0.113.7")],
+            vec![("forwarded", "for=203.0.113.7")],
+            vec![("via", "1.1 proxy")],
         ] {
             assert_eq!(ask(&pairs, &config), None, "{pairs:?}");
         }
@@ -347,7 +364,11 @@ mod tests {
         };
         assert_eq!(
             ask(
-                &[("host", "queue.example"), ("origin", "https://a.example")],
+                &[
+                    ("host", "queue.example"),
+                    ("origin", "https://a.example"),
+                    ("x-forwarded-for", "203.0.113.7")
+                ],
                 &open
             ),
             anonymous

@@ -33,6 +33,8 @@ pub enum Problem {
     Unauthorized,
     /// Nobody needs a key here, but a web page may not use that.
     AnonymousFromWeb,
+    /// Nobody needs a key here, but what comes through a proxy does.
+    AnonymousThroughProxy,
     /// Only a key that may skip permission checks can ask for this mode.
     PermissionModeNotAllowed(String),
     /// Only an admin key may do this.
@@ -133,7 +135,9 @@ impl Problem {
             | Self::InvalidCursor
             | Self::AmbiguousCredentials
             | Self::NoSuchTemplate(_) => StatusCode::BAD_REQUEST,
-            Self::Unauthorized | Self::AnonymousFromWeb => StatusCode::UNAUTHORIZED,
+            Self::Unauthorized | Self::AnonymousFromWeb | Self::AnonymousThroughProxy => {
+                StatusCode::UNAUTHORIZED
+            }
             Self::PermissionModeNotAllowed(_)
             | Self::AdminOnly(_)
             | Self::InsufficientScope(_)
@@ -170,7 +174,7 @@ impl Problem {
             Self::BadRequest(_) => "bad-request",
             Self::InvalidCursor => "invalid-cursor",
             Self::AmbiguousCredentials => "ambiguous-credentials",
-            Self::Unauthorized | Self::AnonymousFromWeb => "unauthorized",
+            Self::Unauthorized | Self::AnonymousFromWeb | Self::AnonymousThroughProxy => "unauthorized",
             Self::PermissionModeNotAllowed(_) => "permission-mode-not-allowed",
             Self::AdminOnly(_) | Self::InsufficientScope(_) => "insufficient-scope",
             Self::IpNotAllowed => "ip-not-allowed",
@@ -213,6 +217,9 @@ impl Problem {
                 "Without a key only programs on this machine are served, not web pages; set API_KEYS, or name \
                  the page's origin in CORS_ORIGINS"
                     .into()
+            }
+            Self::AnonymousThroughProxy => {
+                "Without a key only programs on this machine are served, not what a proxy passes on; set API_KEYS".into()
             }
             Self::PermissionModeNotAllowed(mode) => format!("This key may not use permission mode {mode}").into(),
             Self::AdminOnly(what) => format!("Only an admin key may {what}").into(),
@@ -334,7 +341,7 @@ impl Problem {
             );
         }
         match self {
-            Self::Unauthorized | Self::AnonymousFromWeb => {
+            Self::Unauthorized | Self::AnonymousFromWeb | Self::AnonymousThroughProxy => {
                 insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"api\""));
             }
             Self::MethodNotAllowed(methods) => {

@@ -70,6 +70,16 @@ async fn without_any_key_everybody_on_this_machine_is_anonymous(db: Db) {
         .header("origin", "https://evil.example");
     let answer = client.send(page.json(&json!({ "message": "hi" }))).await;
     assert_eq!(answer.status, 401, "{}", answer.text);
+
+    // Nor is who comes through a proxy on this machine, whatever the proxy makes of the `Host`.
+    for (name, value) in [
+        ("x-forwarded-for", "203.0.113.7"),
+        ("forwarded", "for=203.0.113.7"),
+        ("via", "1.1 proxy"),
+    ] {
+        let passed_on = client.request(Method::GET, "/api/v1/jobs").header(name, value);
+        client.send(passed_on).await.assert_problem(401, "unauthorized");
+    }
 }
 
 async fn every_answer_has_its_headers(db: Db) {
