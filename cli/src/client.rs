@@ -15,8 +15,11 @@ use crate::failure::Failure;
 const DEFAULT_URL: &str = "http://127.0.0.1:8000";
 /// Longer than any long poll.
 const ANSWER_WITHIN: Duration = Duration::from_secs(90);
-/// How often a stream is asked for again without a single event in between.
+/// How often a service that doesn't answer is asked again: for a minute in all, with `FIRST_PAUSE` before the first and
+/// at most `LONGEST_PAUSE` before the others. A restart takes less.
 const TRIES: u32 = 10;
+const FIRST_PAUSE: Duration = Duration::from_millis(300);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Speaks to one service with one key.
 #[derive(Debug)]
@@ -41,6 +44,34 @@ impl Event {
     /// Whether no event comes after this one.
     pub(crate) fn is_last(&self) -> bool {
         matches!(self.kind.as_str(), "done" | "error" | "cancelled")
+    }
+}
+
+/// How long a service may be away that has answered before.
+#[derive(Debug, Default)]
+pub(crate) struct Patience {
+    has_answered: bool,
+    tries: u32,
+}
+
+impl Patience {
+    /// The service gave what was asked for.
+    pub(crate) fn renew(&mut self) {
+        *self = Self {
+            has_answered: true,
+            tries: 0,
+        };
+    }
+
+    /// Waits before another try, no longer than `limit`; gives the failure back when there's no sense in one.
+    pub(crate) async fn wait(&mut self, failure: Failure, limit: Duration) -> Result<(), Failure> {
+        if !self.has_answered || !failure.may_pass() || self.tries == TRIES {
+            return Err(failure);
+        }
+        let pause = LONGEST_PAUSE.min(FIRST_PAUSE * 2_u32.pow(self.tries));
+        self.tries += 1;
+        sleep(pause.min(limit)).await;
+        Ok(())
     }
 }
 
@@ -137,21 +168,28 @@ impl Client {
     }
 
     /// Gives every event of a job after number `after` to `see`, those that are there and those that come, until the
-    /// last. A stream that is cut is taken up again where it was.
+    /// last. A stream that is cut is taken up again where it was, also after a restart of the service.
     pub(crate) async fn follow(
         &self,
         id: &str,
         mut after: i64,
         mut see: impl FnMut(&Event),
     ) -> Result<(), Failure> {
-        let mut tries = 0;
+        let mut patience = Patience::default();
         loop {
             let request = self.request(Method::GET, &format!("{}/events", job_path(id)));
             let request = request
                 .header(ACCEPT, "text/event-stream")
                 .header("last-event-id", after.to_string());
             // The stream is longer than any single answer may take.
-            let response = self.answered(request.timeout(Duration::from_hours(24))).await?;
+            let response = match self.answered(request.timeout(Duration::from_hours(24))).await {
+                Ok(response) => response,
+                Err(failure) => {
+                    patience.wait(failure, LONGEST_PAUSE).await?;
+                    continue;
+                }
+            };
+            patience.has_answered = true;
             if response.status() == StatusCode::NO_CONTENT {
                 return Ok(());
             }
@@ -159,18 +197,19 @@ impl Client {
             let mut bytes = response.bytes_stream();
             while let Some(Ok(piece)) = bytes.next().await {
                 for event in reader.read(&piece) {
-                    (after, tries) = (event.seq, 0);
+                    after = event.seq;
+                    patience.renew();
                     see(&event);
                     if event.is_last() {
                         return Ok(());
                     }
                 }
             }
-            tries += 1;
-            if tries == TRIES {
-                return Err(self.unreachable("the stream of events ended again and again".to_owned()));
+            if reader.said_bye {
+                patience.renew();
             }
-            sleep(Duration::from_millis(300)).await;
+            let ended = self.unreachable("the stream of events ended again and again".to_owned());
+            patience.wait(ended, LONGEST_PAUSE).await?;
         }
     }
 
@@ -204,7 +243,13 @@ impl Client {
         }
         let status = response.status();
         let problem: Value = response.json().await.unwrap_or_default();
-        Err(Failure::Other(sentence(status, &problem)))
+        let sentence = sentence(status, &problem);
+        Err(match status {
+            StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
+                Failure::Unavailable(sentence)
+            }
+            _ => Failure::Other(sentence),
+        })
     }
 
     fn unreachable(&self, why: String) -> Failure {
@@ -269,6 +314,8 @@ struct EventReader {
     seq: Option<i64>,
     kind: String,
     data: String,
+    /// The service has ended the stream in order; the next one goes on.
+    said_bye: bool,
 }
 
 impl EventReader {
@@ -298,6 +345,7 @@ impl EventReader {
                 }
                 continue;
             }
+            self.said_bye |= line == ": bye";
             let (field, value) = line.split_once(':').unwrap_or((&line, ""));
             let value = value.strip_prefix(' ').unwrap_or(value);
             match field {
@@ -334,7 +382,28 @@ mod tests {
             assert_eq!((events[0].seq, events[0].kind.as_str()), (1, "status"));
             assert_eq!(events[0].data, json!({"status": "queued"}));
             assert!(events[1].is_last() && !events[0].is_last());
+            assert!(!reader.said_bye);
+            assert!(reader.read(b": bye\r\n\r\n").is_empty() && reader.said_bye);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_service_that_was_there_is_waited_for() {
+        let away = || Failure::Unavailable("503".to_owned());
+        let mut patience = Patience::default();
+        assert!(patience.wait(away(), LONGEST_PAUSE).await.is_err());
+
+        patience.renew();
+        let begun = tokio::time::Instant::now();
+        let mut tries = 0;
+        while patience.wait(away(), LONGEST_PAUSE).await.is_ok() {
+            tries += 1;
+        }
+        assert_eq!((tries, begun.elapsed().as_secs()), (TRIES, 58));
+
+        patience.renew();
+        let refused = Failure::Other("404".to_owned());
+        assert!(patience.wait(refused, LONGEST_PAUSE).await.is_err());
     }
 
     #[test]

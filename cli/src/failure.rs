@@ -18,6 +18,9 @@ pub(crate) enum Failure {
         /// What the connection said.
         why: String,
     },
+    /// The service, or a proxy before it, can't answer now; in a sentence.
+    #[error("{0}")]
+    Unavailable(String),
     /// The job ended, but not well. The command has said how.
     #[error("the job isn't done")]
     NotDone,
@@ -32,6 +35,11 @@ impl Failure {
         Self::Other(telemetry::chain(error))
     }
 
+    /// Whether the same request may succeed a little later.
+    pub(crate) const fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Unavailable(_))
+    }
+
     /// What to print; `None` when everything is said already.
     pub(crate) fn message(&self) -> Option<String> {
         (!matches!(self, Self::NotDone)).then(|| self.to_string())
@@ -40,7 +48,9 @@ impl Failure {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Self::Setting(_) => ExitCode::from(2),
-            Self::Unreachable { .. } | Self::NotDone | Self::Other(_) => ExitCode::FAILURE,
+            Self::Unreachable { .. } | Self::Unavailable(_) | Self::NotDone | Self::Other(_) => {
+                ExitCode::FAILURE
+            }
         }
     }
 }

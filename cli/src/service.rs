@@ -47,14 +47,23 @@ impl Service {
             .await
             .map_err(|error| Failure::because(&error))?;
         let listening = CancellationToken::new();
+        // Ends the listening when the start is given up.
+        let given_up = listening.clone().drop_guard();
         let wakeups = Wakeups::listen(&store, LOOK_EVERY, listening.clone());
 
+        // What the API's settings lack is known before the worker claims, and pays for, anything.
+        let context = Context::new(api_config, store.clone(), wakeups.clone())
+            .await
+            .map_err(|error| match error {
+                StartError::Setting(error) => error.into(),
+                StartError::Storage(error) => Failure::because(&error),
+            })?;
         // The worker first: what can't run jobs shouldn't take them.
         let (tell_ready, ready) = oneshot::channel();
         let mut worker = tokio::spawn(worker::run(
             worker_config,
             store.clone(),
-            wakeups.clone(),
+            wakeups,
             shutdown.clone(),
             move |worker_id| {
                 // Nobody waits when the start was given up.
@@ -68,13 +77,7 @@ impl Service {
                 return Err(ended.err().unwrap_or_else(|| Failure::Other("the worker ended at its start".to_owned())));
             }
         }
-        let context =
-            Context::new(api_config, store.clone(), wakeups)
-                .await
-                .map_err(|error| match error {
-                    StartError::Setting(error) => error.into(),
-                    StartError::Storage(error) => Failure::because(&error),
-                })?;
+        given_up.disarm();
         let api = tokio::spawn(api::serve(listener, context, shutdown.clone()));
         Ok(Self {
             address,

@@ -1,5 +1,6 @@
 //! `up`: serves for real, API and worker in one process.
 
+use std::io::{IsTerminal, stdout};
 use std::path::PathBuf;
 
 use shared::env::Vars;
@@ -17,15 +18,20 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
     let service = Service::start(vars, shutdown).await?;
     let url = format!("http://{}", service.address());
     println!("listening on {url}");
-    println!("{}", welcome(vars, &url)?);
+    println!("{}", welcome(vars, &url, stdout().is_terminal())?);
     service.ended().await
 }
 
-/// What somebody needs who sees the service for the first time.
-fn welcome(vars: &Vars, url: &str) -> Result<String, Failure> {
+/// What somebody needs who sees the service for the first time. `to_a_person`: the key may be shown; a file or a
+/// supervisor's journal would keep it.
+fn welcome(vars: &Vars, url: &str, to_a_person: bool) -> Result<String, Failure> {
     let key = vars.list("API_KEYS", "")?.into_iter().next();
     let (key_line, header) = match &key {
-        Some(key) => (key.as_str(), format!("-H 'X-API-Key: {key}' ")),
+        Some(key) if to_a_person => (key.as_str(), format!("-H 'X-API-Key: {key}' ")),
+        Some(_) => (
+            "the first of API_KEYS, in .env or the environment",
+            "-H \"X-API-Key: $KEY\" ".to_owned(),
+        ),
         None => ("none is needed on this machine; API_KEYS sets one", String::new()),
     };
     let database = match DatabaseUrl::from_vars(vars)? {
@@ -42,7 +48,7 @@ fn welcome(vars: &Vars, url: &str) -> Result<String, Failure> {
 Submit a job and wait for its result:
 
   curl -s {header}-H 'Prefer: wait=50' \\
-    --json '{{\"message\": \"Write a haiku about queues.\"}}' {url}/api/v1/jobs
+    -H 'Content-Type: application/json' -d '{{\"message\": \"Write a haiku about queues.\"}}' {url}/api/v1/jobs
 
 Stop with Ctrl-C: running jobs get DRAIN_SECONDS to end, and what doesn't is taken up at the next start.
 "
@@ -57,13 +63,16 @@ mod tests {
     fn the_curl_has_the_key_only_where_there_is_one() {
         let url = "http://127.0.0.1:8000";
 
-        let with_key = welcome(&Vars::of([("API_KEYS", "cq_1,cq_2")]), url).unwrap();
-        let without = welcome(&Vars::of([]), url).unwrap();
+        let keys = Vars::of([("API_KEYS", "cq_1,cq_2")]);
+        let with_key = welcome(&keys, url, true).unwrap();
+        let kept = welcome(&keys, url, false).unwrap();
+        let without = welcome(&Vars::of([]), url, true).unwrap();
 
         assert!(
             with_key.contains("-H 'X-API-Key: cq_1' ") && !with_key.contains("cq_2"),
             "{with_key}"
         );
+        assert!(!kept.contains("cq_") && kept.contains("API_KEYS"), "{kept}");
         assert!(!without.contains("X-API-Key"), "{without}");
     }
 }

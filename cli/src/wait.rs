@@ -6,7 +6,7 @@ use serde_json::Value;
 use shared::env::Vars;
 use tokio::time::{Instant, sleep};
 
-use crate::client::Client;
+use crate::client::{Client, Patience};
 use crate::failure::Failure;
 use crate::show;
 
@@ -38,13 +38,24 @@ pub(crate) async fn until_end(
     timeout: Option<u64>,
     as_json: bool,
 ) -> Result<(), Failure> {
+    let mut patience = Patience::default();
+    // The first look is short: only a service that has answered is waited for.
+    let mut longest = 0;
     let deadline = timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()).as_secs());
         let asked = Instant::now();
-        let job = client
-            .job(id, POLL_SECONDS.min(left.unwrap_or(POLL_SECONDS)))
-            .await?;
+        let wait = left.unwrap_or(longest).min(longest);
+        longest = POLL_SECONDS;
+        let job = match client.job(id, wait).await {
+            Ok(job) => job,
+            Err(failure) if left == Some(0) => return Err(failure),
+            Err(failure) => {
+                patience.wait(failure, Duration::from_secs(wait)).await?;
+                continue;
+            }
+        };
+        patience.renew();
         if matches!(job["status"].as_str(), Some("done" | "failed" | "cancelled")) {
             return tell(&job, as_json);
         }
@@ -52,7 +63,7 @@ pub(crate) async fn until_end(
             let status = job["status"].as_str().unwrap_or("?");
             return Err(Failure::Other(format!("{id} is still {status}; it goes on")));
         }
-        if asked.elapsed() < Duration::from_secs(1) {
+        if wait > 0 && asked.elapsed() < Duration::from_secs(1) {
             // The service doesn't wait for us.
             sleep(Duration::from_secs(1)).await;
         }

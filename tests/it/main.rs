@@ -6,6 +6,7 @@ mod bad_input; // What may not be submitted: each its own problem, and nothing w
 mod budgets; // Money: never more than the limit, whoever dies.
 mod cancel; // A cancel, a timeout: final, paid for, and no process left.
 mod chaos; // Everything at once, and what holds afterwards.
+mod commands; // What people type: the demo, the service, the client.
 mod config; // Bad settings stop the start and say which.
 mod crash; // Processes that are killed and stopped: nothing lost, nothing run twice at once.
 mod drain; // A process that is told to stop.

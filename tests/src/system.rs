@@ -132,7 +132,7 @@ impl Builder {
         let (real, simulator, claude) = match self.cli {
             Cli::Fake => (None, None, place::binary("fake-claude")),
             Cli::Real => {
-                let permit = REAL_CLIS.acquire().await.expect("the semaphore is never closed");
+                let permit = real_cli_permit().await;
                 let simulator = Simulator::start(([127, 0, 0, 1], 0).into())
                     .await
                     .expect("the simulator starts");
@@ -211,6 +211,11 @@ const CLOCK: &str = "clock";
 
 /// At most two of the real CLI at once: each needs half a second of one of two cores to start.
 static REAL_CLIS: Semaphore = Semaphore::const_new(2);
+
+/// The right to run one real CLI, for who starts one without a [`System`].
+pub async fn real_cli_permit() -> SemaphorePermit<'static> {
+    REAL_CLIS.acquire().await.expect("the semaphore is never closed")
+}
 
 /// A running product.
 #[derive(Debug)]
@@ -410,7 +415,7 @@ impl Drop for System {
             .apis
             .iter()
             .chain(&self.workers)
-            .map(Process::logged)
+            .map(Process::written)
             .collect();
         let leaks = leaks(&logged);
         if std::thread::panicking() {
@@ -682,14 +687,6 @@ impl Process {
         format!("{}{}", read(self.out()), read(self.log()))
     }
 
-    /// What it wrote for the log: all, but for what `up` tells the person who started it, which is the key among others.
-    fn logged(&self) -> String {
-        match self.kind {
-            Kind::Up => fs::read_to_string(self.log()).unwrap_or_default(),
-            Kind::Api | Kind::Worker => self.written(),
-        }
-    }
-
     fn exited(&mut self) -> Option<ExitStatus> {
         let status = self.child.as_mut()?.try_wait().expect("our own child");
         if status.is_some() {
@@ -718,9 +715,22 @@ pub struct Finished {
     pub stderr: String,
 }
 
-/// Runs a binary of the product with nothing in its environment but what is given (and a path and a home), in a folder
-/// of its own; killed after 30 s.
+/// Runs a binary of the product as [`command`] does, to its end; killed after a minute.
 pub async fn run(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> Finished {
+    let output = tokio::time::timeout(Duration::from_mins(1), command(name, arguments, env).output())
+        .await
+        .unwrap_or_else(|_| panic!("{name} {arguments:?} doesn't end"))
+        .expect("the binary starts");
+    Finished {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// A binary of the product with nothing in its environment but what is given (and a path and a home), in a folder of
+/// its own; killed when it is dropped.
+pub fn command(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> tokio::process::Command {
     let folder = place::folder('r');
     let mut command = tokio::process::Command::new(place::binary(name));
     command
@@ -733,15 +743,7 @@ pub async fn run(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> Finish
         .current_dir(&folder)
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    let output = tokio::time::timeout(Duration::from_secs(30), command.output())
-        .await
-        .unwrap_or_else(|_| panic!("{name} {arguments:?} doesn't end"))
-        .expect("the binary starts");
-    Finished {
-        code: output.status.code(),
-        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-    }
+    command
 }
 
 /// The real CLI's binary, as `make test` installs it.
