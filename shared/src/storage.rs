@@ -23,6 +23,7 @@ mod queue;
 mod retention;
 mod run;
 mod session;
+mod silence;
 mod sweep;
 mod url;
 mod wakeups;
@@ -67,7 +68,8 @@ macro_rules! execute {
                 sqlx::query($sql)$(.bind($bind))*.execute(&mut **tx).await.map(|done| done.rows_affected())
             }
             $crate::storage::TxDb::Postgres(tx) => {
-                sqlx::query($sql)$(.bind($bind))*.execute(&mut **tx).await.map(|done| done.rows_affected())
+                let statement = sqlx::query($sql)$(.bind($bind))*.execute(&mut **tx);
+                $tx.store.silence.in_time(statement).await.map(|done| done.rows_affected())
             }
         }
         .map_err($crate::storage::Error::during($operation))
@@ -82,7 +84,8 @@ macro_rules! fetch {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
             }
             $crate::storage::TxDb::Postgres(tx) => {
-                sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
+                let statement = sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx);
+                $tx.store.silence.in_time(statement).await
             }
         }
         .map_err($crate::storage::Error::during($operation))
@@ -98,7 +101,9 @@ macro_rules! fetch_locked {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
             }
             $crate::storage::TxDb::Postgres(tx) => {
-                sqlx::query_as::<_, $row>(concat!($sql, " for update"))$(.bind($bind))*.$fetch(&mut **tx).await
+                let statement =
+                    sqlx::query_as::<_, $row>(concat!($sql, " for update"))$(.bind($bind))*.$fetch(&mut **tx);
+                $tx.store.silence.in_time(statement).await
             }
         }
         .map_err($crate::storage::Error::during($operation))
@@ -113,7 +118,8 @@ macro_rules! read {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(reader).await
             }
             $crate::storage::Db::Postgres(pool) => {
-                sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(pool).await
+                let statement = sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(pool);
+                $store.silence.in_time(statement).await
             }
         }
         .map_err($crate::storage::Error::during($operation))
@@ -135,6 +141,7 @@ pub struct Store {
     db: Arc<Db>,
     tickets: Arc<queue::Backlog>,
     outage: Arc<outage::Outage>,
+    silence: Arc<silence::Silence>,
 }
 
 #[derive(Debug)]
@@ -185,14 +192,16 @@ impl Store {
     /// Opens the database, making a SQLite file that isn't there, and brings its tables up to date.
     /// `slots`: how many runs this process holds at once, which decides the number of connections.
     pub async fn open(url: &DatabaseUrl, slots: u32) -> Result<Self> {
+        let silence = Arc::default();
         let db = match url {
             DatabaseUrl::Sqlite(path) => Self::open_sqlite(path).await?,
-            DatabaseUrl::Postgres(url) => Self::open_postgres(url, slots).await?,
+            DatabaseUrl::Postgres(url) => Self::open_postgres(url, slots, &silence).await?,
         };
         let store = Self {
             db: Arc::new(db),
             tickets: Arc::default(),
             outage: Arc::default(),
+            silence,
         };
         store.wait_for_lock().await?;
         Ok(store)
@@ -253,7 +262,7 @@ impl Store {
         })
     }
 
-    async fn open_postgres(url: &str, slots: u32) -> Result<Db> {
+    async fn open_postgres(url: &str, slots: u32, silence: &Arc<silence::Silence>) -> Result<Db> {
         let options = url
             .parse::<PgConnectOptions>()
             .map_err(Error::during("read DATABASE_URL"))?
@@ -267,7 +276,8 @@ impl Store {
                 ("lock_timeout", "5s"),
             ])
             .disable_statement_logging();
-        let pool = PgPoolOptions::new()
+        let pool = silence
+            .guard(PgPoolOptions::new())
             .max_connections((slots + 5).min(16))
             .min_connections(1)
             .acquire_timeout(PATIENCE)
@@ -334,7 +344,8 @@ impl Store {
                     .map_err(Error::during("begin a transaction"))?,
             ),
             Db::Postgres(pool) => {
-                TxDb::Postgres(pool.begin().await.map_err(Error::during("begin a transaction"))?)
+                let begun = self.silence.in_time(pool.begin()).await;
+                TxDb::Postgres(begun.map_err(Error::during("begin a transaction"))?)
             }
         };
         let store = self.clone();
@@ -358,6 +369,12 @@ impl Store {
             "select cast(1 as bigint)"
         )
         .map(drop)
+    }
+
+    /// Waits until the database has left a statement of this process without an answer. The queue library waits for
+    /// its own without an end.
+    pub async fn silence(&self) {
+        self.silence.begins().await;
     }
 
     /// The connections, for the queue library.
@@ -443,7 +460,8 @@ impl Tx {
         match db {
             TxDb::Sqlite(tx) => tx.commit().await.map_err(Error::during("commit"))?,
             TxDb::Postgres(tx) => {
-                tx.commit().await.map_err(Error::during("commit"))?;
+                let committed = store.silence.in_time(tx.commit()).await;
+                committed.map_err(Error::during("commit"))?;
                 // Others may have changed the hints without seeing this transaction; from here on one of the two
                 // sees the other. What fails here is mended by the sweeper within a second.
                 let _ = store.raise_again(&ready, &lowered).await;
@@ -457,7 +475,7 @@ impl Tx {
     pub async fn rollback(self) -> Result<()> {
         match self.db {
             TxDb::Sqlite(tx) => tx.rollback().await,
-            TxDb::Postgres(tx) => tx.rollback().await,
+            TxDb::Postgres(tx) => self.store.silence.in_time(tx.rollback()).await,
         }
         .map_err(Error::during("roll back"))
     }
@@ -489,10 +507,8 @@ impl Tx {
                 Some(name) => sqlx::query(sql).bind(name),
                 None => sqlx::query(sql),
             };
-            query
-                .execute(&mut **tx)
-                .await
-                .map_err(Error::during("wait for a lock"))?;
+            let locked = self.store.silence.in_time(query.execute(&mut **tx)).await;
+            locked.map_err(Error::during("wait for a lock"))?;
         }
         Ok(())
     }

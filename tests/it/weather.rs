@@ -10,6 +10,7 @@ use sqlx::{Connection as _, Executor as _};
 use tests::client::{Client, Sse, Stream, at_once};
 use tests::database::{Cluster, Database, Db};
 use tests::disk::Disk;
+use tests::proxy::Proxy;
 use tests::script::{Step, answer, steps};
 use tests::system::{self, System};
 use tests::trace::assert_one_at_a_time;
@@ -18,6 +19,7 @@ use tests::{both, eventually, once};
 once!(
     postgresql_is_restarted_under_load,
     connections_are_cut_under_load,
+    postgresql_falls_silent_under_load,
     postgresql_becomes_read_only,
     postgresql_runs_out_of_disk,
     a_locked_sqlite_file_is_waited_for,
@@ -72,12 +74,17 @@ async fn keep_submitting(client: &Client, enough: &AtomicBool) -> (Vec<String>, 
 }
 
 /// All jobs end well, and no run of one overlapped another of it.
-async fn all_is_well(system: &System, ids: &[String]) {
+async fn all_end_well(system: &System, ids: &[String]) {
     let client = system.client();
     for job in at_once(ids.iter().map(|id| client.finished(id))).await {
         assert_eq!(job["status"], "done", "{job:#}");
         assert_one_at_a_time(&system.lives(job["id"].as_str().unwrap()));
     }
+}
+
+/// So do they, there are no others, and nothing is held any more.
+async fn all_is_well(system: &System, ids: &[String]) {
+    all_end_well(system, ids).await;
     let database = system.database();
     assert_eq!(
         database.number("select count(*) from job").await,
@@ -253,6 +260,57 @@ async fn cut(system: &System) {
     let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity
                where datname = current_database() and pid <> pg_backend_pid()";
     system.database().number(cut).await;
+}
+
+/// A firewall forgets the connections, or a machine loses its power: no connection ends, and none brings anything.
+async fn postgresql_falls_silent_under_load() {
+    let folder = tests::place::folder('n');
+    let database = Database::fresh(Db::Postgres, &folder).await;
+    let proxy = Proxy::before(&database).await;
+    let system = System::builder()
+        .on(database)
+        .env("DATABASE_URL", proxy.url())
+        .workers(2)
+        .sandbox(false)
+        .env("LEASE_SECONDS", "60")
+        .start()
+        .await;
+    let client = system.client();
+    let long = long_job(&client, 30_000).await;
+    let stream = client.stream(&long, None).await;
+    let enough = AtomicBool::new(false);
+
+    let ((mut ids, _), first) = tokio::join!(keep_submitting(&client, &enough), async {
+        let unwanted = long_job(&client, 120_000).await;
+        proxy.swallow();
+        let begin = Instant::now();
+        let (first, _) = insist(&client, 1_000_000, &answer("after").prompt()).await;
+        assert_eq!(client.finished(&first).await["attempt"], 1);
+        assert_eq!(client.cancel(&unwanted).await.status, 202);
+        assert_eq!(client.finished(&unwanted).await["status"], "cancelled");
+        assert!(begin.elapsed() < Duration::from_secs(25), "{:?}", begin.elapsed());
+
+        // Now the server is gone too.
+        proxy.swallow_all();
+        becomes_unready(&client).await;
+        proxy.recover();
+        let back = Instant::now();
+        becomes_ready(&client).await;
+        assert!(back.elapsed() < Duration::from_secs(15), "{:?}", back.elapsed());
+        enough.store(true, Ordering::Relaxed);
+        first
+    });
+
+    is_untouched(&client, &long).await;
+    is_whole(stream).await;
+    ids.extend([long, first]);
+    let cancelled = "select count(*) from job where status = 'cancelled'";
+    assert_eq!(system.database().number(cancelled).await, 1);
+    all_end_well(&system, &ids).await;
+    assert_eq!(
+        system.database().number("select count(*) from reservation").await,
+        0
+    );
 }
 
 /// As a failover: the connections end, and the new ones lead to a server that is what it is.
@@ -543,6 +601,7 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
         .sandbox(false)
         .stepped_clock()
         .env("LEASE_SECONDS", "2")
+        .env("LOG_LEVEL", "info,worker::queues=debug")
         .start()
         .await;
     let client = system.client();
@@ -556,6 +615,7 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
             let id = client.play(&answer("by any clock")).await;
             assert_eq!(client.finished(&id).await["attempt"], 1);
         }
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         // Longer than a lease, looked at by both workers.
         tokio::time::sleep(Duration::from_millis(2_700).saturating_sub(begin.elapsed())).await;
     }
@@ -570,5 +630,12 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
             .await,
         0
     );
-    assert!(!system.written().contains("lease"), "{}", system.written());
+    let workers = match db {
+        Db::Sqlite => "select count(*) from Workers",
+        Db::Postgres => "select count(*) from apalis.workers",
+    };
+    assert_eq!(system.database().number(workers).await, 2);
+    for words in ["lease", "the queue's worker restarts"] {
+        assert!(!system.written().contains(words), "{}", system.written());
+    }
 }

@@ -1,5 +1,5 @@
-//! What a test may use. [`system`] starts the real binaries on a fresh [`database`], or on a small [`disk`]; [`client`] speaks HTTP to them;
-//! [`script`] tells the scripted CLI what to do, and [`trace`] what its runs did. [`place`] and [`processes`] see to it
+//! What a test may use. [`system`] starts the real binaries on a fresh [`database`], behind a [`proxy`], or on a small
+//! [`disk`]; [`client`] speaks HTTP to them; [`script`] tells the scripted CLI what to do, and [`trace`] what its runs did. [`place`] and [`processes`] see to it
 //! that nothing is left behind.
 
 pub mod client;
@@ -7,6 +7,7 @@ pub mod database;
 pub mod disk;
 pub mod place;
 pub mod processes;
+pub mod proxy;
 pub mod script;
 pub mod system;
 pub mod trace;

@@ -260,6 +260,8 @@ async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
             tokio::time::sleep(Duration::from_secs(1)).await;
         },
         () = ring => {}
+        // The library's own statements wait without an end for a connection that fell silent.
+        () = ctx.store.silence() => {}
         () = async { ctx.draining.cancelled().await; tokio::time::sleep(STOP).await } => {}
     }
 }

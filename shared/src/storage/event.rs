@@ -35,7 +35,10 @@ impl Tx {
         for (events, first) in events.chunks(1000).zip((last + 1..).step_by(1000)) {
             match &mut self.db {
                 TxDb::Sqlite(tx) => insert!(Sqlite, tx, events, first),
-                TxDb::Postgres(tx) => insert!(Postgres, tx, events, first),
+                TxDb::Postgres(tx) => {
+                    let inserting = async { insert!(Postgres, tx, events, first) };
+                    self.store.silence.in_time(inserting).await
+                }
             }
             .map_err(Error::during("store events"))?;
         }

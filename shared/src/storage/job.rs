@@ -435,7 +435,7 @@ impl Store {
         }
         match &*self.db {
             super::Db::Sqlite { reader, .. } => rows!(Sqlite, reader),
-            super::Db::Postgres(pool) => rows!(Postgres, pool),
+            super::Db::Postgres(pool) => self.silence.in_time(async { rows!(Postgres, pool) }).await,
         }
         .map(|rows| rows.into_iter().map(|row| (row.job, row.message)).collect())
         .map_err(Error::during("list jobs"))

@@ -229,7 +229,8 @@ macro_rules! change {
                 sqlx::query($sql)$(.bind($bind))*.execute(limits).await.map(|done| done.rows_affected())
             }
             Db::Postgres(pool) => {
-                sqlx::query($sql)$(.bind($bind))*.execute(pool).await.map(|done| done.rows_affected())
+                let statement = sqlx::query($sql)$(.bind($bind))*.execute(pool);
+                $store.silence.in_time(statement).await.map(|done| done.rows_affected())
             }
         }
         .map_err(Error::during($operation))
@@ -261,13 +262,13 @@ impl Store {
                     .await
             }
             Db::Postgres(pool) => {
-                sqlx::query_as(ON_POSTGRES)
+                let taking = sqlx::query_as(ON_POSTGRES)
                     .bind(bucket)
                     .bind(rate.interval())
                     .bind(rate.burst())
                     .bind(now)
-                    .fetch_one(pool)
-                    .await
+                    .fetch_one(pool);
+                self.silence.in_time(taking).await
             }
         }
         .map_err(Error::during("count a request"))?;
@@ -345,7 +346,7 @@ impl Store {
                     tx.commit().await?;
                     Ok(done.rows_affected())
                 };
-                counted.await
+                self.silence.in_time(counted).await
             }
         }
         .map_err(Error::during("count an event stream"))?;

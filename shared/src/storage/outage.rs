@@ -82,8 +82,12 @@ impl Store {
             return false;
         }
         let mut checked = self.outage.checked.lock().await;
+        // Whoever had the lock before may have found out.
+        if self.is_out() {
+            return false;
+        }
         if checked.is_some_and(|at| at.elapsed() < CHECKED_FOR) {
-            return !self.is_out();
+            return true;
         }
         match timeout(WRITES_WITHIN, self.try_to_write()).await {
             Ok(Ok(())) => *checked = Some(Instant::now()),
@@ -131,12 +135,12 @@ impl Store {
     async fn watch_outage(&self) {
         loop {
             tokio::time::sleep(TRY_AGAIN).await;
-            let tried = self.try_to_write().await;
+            let tried = timeout(WRITES_WITHIN, self.try_to_write()).await;
             let quiet = self
                 .outage
                 .last_error()
                 .is_none_or(|last| last.elapsed() >= TRY_AGAIN);
-            if tried.is_ok() && quiet {
+            if matches!(tried, Ok(Ok(()))) && quiet {
                 break;
             }
         }

@@ -61,9 +61,11 @@ impl Tx {
             TxDb::Sqlite(tx) => apalis_sqlite::queries::push_tasks(&mut **tx, QUEUE, &tickets)
                 .await
                 .map_err(Error::during("push a ticket")),
-            TxDb::Postgres(tx) => apalis_postgres::queries::push_tasks(&mut **tx, QUEUE, tickets)
-                .await
-                .map_err(Error::during("push a ticket")),
+            TxDb::Postgres(tx) => {
+                let pushing = apalis_postgres::queries::push_tasks(&mut **tx, QUEUE, tickets);
+                let pushed = self.store.silence.in_time(pushing).await;
+                pushed.map_err(Error::during("push a ticket"))
+            }
         }
     }
 
@@ -82,14 +84,14 @@ impl Tx {
                 .await
             }
             TxDb::Postgres(tx) => {
-                sqlx::query_as(
+                let counting = sqlx::query_as(
                     "select count(*) from (
                        select 1 from apalis.jobs where job_type = $1 and status = 'Pending' limit $2) as waiting",
                 )
                 .bind(QUEUE)
                 .bind(limit)
-                .fetch_one(&mut **tx)
-                .await
+                .fetch_one(&mut **tx);
+                self.store.silence.in_time(counting).await
             }
         }
         .map_err(Error::during("count tickets"))?;
@@ -109,12 +111,12 @@ impl Tx {
             .collect();
         // A notification holds less than 8,000 bytes.
         for words in words.chunks(200) {
-            sqlx::query("select pg_notify($1, $2)")
+            let notifying = sqlx::query("select pg_notify($1, $2)")
                 .bind(super::wakeups::CHANNEL)
                 .bind(words.join(" "))
-                .execute(&mut **tx)
-                .await
-                .map_err(Error::during("notify"))?;
+                .execute(&mut **tx);
+            let notified = self.store.silence.in_time(notifying).await;
+            notified.map_err(Error::during("notify"))?;
         }
         Ok(())
     }
@@ -145,22 +147,18 @@ impl Store {
         let super::Db::Postgres(pool) = &*self.db else {
             return Ok(());
         };
-        let mut changed = 0;
-        for (key_id, priority) in ready {
-            changed +=
-                sqlx::query("update lane set top = $2 where key_id = $1 and (top is null or top < $2)")
-                    .bind(key_id)
-                    .bind(priority)
-                    .execute(pool)
-                    .await
-                    .map_err(Error::during("raise a lane's hint"))?
-                    .rows_affected();
-        }
-        for key_id in lowered {
-            changed += sqlx::query(super::claim::RAISE)
+        let to = ready.iter().map(|(key_id, priority)| {
+            sqlx::query("update lane set top = $2 where key_id = $1 and (top is null or top < $2)")
                 .bind(key_id)
-                .execute(pool)
-                .await
+                .bind(priority)
+        });
+        let again = lowered
+            .iter()
+            .map(|key_id| sqlx::query(super::claim::RAISE).bind(key_id));
+        let mut changed = 0;
+        for raising in to.chain(again) {
+            let raised = self.silence.in_time(raising.execute(pool)).await;
+            changed += raised
                 .map_err(Error::during("raise a lane's hint"))?
                 .rows_affected();
         }
@@ -169,7 +167,8 @@ impl Store {
             tx.push_tickets(1).await?;
             tx.notify(true).await?;
             let TxDb::Postgres(tx) = tx.db else { return Ok(()) };
-            tx.commit().await.map_err(Error::during("commit"))?;
+            let committed = self.silence.in_time(tx.commit()).await;
+            committed.map_err(Error::during("commit"))?;
         }
         Ok(())
     }

@@ -28,17 +28,17 @@ pub struct Swept {
     pub runnable: i64,
     /// Tickets that were missing.
     pub tickets: u64,
-    /// Used tickets that were removed.
-    pub used_tickets: u64,
-    /// Entries of queue workers that are gone.
-    pub queue_workers: u64,
 }
 
 /// Tickets are topped up to this many: each idle slot that finds work claims again until nothing is left.
 const TOP_UP: i64 = 64;
 
-/// Entries of the queue library that nobody has touched for so long belong to nobody.
-const ABANDONED: Duration = Duration::from_mins(10);
+/// A ticket that was taken so long ago and isn't used up is nobody's.
+const ABANDONED_TICKET: Duration = Duration::from_mins(10);
+
+/// A worker of the queue library that hasn't been seen for so long is gone. It registers by its own machine's clock,
+/// which may be wrong, and can't work without its row.
+const GONE_WORKER: Duration = Duration::from_hours(24);
 
 impl Store {
     /// The leases of all running jobs.
@@ -73,7 +73,7 @@ impl Store {
         }
         tx.commit().await?;
 
-        (swept.used_tickets, swept.queue_workers) = self.clean_queue(now).await?;
+        self.clean_queue().await?;
         Ok(swept)
     }
 
@@ -188,62 +188,59 @@ impl Store {
         tx.commit().await
     }
 
-    async fn clean_queue(&self, now: Timestamp) -> Result<(u64, u64)> {
-        let before = now.unix_seconds() - i64::try_from(ABANDONED.as_secs()).unwrap_or(0);
-        let cleaned = match &*self.db {
+    /// Removes used tickets, and what nobody has touched for long, by the clock that the library uses: the database's.
+    async fn clean_queue(&self) -> Result<()> {
+        let (tickets, workers) = (
+            i64::try_from(ABANDONED_TICKET.as_secs()).unwrap_or(0),
+            i64::try_from(GONE_WORKER.as_secs()).unwrap_or(0),
+        );
+        match &*self.db {
             Db::Sqlite { writer, .. } => {
-                let used = sqlx::query(
+                sqlx::query(
                     "delete from Jobs where rowid in (
                        select rowid from Jobs
                        where job_type = $1 and (status in ('Done', 'Killed', 'Failed')
-                         or (status in ('Queued', 'Running') and lock_at < $2))
+                         or (status in ('Queued', 'Running') and lock_at < strftime('%s', 'now') - $2))
                        limit 1000)",
                 )
                 .bind(QUEUE)
-                .bind(before)
+                .bind(tickets)
                 .execute(writer)
-                .await;
-                let workers = sqlx::query(
-                    "delete from Workers where last_seen < $1 and not exists (select 1 from Jobs where lock_by = Workers.id)",
+                .await
+                .map_err(Error::during("delete tickets"))?;
+                sqlx::query(
+                    "delete from Workers where last_seen < strftime('%s', 'now') - $1
+                       and not exists (select 1 from Jobs where lock_by = Workers.id)",
                 )
-                .bind(before)
+                .bind(workers)
                 .execute(writer)
-                .await;
-                used.map(|used| {
-                    (
-                        used.rows_affected(),
-                        workers.map_or(0, |workers| workers.rows_affected()),
-                    )
-                })
+                .await
+                .map_err(Error::during("delete the queue's workers"))?;
             }
             Db::Postgres(pool) => {
                 let used = sqlx::query(
                     "delete from apalis.jobs where id = any(array(
                        select id from apalis.jobs
                        where job_type = $1 and (status in ('Done', 'Killed', 'Failed')
-                         or (status in ('Queued', 'Running') and lock_at < to_timestamp($2)))
+                         or (status in ('Queued', 'Running') and lock_at < now() - $2 * interval '1 second'))
                        limit 1000 for update skip locked))",
                 )
                 .bind(QUEUE)
-                .bind(before)
-                .execute(pool)
-                .await;
-                let workers = sqlx::query(
-                    "delete from apalis.workers as w
-                     where w.last_seen < to_timestamp($1) and not exists (select 1 from apalis.jobs where lock_by = w.id)",
+                .bind(tickets)
+                .execute(pool);
+                let deleted = self.silence.in_time(used).await;
+                deleted.map_err(Error::during("delete tickets"))?;
+                let gone = sqlx::query(
+                    "delete from apalis.workers as w where w.last_seen < now() - $1 * interval '1 second'
+                       and not exists (select 1 from apalis.jobs where lock_by = w.id)",
                 )
-                .bind(before)
-                .execute(pool)
-                .await;
-                used.map(|used| {
-                    (
-                        used.rows_affected(),
-                        workers.map_or(0, |workers| workers.rows_affected()),
-                    )
-                })
+                .bind(workers)
+                .execute(pool);
+                let deleted = self.silence.in_time(gone).await;
+                deleted.map_err(Error::during("delete the queue's workers"))?;
             }
-        };
-        cleaned.map_err(Error::during("clean the queue's tables"))
+        }
+        Ok(())
     }
 }
 
@@ -293,7 +290,10 @@ impl Tx {
         }
         let released = match &mut self.db {
             TxDb::Sqlite(tx) => update!(Sqlite, tx),
-            TxDb::Postgres(tx) => update!(Postgres, tx),
+            TxDb::Postgres(tx) => {
+                let releasing = async { update!(Postgres, tx) };
+                self.store.silence.in_time(releasing).await
+            }
         }
         .map_err(Error::during("make due jobs ready"))?;
         let count = u64::try_from(released.len()).unwrap_or(0);

@@ -4,14 +4,15 @@
 //! changes with every commit of any other connection, and then reads which jobs have new events. Beneath both,
 //! everyone who waits also looks now and then by himself.
 
-use super::{Error, Result, Store};
+use super::{Error, PATIENCE, Result, Store};
 use crate::id::JobId;
-use sqlx::postgres::PgListener;
-use sqlx::{ConnectOptions, SqliteConnection};
+use sqlx::postgres::{PgListener, PgPoolOptions};
+use sqlx::{ConnectOptions, Executor, SqliteConnection};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// The channel that notifications travel on.
@@ -19,6 +20,9 @@ pub(super) const CHANNEL: &str = "claude_queue";
 
 /// The word in a notification that says: a slot should look. All others are job ids.
 pub(super) const RING: &str = "ring";
+
+/// A connection to PostgreSQL that brought nothing for so long is asked whether it lives.
+const QUIET: Duration = Duration::from_secs(15);
 
 /// Where to wait for changes that any process commits. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -42,7 +46,7 @@ impl JobWakeup {
     /// Waits until something was committed about the job since the last call (or since this was made), or for 2 s:
     /// a wake-up can be lost, so its receiver looks by itself too.
     pub async fn changed(&mut self) {
-        let _ = tokio::time::timeout(Duration::from_secs(2), self.changes.changed()).await;
+        let _ = timeout(Duration::from_secs(2), self.changes.changed()).await;
     }
 }
 
@@ -73,7 +77,7 @@ impl Wakeups {
                 loop {
                     let ended = match &*store.db {
                         super::Db::Sqlite { .. } => watch_file(&store, &told, every).await,
-                        super::Db::Postgres(pool) => listen_to(pool, &told).await,
+                        super::Db::Postgres(pool) => listen_to(&store, pool, &told).await,
                     };
                     match ended {
                         Err(error) if store.note(&error) => store.answers().await,
@@ -131,22 +135,22 @@ impl Hub {
     }
 }
 
-async fn listen_to(pool: &sqlx::PgPool, hub: &Hub) -> Result<()> {
-    let mut listener = PgListener::connect_with(pool)
-        .await
-        .map_err(Error::during("listen for wake-ups"))?;
-    listener
-        .listen(CHANNEL)
+async fn listen_to(store: &Store, pool: &sqlx::PgPool, hub: &Hub) -> Result<()> {
+    let mut listener = store
+        .silence
+        .in_time(connect(pool))
         .await
         .map_err(Error::during("listen for wake-ups"))?;
     // What was committed before it listened.
     hub.wake_all();
     loop {
-        match listener
-            .try_recv()
-            .await
-            .map_err(Error::during("listen for wake-ups"))?
-        {
+        let Ok(told) = timeout(QUIET, listener.try_recv()).await else {
+            // Nothing was committed, or nothing gets through any more.
+            let asked = store.silence.in_time(listener.execute("select 1")).await;
+            asked.map_err(Error::during("listen for wake-ups"))?;
+            continue;
+        };
+        match told.map_err(Error::during("listen for wake-ups"))? {
             Some(told) => {
                 for word in told.payload().split(' ') {
                     if word == RING {
@@ -160,6 +164,17 @@ async fn listen_to(pool: &sqlx::PgPool, hub: &Hub) -> Result<()> {
             None => hub.wake_all(),
         }
     }
+}
+
+/// Its connection is in no pool that anybody else uses: one that is silent is kept as long as the system believes in it.
+async fn connect(pool: &sqlx::PgPool) -> sqlx::Result<PgListener> {
+    let own = PgPoolOptions::new()
+        .max_connections(1)
+        .acquire_timeout(PATIENCE)
+        .connect_lazy_with(pool.connect_options().as_ref().clone());
+    let mut listener = PgListener::connect_with(&own).await?;
+    listener.listen(CHANNEL).await?;
+    Ok(listener)
 }
 
 async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
