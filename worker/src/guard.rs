@@ -40,6 +40,11 @@ const MEMORY_LOOK: Duration = Duration::from_secs(1);
 /// How long a run without a beat is given to read one that is waiting already.
 const LAST_BEAT: Duration = Duration::from_millis(20);
 
+/// When a run is moved into its control group. The kernel lets whoever starts a process wait for tens of milliseconds
+/// while another is moved, so it isn't done while the run starts; and no run does anything yet that the guard alone
+/// couldn't end.
+const GROUP_AFTER: Duration = Duration::from_millis(100);
+
 /// Added to the out-of-memory score of a run, so that a machine without memory loses a run and not its worker.
 const OOM_SCORE: &str = "500";
 
@@ -94,15 +99,11 @@ fn guard(socket: &Path) -> io::Result<()> {
                 Err(error) => return send(&mut reports, &Report::not_started(&error, &order)).await,
             };
             send(&mut reports, &Report::Started).await.ok();
-            let cgroup = order.cgroup.as_deref().and_then(Cgroup::make);
-            if let Some(cgroup) = &cgroup {
-                cgroup.gather(|| tree::descendants(own_pid()));
-            }
             let run = Run {
                 main,
                 status: None,
                 worker,
-                cgroup,
+                cgroup: None,
             };
             let ended = run.watch(&order, &mut lines, &mut signals).await;
             // A worker that is gone reads no report; the tree is ended all the same.
@@ -173,7 +174,7 @@ struct Run {
     status: Option<ExitStatus>,
     /// The process that started the guard.
     worker: Option<rustix::process::Pid>,
-    /// Where there is one.
+    /// Where one can be made, some time after the start.
     cgroup: Option<Cgroup>,
 }
 
@@ -202,6 +203,9 @@ impl Run {
         tokio::pin!(deadline);
         let mut memory_looks = tokio::time::interval(MEMORY_LOOK);
         memory_looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut group = order.cgroup.as_deref();
+        let group_is_due = tokio::time::sleep(GROUP_AFTER);
+        tokio::pin!(group_is_due);
         let mut beat = order.held_at;
         loop {
             // The main process may have ended before the signal was listened to.
@@ -220,6 +224,13 @@ impl Run {
                     (rustix::process::getppid() != self.worker).then_some(EndedBy::Worker)
                 }
                 () = &mut deadline => Some(EndedBy::Deadline),
+                () = &mut group_is_due, if group.is_some() => {
+                    self.cgroup = group.take().and_then(Cgroup::make);
+                    if let Some(cgroup) = &self.cgroup {
+                        cgroup.gather(|| tree::descendants(own_pid()));
+                    }
+                    None
+                }
                 _ = memory_looks.tick(), if order.memory_limit.is_some() => {
                     order.memory_limit.is_some_and(|limit| tree::memory(own_pid()) > limit).then_some(EndedBy::Memory)
                 }

@@ -18,7 +18,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as TaskContext, Poll, ready};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -114,12 +114,15 @@ async fn on_ticket(_: Ticket, ctx: Data<Arc<Context>>, slot: Data<Slot>) -> Resu
     let ctx = Arc::clone(&ctx);
     let permit = slot.0.0.lock().unwrap_or_else(PoisonError::into_inner).take();
     let slots = ctx.busy.clone();
+    let (claiming, claimed) = oneshot::channel();
     slots.spawn(async move {
-        run_job::claim_and_run_until_none(ctx).await;
+        run_job::claim_and_run_until_none(ctx, claiming).await;
         // Last: frees the slot.
         drop(permit);
     });
-    // Acknowledged now and not when the job ends: the job's row is what counts.
+    // Acknowledged now and not when the job ends: the job's row is what counts. But not before the claim either, which
+    // would have to wait for the one writer of SQLite.
+    let _ = claimed.await;
     Ok(())
 }
 

@@ -24,6 +24,7 @@ use shared::telemetry::chain;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 use tracing::{Instrument, error, info, info_span, warn};
 use transcript::Transcript;
@@ -49,13 +50,15 @@ const TOOL_PATIENCE: u32 = 3;
 /// A tool's answer in an event holds no more bytes than this.
 const TOOL_RESULT: usize = 16 * 1024;
 
-/// Claims and runs until nothing is left, or until this worker may not.
-pub async fn claim_and_run_until_none(ctx: Arc<Context>) {
+/// Claims and runs until nothing is left, or until this worker may not. `claiming` is dropped after the first claim.
+pub async fn claim_and_run_until_none(ctx: Arc<Context>, claiming: oneshot::Sender<()>) {
+    let mut claiming = Some(claiming);
     while !ctx.draining.is_cancelled() && ctx.pause.current(clock::now()).is_none() {
         let claim = {
             let _one_at_a_time = ctx.claiming.lock().await;
             ctx.store.claim(&ctx.claimant, clock::now()).await
         };
+        drop(claiming.take());
         match claim {
             Ok(Claim::Run(lease)) => {
                 let span = info_span!("run", job.id = %lease.job.job_id, attempt = lease.job.attempt);

@@ -446,11 +446,12 @@ impl Groups {
             .then_some(Self(folder))
     }
 
-    fn of_runs(&self) -> Vec<PathBuf> {
+    /// The groups of these runs: the machine has one tree of groups, whoever mounts it.
+    fn of(&self, stand: &Stand) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.0.path()).unwrap();
         let paths = entries.map(|entry| entry.unwrap().path());
         paths
-            .filter(|path| path.to_str().unwrap().contains("claude-queue."))
+            .filter(|path| path.to_str().unwrap().contains(&stand.token))
             .collect()
     }
 
@@ -459,7 +460,7 @@ impl Groups {
         let since = Instant::now();
         loop {
             let lists = self
-                .of_runs()
+                .of(stand)
                 .iter()
                 .map(|group| fs::read_to_string(group.join("cgroup.procs")).unwrap())
                 .collect::<String>();
@@ -487,14 +488,14 @@ async fn a_control_group_finds_what_has_lost_both_its_guard_and_its_mark() {
         stand.launch.cgroup = Some(groups.0.path().to_owned());
         let process = stand.started().await;
         groups.hold(&stand).await;
-        assert_eq!(groups.of_runs().len(), 1);
+        assert_eq!(groups.of(&stand).len(), 1);
 
         kill_process(stand.guard_pid(), Signal::KILL).unwrap();
         let exit = ended(process).await;
 
         stand.assert_nothing_left();
         assert_eq!(exit.ended_by, EndedBy::GuardLost, "{sandboxed:?}");
-        assert_eq!(groups.of_runs(), Vec::<PathBuf>::new());
+        assert_eq!(groups.of(&stand), Vec::<PathBuf>::new());
 
         // The ordinary end leaves no group either.
         let mut process = stand.started().await;
@@ -502,7 +503,7 @@ async fn a_control_group_finds_what_has_lost_both_its_guard_and_its_mark() {
         while process.next_line().await.unwrap().is_some() {}
         assert_eq!(process.wait().await.ended_by, EndedBy::Exited, "{sandboxed:?}");
         stand.assert_nothing_left();
-        assert_eq!(groups.of_runs(), Vec::<PathBuf>::new());
+        assert_eq!(groups.of(&stand), Vec::<PathBuf>::new());
     }
 }
 

@@ -69,8 +69,7 @@ impl Cgroup {
     }
 
     /// Moves these processes into the group, those that they have started meanwhile too: what is started in the group
-    /// is born there. For after the start of a run: the kernel lets whoever starts a process wait while others are
-    /// moved, for up to 30 ms, and a run that is moved into its group need not wait for that.
+    /// is born there.
     pub(crate) fn gather(&self, family: impl Fn() -> Vec<Process>) {
         let list = self.0.join("cgroup.procs");
         for _ in 0..ROUNDS {
