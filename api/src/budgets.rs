@@ -16,7 +16,7 @@ use crate::caller::Caller;
 use crate::context::Context;
 use crate::problem::Problem;
 use crate::repeat::{REPLAYED, Repeat};
-use crate::reply::{self, Headers, Pagination, TextCursor, etag};
+use crate::reply::{self, Headers, Pagination, TextCursor, etag, more_than};
 use crate::request::fields::{Fault, Fields, Reading, choice, dollars, integer, list, text};
 use crate::request::{Request, Segment, headers as request_headers, invalid};
 
@@ -42,11 +42,7 @@ pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, 
     let mut budgets = store
         .budgets(owner, after.as_ref(), limit + 1, clock::now())
         .await?;
-    let more = budgets.len() > usize::try_from(limit).unwrap_or(usize::MAX);
-    if more {
-        budgets.pop();
-    }
-    let next = budgets.last().filter(|_| more).map(|status| {
+    let next = more_than(limit, &mut budgets, |status| {
         let scope = &status.budget.scope;
         TextCursor(format!("{}/{}", scope.name(), scope.id())).encode(&bound_to)
     });

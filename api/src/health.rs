@@ -3,20 +3,20 @@
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 use shared::clock::{self, Timestamp};
-use shared::storage::WorkerRow;
+use shared::storage::{Store, WorkerRow};
 use std::time::Duration;
 use tokio::time::timeout;
 use warp::reply::Response;
 
-use crate::problem::Problem;
+use crate::problem::{Database, Problem};
 use crate::reply::{self, Meta};
 use crate::request::Request;
 
 /// A database that hasn't answered by then can't be used.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
-/// A worker that hasn't said how it is for so many microseconds isn't counted.
-const SEEN_WITHIN: i64 = 30_000_000;
+/// A worker that hasn't said how it is for so long isn't counted.
+const SEEN_WITHIN: Duration = Duration::from_secs(30);
 
 /// `GET /livez`: the process lives. Touches nothing else.
 pub async fn livez(request: &Request) -> Result<Response, Problem> {
@@ -27,11 +27,14 @@ pub async fn livez(request: &Request) -> Result<Response, Problem> {
 /// `GET /readyz`: 200 when requests can be served, 503 while the process stops or the database can't be written.
 pub async fn readyz(request: &Request) -> Result<Response, Problem> {
     only_get(request)?;
-    let (database, draining) = (
-        request.context.store.is_usable().await,
-        request.context.stopping.is_cancelled(),
-    );
-    if !database || draining {
+    let store = &request.context.store;
+    let draining = request.context.stopping.is_cancelled();
+    let database = match store.is_usable().await {
+        true => Database::Writes,
+        false if workers(store).await.is_some() => Database::Reads,
+        false => Database::Silent,
+    };
+    if database != Database::Writes || draining {
         return Err(Problem::NotReady { database, draining });
     }
     reply::json(
@@ -45,39 +48,41 @@ pub async fn health(request: &Request) -> Result<Response, Problem> {
     only_get(request)?;
     let store = &request.context.store;
     let usable = store.is_usable().await;
-    let since = Timestamp(clock::now().0 - SEEN_WITHIN);
-    let workers = match timeout(ANSWER_WITHIN, store.workers(since)).await {
-        Ok(Ok(workers)) => Some(workers),
-        Ok(Err(_)) | Err(_) => None,
-    };
-    let mut body = describe(workers.as_deref(), clock::now());
-    if !usable {
-        // One that can't be written may still be read.
-        body["status"] = json!("degraded");
-        body["checks"]["database"] = json!("error");
-    }
+    let workers = workers(store).await;
+    let mut body = describe(workers.as_deref(), usable, clock::now());
     body["meta"] = json!(Meta::of(request));
     reply::json(StatusCode::OK, &body)
 }
 
-/// How the service is, by its workers; `None` when the database couldn't be asked.
-fn describe(workers: Option<&[WorkerRow]>, now: Timestamp) -> Value {
-    let Some(workers) = workers else {
-        return json!({"status": "degraded", "checks": {"database": "error"}});
+/// The workers that were seen lately; `None` when the database couldn't be asked.
+async fn workers(store: &Store) -> Option<Vec<WorkerRow>> {
+    let asked = timeout(ANSWER_WITHIN, store.workers(clock::now().before(SEEN_WITHIN))).await;
+    asked.ok()?.ok()
+}
+
+/// How the service is, by its workers; `None` when the database couldn't be asked. `usable`: it can be written, too.
+fn describe(workers: Option<&[WorkerRow]>, usable: bool, now: Timestamp) -> Value {
+    let database = if usable && workers.is_some() {
+        "ok"
+    } else {
+        "error"
     };
-    let paused: Vec<_> = workers
+    let paused = |worker: &&WorkerRow| worker.paused_until.is_some_and(|until| until > now);
+    let (claude_cli, state) = match workers {
+        None => ("unknown", "unknown"),
+        Some([]) => ("not_found", "none"),
+        Some(workers) if workers.iter().filter(paused).count() == workers.len() => ("ok", "paused"),
+        Some(_) => ("ok", "ok"),
+    };
+    let shown: Vec<_> = workers
+        .unwrap_or_default()
         .iter()
-        .filter(|worker| worker.paused_until.is_some_and(|until| until > now))
+        .map(|worker| show(worker, now))
         .collect();
-    let (claude_cli, state) = match (workers.len(), paused.len()) {
-        (0, _) => ("not_found", "none"),
-        (all, some) if all == some => ("ok", "paused"),
-        _ => ("ok", "ok"),
-    };
-    let shown: Vec<_> = workers.iter().map(|worker| show(worker, now)).collect();
     json!({
-        "status": if state == "ok" { "ok" } else { "degraded" },
-        "checks": {"database": "ok", "claude_cli": claude_cli, "workers": state},
+        "status": if (database, state) == ("ok", "ok") { "ok" } else { "degraded" },
+        // The queue takes jobs as long as the database does.
+        "checks": {"database": database, "claude_cli": claude_cli, "workers": state, "queue": database},
         "workers": shown,
     })
 }
@@ -127,17 +132,28 @@ mod tests {
 
     #[test]
     fn the_service_is_well_while_one_worker_claims() {
-        let status = |workers: &[WorkerRow]| describe(Some(workers), NOW)["status"].clone();
+        let status = |workers: &[WorkerRow]| describe(Some(workers), true, NOW)["status"].clone();
         assert_eq!(status(&[worker(None), worker(Some(NOW.0 + 1))]), "ok");
         assert_eq!(status(&[worker(Some(NOW.0))]), "ok", "the pause is over");
         assert_eq!(status(&[worker(Some(NOW.0 + 1))]), "degraded");
         assert_eq!(status(&[]), "degraded");
-        assert_eq!(describe(None, NOW)["checks"]["database"], "error");
+    }
+
+    #[test]
+    fn every_check_is_told_whatever_is_wrong() {
+        let checks = |workers: Option<&[WorkerRow]>, usable| describe(workers, usable, NOW)["checks"].clone();
+        let all = |database: &str, claude_cli: &str, workers: &str| json!({"database": database, "claude_cli": claude_cli, "workers": workers, "queue": database});
+        assert_eq!(checks(None, false), all("error", "unknown", "unknown"));
+        assert_eq!(checks(Some(&[]), true), all("ok", "not_found", "none"));
+        let one = [worker(None)];
+        assert_eq!(checks(Some(&one), false), all("error", "ok", "ok"));
+        assert_eq!(describe(Some(&one), false, NOW)["status"], "degraded");
+        assert_eq!(checks(Some(&one), true), all("ok", "ok", "ok"));
     }
 
     #[test]
     fn a_pause_says_why_and_the_machine_is_not_named() {
-        let shown = describe(Some(&[worker(Some(NOW.0 + 1))]), NOW);
+        let shown = describe(Some(&[worker(Some(NOW.0 + 1))]), true, NOW);
         assert_eq!(shown["checks"]["workers"], "paused");
         assert_eq!(
             shown["workers"][0]["pause_reason"],

@@ -3,12 +3,12 @@
 
 use shared::clock;
 use shared::storage;
+use shared::telemetry::chain;
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
-use crate::problem::chain;
 
 /// How often uses and refusals are written down.
 const NOTE_EVERY: Duration = Duration::from_secs(2);

@@ -1,4 +1,4 @@
-//! Jobs over HTTP: which method of which path is answered where.
+//! Jobs over HTTP: which method of which path is answered where. Others than those of the route table don't come here.
 
 pub mod cancel;
 pub mod read;
@@ -21,15 +21,13 @@ use crate::request::{Request, Segment};
 /// `/api/v1/jobs`.
 pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, Problem> {
     match request.method {
-        Method::GET => read::list(request, caller).await,
         Method::POST => submit::submit(request, caller).await,
-        _ => Err(Problem::MethodNotAllowed(&[Method::GET, Method::POST])),
+        _ => read::list(request, caller).await,
     }
 }
 
 /// `/api/v1/jobs/{id}`.
 pub async fn item(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    only(request, &[Method::GET, Method::DELETE])?;
     let job = find(request, caller, id).await?;
     match request.method {
         Method::DELETE => remove::remove(request, &job).await,
@@ -39,25 +37,21 @@ pub async fn item(request: &Request, caller: &Caller, id: &Segment) -> Result<Re
 
 /// `/api/v1/jobs/{id}/result`.
 pub async fn result(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    only(request, &[Method::GET])?;
     read::result(request, &find(request, caller, id).await?).await
 }
 
 /// `/api/v1/jobs/{id}/cancel`.
 pub async fn cancel(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    only(request, &[Method::POST])?;
     cancel::cancel(request, find(request, caller, id).await?).await
 }
 
 /// `/api/v1/jobs/{id}/events`.
 pub async fn events(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    only(request, &[Method::GET])?;
     stream::events(request, caller, find(request, caller, id).await?).await
 }
 
 /// `/api/v1/jobs/{id}/stream`.
 pub async fn stream(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    only(request, &[Method::GET])?;
     stream::stream(request, caller, &find(request, caller, id).await?).await
 }
 
@@ -69,13 +63,4 @@ async fn find(request: &Request, caller: &Caller, id: &Segment) -> Result<Job, P
     let job = request.context.store.job(id.id("Job")?).await?;
     job.filter(|job| caller.sees(&job.key_id))
         .ok_or(Problem::NoSuch("Job"))
-}
-
-/// Refuses the methods that a path doesn't have.
-fn only(request: &Request, methods: &'static [Method]) -> Result<(), Problem> {
-    if methods.contains(&request.method) {
-        Ok(())
-    } else {
-        Err(Problem::MethodNotAllowed(methods))
-    }
 }

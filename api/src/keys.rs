@@ -19,7 +19,7 @@ use crate::audit;
 use crate::budgets::{self, Terms};
 use crate::caller::Caller;
 use crate::problem::Problem;
-use crate::reply::{self, Cursor, Headers, Pagination, etag};
+use crate::reply::{self, Cursor, Headers, Pagination, etag, more_than};
 use crate::request::fields::{boolean, choice, integer, text};
 use crate::request::{Request, Segment, headers};
 use change::Change;
@@ -253,13 +253,7 @@ async fn list(request: &Request) -> Result<Response, Problem> {
             }
         }
     }
-    let page = usize::try_from(limit).unwrap_or(usize::MAX);
-    let more = shown.len() > page;
-    shown.truncate(page);
-    let next = shown
-        .last()
-        .filter(|_| more)
-        .map(|(place, _)| Cursor(*place).encode(&bound_to));
+    let next = more_than(limit, &mut shown, |(place, _)| Cursor(*place).encode(&bound_to));
     let pagination = Pagination::new(limit, next);
     let shown = shown.into_iter().map(|(_, key)| key).collect::<Vec<_>>();
     Ok(pagination.link(request, reply::list(request, shown, &pagination)?))

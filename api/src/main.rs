@@ -1,12 +1,12 @@
 //! `claude-queue-api`: serves the API until it is told to stop.
 
-use api::problem::chain;
 use api::{Config, Context, StartError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
-use shared::{clock, env, telemetry};
+use shared::telemetry::{self, chain};
+use shared::{clock, env};
 use std::error::Error;
 use std::io::Write;
 use std::net::SocketAddr;

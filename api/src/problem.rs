@@ -1,7 +1,7 @@
 //! Everything that can be wrong with a request, as `application/problem+json` (RFC 9457): the only file that knows
 //! which HTTP status a problem has.
 
-use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -10,9 +10,11 @@ use shared::clock::{self, Timestamp};
 use shared::job::JobStatus;
 use shared::key::Scope;
 use shared::storage::{self, Quota, Store};
+use shared::telemetry::chain;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
+use std::io;
 use std::time::Duration;
 use warp::reply::Response;
 
@@ -78,8 +80,6 @@ pub enum Problem {
     JobNotFinished,
     /// The job is waiting or running, so it can't be removed.
     JobActive,
-    /// The first request with this idempotency key is still at work; its job, when there is one already.
-    IdempotencyInProgress(Option<String>),
     /// The idempotency key was used with another body.
     IdempotencyKeyReused,
     /// The data was removed by its owner or by the retention time.
@@ -98,8 +98,8 @@ pub enum Problem {
     BudgetExceeded(Box<BudgetStatus>),
     /// Requests can't be served: which check says so.
     NotReady {
-        /// The database answers.
-        database: bool,
+        /// What the database does.
+        database: Database,
         /// The process is stopping.
         draining: bool,
     },
@@ -114,15 +114,18 @@ pub enum Problem {
     Internal(Box<dyn StdError + Send + Sync>),
 }
 
-impl Problem {
-    /// The service is draining: the client should ask another process, or this one after its restart.
-    pub fn draining() -> Self {
-        Self::Unavailable {
-            detail: "The service is shutting down",
-            source: None,
-        }
-    }
+/// What a database does when it is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Database {
+    /// All.
+    Writes,
+    /// It is full, read-only or locked.
+    Reads,
+    /// Nothing: it can't be reached.
+    Silent,
+}
 
+impl Problem {
     /// Something that should not happen, said in words.
     pub fn internal(what: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self::Internal(what.into())
@@ -150,7 +153,6 @@ impl Problem {
             Self::JobFinal(_)
             | Self::JobNotFinished
             | Self::JobActive
-            | Self::IdempotencyInProgress(_)
             | Self::KeyReadOnly
             | Self::KeyNotActive
             | Self::KeyActive => StatusCode::CONFLICT,
@@ -192,7 +194,6 @@ impl Problem {
             Self::JobFinal(_) => "job-terminal",
             Self::JobNotFinished => "job-not-finished",
             Self::JobActive => "job-active",
-            Self::IdempotencyInProgress(_) => "idempotency-in-progress",
             Self::DataRemoved => "data-removed",
             Self::PreconditionFailed(_) => "precondition-failed",
             Self::TooLarge(_) => "payload-too-large",
@@ -242,7 +243,6 @@ impl Problem {
             Self::JobFinal(status) => format!("Job already {}", status.as_str()).into(),
             Self::JobNotFinished => "Job is not finished".into(),
             Self::JobActive => "Job is queued or running; cancel it first".into(),
-            Self::IdempotencyInProgress(_) => "A request with this Idempotency-Key is still at work".into(),
             Self::DataRemoved => "The data of this job was removed".into(),
             Self::PreconditionFailed(why) => (*why).into(),
             Self::TooLarge(limit) => format!("Request body exceeds {limit} bytes").into(),
@@ -255,7 +255,13 @@ impl Problem {
             Self::NoSuchTemplate(name) => format!("Template '{name}' not found").into(),
             Self::BudgetExceeded(status) => budgets::exceeded(status).into(),
             Self::NotReady { draining: true, .. } => "The service is shutting down".into(),
-            Self::NotReady { .. } => "The database does not answer".into(),
+            Self::NotReady {
+                database: Database::Silent,
+                ..
+            } => "The database does not answer".into(),
+            Self::NotReady { .. } => {
+                "The database can be read but not written: it is full, read-only or locked; the log says which".into()
+            }
             Self::Unavailable { detail, .. } => (*detail).into(),
             Self::Internal(_) => "An unexpected error occurred".into(),
         }
@@ -269,7 +275,7 @@ impl Problem {
             )),
             Self::BudgetExceeded(status) => status.resets_at.map(|at| seconds_until(at, clock::now())),
             Self::QueueFull(_) | Self::TooManyStreams(_) => Some(Duration::from_secs(5)),
-            Self::IdempotencyInProgress(_) | Self::JobNotFinished => Some(Duration::from_secs(2)),
+            Self::JobNotFinished => Some(Duration::from_secs(2)),
             Self::NotReady { .. } | Self::Unavailable { .. } => Some(Duration::from_secs(5)),
             _ => None,
         }
@@ -297,7 +303,11 @@ impl Problem {
             Self::RateLimited { policy, .. } => Some(("violated-policies", json!([policy]))),
             Self::BudgetExceeded(status) => Some(("budget", budgets::summary(status))),
             Self::NotReady { database, draining } => {
-                let database = if *database { "ok" } else { "error" };
+                let database = if *database == Database::Writes {
+                    "ok"
+                } else {
+                    "error"
+                };
                 Some(("checks", json!({"database": database, "draining": draining})))
             }
             _ => None,
@@ -328,6 +338,12 @@ impl Problem {
         response
     }
 
+    /// For an answer that has begun: tells the log what the client isn't told, which sees it broken off.
+    pub fn break_off(self, store: &Store) -> io::Error {
+        self.log(store);
+        io::Error::other(self.code())
+    }
+
     /// The headers that go with the problem.
     fn headers(&self, mut insert: impl FnMut(HeaderName, HeaderValue)) {
         insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
@@ -354,11 +370,6 @@ impl Problem {
                     if let Ok(value) = HeaderValue::from_str(&value) {
                         insert(name, value);
                     }
-                }
-            }
-            Self::IdempotencyInProgress(Some(location)) => {
-                if let Ok(value) = HeaderValue::from_str(location) {
-                    insert(LOCATION, value);
                 }
             }
             _ => {}
@@ -440,21 +451,6 @@ fn title(status: StatusCode) -> &'static str {
     }
 }
 
-/// An error with all its causes, in one line. A cause that the error has said already isn't said again.
-pub fn chain(error: &(dyn StdError + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !text.ends_with(&said) {
-            text.push_str(": ");
-            text.push_str(&said);
-        }
-        cause = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -468,8 +464,12 @@ mod tests {
     fn only_hopeless_problems_tell_clients_not_to_retry() {
         assert!(Problem::Unauthorized.is_hopeless());
         assert!(Problem::IdempotencyKeyReused.is_hopeless());
-        assert!(!Problem::IdempotencyInProgress(None).is_hopeless());
-        assert!(!Problem::draining().is_hopeless());
+        assert!(!Problem::JobNotFinished.is_hopeless());
+        let unavailable = Problem::Unavailable {
+            detail: "",
+            source: None,
+        };
+        assert!(!unavailable.is_hopeless());
         assert!(!Problem::internal("x").is_hopeless());
     }
 

@@ -38,7 +38,7 @@ impl Repeat {
             key: key.to_owned(),
             fingerprint: request.fingerprint(body),
             now,
-            expired_before: Timestamp(now.0 - i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX)),
+            expired_before: now.before(ttl),
         }))
     }
 

@@ -2,7 +2,8 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use futures_util::Stream;
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, stream};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, LINK, LOCATION, RETRY_AFTER, VARY};
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Serialize;
@@ -12,7 +13,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
-use warp::reply::Response;
+use warp::reply::{Reply, Response};
 
 use crate::problem::Problem;
 use crate::request::Request;
@@ -70,6 +71,42 @@ pub fn list<T: Serialize, P: Serialize>(
             pagination: Some(pagination),
         },
     )
+}
+
+/// The same, item by item: only one of them is in memory at a time. When one can't be had the answer breaks off, as
+/// its status has been sent.
+pub fn long_list<T: Serialize + Send + 'static, P: Serialize>(
+    request: &Request,
+    items: impl Stream<Item = Result<T, Problem>> + Send + 'static,
+    pagination: P,
+) -> Result<Response, Problem> {
+    let empty: [(); 0] = [];
+    let around = Envelope {
+        data: empty,
+        meta: Meta::of(request),
+        pagination: Some(pagination),
+    };
+    let around = serde_json::to_string(&around).map_err(Problem::internal)?;
+    // The first member is `data`, whose brackets the items go between.
+    let (begin, end) = around
+        .split_once("[]")
+        .ok_or_else(|| Problem::internal("an envelope without data"))?;
+    let (begin, end) = (format!("{begin}["), format!("]{end}"));
+    let context = request.context.clone();
+    let mut before = "";
+    let items = items.map(move |item| {
+        let item = item.and_then(|item| serde_json::to_string(&item).map_err(Problem::internal));
+        let separator = std::mem::replace(&mut before, ",");
+        item.map(|item| Bytes::from(format!("{separator}{item}")))
+            .map_err(|problem| problem.break_off(&context.store))
+    });
+    let fixed = |text: String| stream::once(async { Ok(Bytes::from(text)) });
+    let body = fixed(begin).chain(items).chain(fixed(end));
+    let mut response = warp::reply::stream(Exclusive::new(body)).into_response();
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Ok(response)
 }
 
 /// Any JSON, without an envelope.
@@ -242,6 +279,14 @@ fn fingerprint(filters: &str) -> [u8; 8] {
     [
         digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7],
     ]
+}
+
+/// Leaves `limit` of the items, of which one more was read if there are more: then the place of the last that is left.
+pub fn more_than<T, P>(limit: i64, items: &mut Vec<T>, place: impl Fn(&T) -> P) -> Option<P> {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let more = items.len() > limit;
+    items.truncate(limit);
+    items.last().filter(|_| more).map(place)
 }
 
 /// The `pagination` of a list that is read by cursor.

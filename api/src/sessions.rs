@@ -20,30 +20,23 @@ use crate::settings::Settings;
 /// `/api/v1/sessions`.
 pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, Problem> {
     match request.method {
-        Method::GET => list(request, caller).await,
         Method::POST => create(request, caller).await,
-        _ => Err(Problem::MethodNotAllowed(&[Method::GET, Method::POST])),
+        _ => list(request, caller).await,
     }
 }
 
 /// `/api/v1/sessions/{s}`.
 pub async fn item(request: &Request, caller: &Caller, name: &Segment) -> Result<Response, Problem> {
-    if request.method != Method::GET {
-        return Err(Problem::MethodNotAllowed(&[Method::GET]));
-    }
     let session = find(request, caller, name).await?;
     reply::data(request, StatusCode::OK, show(request, &session).await?)
 }
 
 /// `/api/v1/sessions/{s}/jobs`.
 pub async fn jobs(request: &Request, caller: &Caller, name: &Segment) -> Result<Response, Problem> {
+    let session = find(request, caller, name).await?;
     match request.method {
-        Method::GET => job_routes::list_of_session(request, &find(request, caller, name).await?).await,
-        Method::POST => {
-            let session = find(request, caller, name).await?;
-            job_routes::submit_in_session(request, caller, session).await
-        }
-        _ => Err(Problem::MethodNotAllowed(&[Method::GET, Method::POST])),
+        Method::POST => job_routes::submit_in_session(request, caller, session).await,
+        _ => job_routes::list_of_session(request, &session).await,
     }
 }
 

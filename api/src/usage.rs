@@ -15,7 +15,7 @@ use warp::reply::Response;
 use crate::budgets;
 use crate::caller::Caller;
 use crate::problem::Problem;
-use crate::reply::{self, Headers, Meta, Pagination, TextCursor};
+use crate::reply::{self, Headers, Meta, Pagination, TextCursor, more_than};
 use crate::request::fields::{Fault, choice, time};
 use crate::request::{Query, Request, headers, in_query};
 
@@ -154,8 +154,7 @@ fn owner(caller: &Caller, query: &Query) -> Result<Option<KeyId>, Problem> {
 fn bounds(query: &Query, now: Timestamp) -> Result<(Timestamp, Timestamp), Problem> {
     let at = |name| query.value(name, |text| time(text.into()));
     let (from, to) = (at("from")?, at("to")?.unwrap_or(now));
-    let recent = i64::try_from(RECENT.as_micros()).unwrap_or(i64::MAX);
-    let from = from.unwrap_or(Timestamp(to.0.saturating_sub(recent)));
+    let from = from.unwrap_or(to.before(RECENT));
     let fault = |why: &'static str| Problem::Invalid(in_query("from", vec![Fault::value(why)]));
     if from > to {
         return Err(fault("Time should not be after to"));
@@ -182,11 +181,9 @@ async fn entries(
     };
     let store = &request.context.store;
     let mut entries = store.ledger_entries(part, beyond, limit + 1).await?;
-    let more = take_page(&mut entries, limit);
-    let next = entries
-        .last()
-        .filter(|_| more)
-        .map(|entry| format!("{}:{}", entry.at.0, entry.ledger_number));
+    let next = more_than(limit, &mut entries, |entry| {
+        format!("{}:{}", entry.at.0, entry.ledger_number)
+    });
     Ok(Page {
         columns: &[
             "at",
@@ -217,8 +214,7 @@ async fn sums(
 ) -> Result<Page, Problem> {
     let store = &request.context.store;
     let mut sums = store.ledger_sums(part, group, beyond, limit + 1).await?;
-    let more = take_page(&mut sums, limit);
-    let next = sums.last().filter(|_| more).map(|sum| sum.name.clone());
+    let next = more_than(limit, &mut sums, |sum| sum.name.clone());
     let name = match group {
         LedgerGroup::Day => "day",
         LedgerGroup::Key => "key_id",
@@ -249,14 +245,6 @@ async fn sums(
         rows: sums.into_iter().map(|sum| show_sum(group, name, sum)).collect(),
         next,
     })
-}
-
-/// Cuts the one too many that tells whether there are more.
-fn take_page<T>(rows: &mut Vec<T>, limit: i64) -> bool {
-    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-    let more = rows.len() > limit;
-    rows.truncate(limit);
-    more
 }
 
 fn show_entry(entry: &LedgerEntry) -> Value {

@@ -20,6 +20,7 @@ both!(
     a_long_poll_ends_with_the_job,
     a_long_poll_ends_with_its_time,
     the_list_is_filtered_and_paged,
+    a_long_list_in_full_does_not_need_room_for_all_of_it,
     a_cursor_belongs_to_its_filters,
     what_belongs_to_another_key_is_not_there,
     an_administrator_sees_every_job,
@@ -304,6 +305,55 @@ async fn the_list_is_filtered_and_paged(db: Db) {
     }
     ids.remove(3);
     assert_eq!(seen, ids);
+}
+
+async fn a_long_list_in_full_does_not_need_room_for_all_of_it(db: Db) {
+    let mut system = System::builder().database(db).workers(0).start().await;
+    let client = system.client();
+    let session = client.session("long").await;
+    let path = format!("/api/v1/sessions/{session}/jobs");
+    // 2 MB each.
+    let long = "é".repeat(999_990);
+    let mut ids = Vec::new();
+    for number in 0..40 {
+        let body = json!({ "message": format!("{number} {long}") });
+        let answer = client.post(&path, &body).await;
+        ids.push(answer.data(202)["id"].as_str().unwrap().to_owned());
+    }
+    ids.reverse();
+    let pid = system.api(0).pid().unwrap();
+    let before = peak_memory(pid);
+
+    let all = client.get(&path).await;
+
+    let jobs = all.data(200).as_array().unwrap();
+    assert_eq!(listed(&all.json), ids);
+    assert_eq!(jobs[3]["message"], format!("36 {long}"));
+    assert_eq!(jobs[3]["session"], "long");
+    assert_eq!(
+        all.json["pagination"],
+        json!({ "limit": 1000, "has_more": false, "next_cursor": null })
+    );
+    assert_eq!(all.json["meta"]["request_id"], all.header("x-request-id"));
+    assert_eq!(all.header("content-type"), "application/json");
+    let grown = peak_memory(pid) - before;
+    assert!(grown < 40_000, "80 MB of prompts took {grown} kB");
+
+    let page = client.get(&format!("{path}?limit=3")).await;
+    assert_eq!(listed(&page.json), ids[..3]);
+    let next = page.json["pagination"]["next_cursor"].as_str().unwrap();
+    assert!(page.header("link").contains(next));
+    let page = client.get(&format!("{path}?limit=3&cursor={next}")).await;
+    assert_eq!(listed(&page.json), ids[3..6]);
+    let none = client.get(&format!("{path}?status=done")).await;
+    assert_eq!(none.data(200), &json!([]));
+}
+
+/// The most memory that a process has had, in kB.
+fn peak_memory(pid: i32) -> i64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 async fn a_cursor_belongs_to_its_filters(db: Db) {

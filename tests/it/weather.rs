@@ -437,7 +437,10 @@ async fn a_locked_sqlite_file_is_waited_for() {
         assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
         becomes_unready(&client).await;
         tokio::time::sleep(Duration::from_millis(10_500).saturating_sub(begin.elapsed())).await;
-        assert_eq!(ready(&client).await, 503);
+        let unready = client.get("/readyz").await;
+        unready.assert_problem(503, "unavailable");
+        let why = unready.json["detail"].as_str().unwrap();
+        assert!(why.contains("can be read but not written"), "{why}");
         lock.execute("rollback").await.unwrap();
         lock.close().await.unwrap();
         let released = Instant::now();

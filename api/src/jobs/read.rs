@@ -1,5 +1,6 @@
 //! Reading jobs: one, many, and the result alone.
 
+use futures_util::stream;
 use http::StatusCode;
 use http::header::{ACCEPT, IF_NONE_MATCH};
 use serde_json::Value;
@@ -9,13 +10,16 @@ use shared::session::Session;
 use shared::storage::JobFilter;
 use warp::reply::Response;
 
-use super::view::{self, Detail, Members};
+use super::view::{self, Detail, Members, Shower};
 use super::wait::{self, Wait};
 use crate::caller::Caller;
 use crate::problem::Problem;
-use crate::reply::{self, Cursor, Headers, Pagination, X_JOB_ID, etag};
+use crate::reply::{self, Cursor, Headers, Pagination, X_JOB_ID, etag, more_than};
 use crate::request::fields::{Fault, choice, text, time};
 use crate::request::{Query, Request, headers, in_query};
+
+/// How many rows are read at once of a list that is shown in full.
+const AT_ONCE: i64 = 100;
 
 /// `GET /jobs/{id}`: the job now, or after `wait` seconds at most, when it has changed from what the client knows or,
 /// if it knows nothing, has ended.
@@ -111,22 +115,57 @@ async fn answer(
     if let Some(cursor) = request.query().text("cursor") {
         filter.after = Some(Cursor::decode(cursor, &bound_to)?.0);
     }
-    // One more than is shown tells whether there are more.
-    let mut jobs = request
-        .context
-        .store
-        .jobs(&filter, limit + 1, detail == Detail::Basic)
-        .await?;
-    let more = jobs.len() > usize::try_from(limit).unwrap_or(usize::MAX);
-    if more {
-        jobs.pop();
+    let mut shower = Shower::new(request.context.clone(), detail);
+    if detail == Detail::Full {
+        return one_by_one(request, filter, limit, &bound_to, shower).await;
     }
-    let last = jobs
-        .last()
-        .filter(|_| more)
-        .map(|(job, _)| Cursor(job.job_number).encode(&bound_to));
-    let jobs = view::show_all(&request.context, jobs, detail).await?;
-    page(request, jobs, limit, last)
+    let mut jobs = request.context.store.jobs(&filter, limit + 1, true).await?;
+    let next = more_than(limit, &mut jobs, |(job, _)| {
+        Cursor(job.job_number).encode(&bound_to)
+    });
+    let mut shown = Vec::with_capacity(jobs.len());
+    for (job, message) in jobs {
+        shown.push(shower.show(&job, message).await?);
+    }
+    page(request, shown, limit, next)
+}
+
+/// The same page in full: a thousand jobs may have gigabytes of prompts and results. So only their places are held, and
+/// each is read when the client has taken the one before.
+async fn one_by_one(
+    request: &Request,
+    mut filter: JobFilter,
+    limit: i64,
+    bound_to: &str,
+    shower: Shower,
+) -> Result<Response, Problem> {
+    let store = request.context.store.clone();
+    let (mut places, mut left) = (Vec::new(), limit + 1);
+    while left > 0 {
+        let asked = left.min(AT_ONCE);
+        let jobs = store.jobs(&filter, asked, true).await?;
+        let read = i64::try_from(jobs.len()).unwrap_or(i64::MAX);
+        places.extend(jobs.iter().map(|(job, _)| (job.job_id, job.job_number)));
+        filter.after = places.last().map(|(_, number)| *number);
+        left = if read < asked { 0 } else { left - read };
+    }
+    let next = more_than(limit, &mut places, |(_, number)| Cursor(*number).encode(bound_to));
+    let pagination = Pagination::new(limit, next);
+    let items = stream::unfold((shower, places.into_iter()), move |(mut shower, mut places)| {
+        let store = store.clone();
+        async move {
+            let (job_id, _) = places.next()?;
+            let read = async {
+                let job = store.job(job_id).await?.ok_or(Problem::NoSuch("Job"))?;
+                let message = view::message(&store, &job).await?;
+                shower.show(&job, message).await
+            };
+            let shown = read.await;
+            Some((shown, (shower, places)))
+        }
+    });
+    let response = reply::long_list(request, items, &pagination)?;
+    Ok(pagination.link(request, response))
 }
 
 fn page(

@@ -13,6 +13,7 @@ use shared::event::Event;
 use shared::id::JobId;
 use shared::job::Job;
 use shared::storage::JobWakeup;
+use shared::telemetry::chain;
 use std::convert::Infallible;
 use std::fmt::Write;
 use std::time::Duration;
@@ -22,8 +23,8 @@ use warp::reply::{Reply, Response};
 use super::wait::Wait;
 use crate::caller::Caller;
 use crate::context::Context;
-use crate::problem::{Problem, chain};
-use crate::reply::{self, Exclusive, Headers, X_JOB_ID};
+use crate::problem::Problem;
+use crate::reply::{self, Exclusive, Headers, X_JOB_ID, more_than};
 use crate::request::Request;
 use crate::request::headers::{EventForm, event_form, text};
 use crate::streams::Place;
@@ -96,10 +97,7 @@ async fn list(request: &Request, job: Job) -> Result<Response, Problem> {
             .await?
             .ok_or(Problem::NoSuch("Job"))?;
     };
-    let has_more = events.len() > usize::try_from(limit).unwrap_or(usize::MAX);
-    if has_more {
-        events.pop();
-    }
+    let has_more = more_than(limit, &mut events, |_| ()).is_some();
     after = events.last().map_or(after, |event| event.seq);
     let shown = events.iter().map(Shown::of).collect::<Result<Vec<_>, _>>()?;
     let pagination = json!({"limit": limit, "has_more": has_more, "next_after": after});

@@ -4,7 +4,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 use shared::clock::Timestamp;
-use shared::id::SessionId;
+use shared::id::{KeyId, SessionId};
 use shared::job::{Hold, Job, JobStatus};
 use shared::storage::{Position, Store};
 use std::borrow::Cow;
@@ -104,11 +104,7 @@ const MESSAGE: &str = "message";
 /// The job's members, with what has to be read beside its row.
 pub async fn show(context: &Context, job: &Job, detail: Detail) -> Result<Members, Problem> {
     let store = &context.store;
-    let mut message = if job.data_removed {
-        String::new()
-    } else {
-        store.prompt(job.job_id).await?
-    };
+    let mut message = message(store, job).await?;
     if detail == Detail::Basic {
         message = message.chars().take(200).collect();
     }
@@ -141,6 +137,14 @@ pub async fn show(context: &Context, job: &Job, detail: Detail) -> Result<Member
     ))
 }
 
+/// The job's prompt; empty once it was removed.
+pub async fn message(store: &Store, job: &Job) -> Result<String, Problem> {
+    if job.data_removed {
+        return Ok(String::new());
+    }
+    Ok(store.prompt(job.job_id).await?)
+}
+
 /// The job's result, where it is shown.
 pub async fn result(store: &Store, job: &Job, detail: Detail) -> Result<Option<String>, Problem> {
     if detail == Detail::Basic || !job.status.is_final() || job.data_removed {
@@ -149,35 +153,50 @@ pub async fn result(store: &Store, job: &Job, detail: Detail) -> Result<Option<S
     Ok(store.result(job.job_id).await?)
 }
 
-/// The jobs of a list. Their place in the queue isn't counted.
-pub async fn show_all(
-    context: &Context,
-    jobs: Vec<(Job, String)>,
+/// The jobs of a list, one after the other. Their place in the queue isn't counted.
+#[derive(Debug)]
+pub struct Shower {
+    context: Context,
     detail: Detail,
-) -> Result<Vec<Members>, Problem> {
-    let store = &context.store;
-    let (mut names, mut holds) = (HashMap::<SessionId, Option<String>>::new(), HashMap::new());
-    let mut shown = Vec::with_capacity(jobs.len());
-    for (job, message) in jobs {
+    names: HashMap<SessionId, Option<String>>,
+    holds: HashMap<KeyId, Option<Hold>>,
+}
+
+impl Shower {
+    /// Shows jobs in this detail.
+    pub fn new(context: Context, detail: Detail) -> Self {
+        Self {
+            context,
+            detail,
+            names: HashMap::new(),
+            holds: HashMap::new(),
+        }
+    }
+
+    /// The members of a job with this prompt, or the part of it that is shown.
+    pub async fn show(&mut self, job: &Job, message: String) -> Result<Members, Problem> {
+        let store = &self.context.store;
         if let Some(session_id) = job.session_id
-            && !names.contains_key(&session_id)
+            && !self.names.contains_key(&session_id)
         {
             let session = store.session_by_id(session_id).await?;
-            names.insert(session_id, session.map(|session| session.name));
+            self.names.insert(session_id, session.map(|session| session.name));
         }
-        if job.status == JobStatus::Queued && !holds.contains_key(&job.key_id) {
-            holds.insert(job.key_id.clone(), store.lane_hold(&job.key_id).await?);
+        if job.status == JobStatus::Queued && !self.holds.contains_key(&job.key_id) {
+            let hold = store.lane_hold(&job.key_id).await?;
+            self.holds.insert(job.key_id.clone(), hold);
         }
         let beside = Beside {
             message,
-            result: result(store, &job, detail).await?,
-            session: job.session_id.and_then(|session_id| names[&session_id].clone()),
-            lane_hold: holds.get(&job.key_id).copied().flatten(),
+            result: result(store, job, self.detail).await?,
+            session: job
+                .session_id
+                .and_then(|session_id| self.names.get(&session_id).cloned().flatten()),
+            lane_hold: self.holds.get(&job.key_id).copied().flatten(),
             position: None,
         };
-        shown.push(members(&job, &beside, context.config.retention));
+        Ok(members(job, &beside, self.context.config.retention))
     }
-    Ok(shown)
 }
 
 /// The members of a job on the wire.
