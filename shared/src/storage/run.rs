@@ -500,9 +500,10 @@ fn lost_message(job: &Job) -> String {
                 .to_owned()
         }
         OnWorkerLost::Resume => format!(
-            "The worker that ran the job was lost, {} times in all. If the job itself ends its worker (memory, disk), \
-             make it smaller; else submit it again.",
-            job.failures + 1
+            "The worker that ran the job was lost, at failure {} of at most {}. If the job itself ends its worker \
+             (memory, disk), make it smaller; else submit it again.",
+            job.failures + 1,
+            job.max_attempts
         ),
     }
 }
