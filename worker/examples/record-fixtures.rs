@@ -521,7 +521,7 @@ async fn run(mut cli: Child, spec: &RunSpec, act: Act) -> Outcome<(String, Strin
         let (Act::Interrupt(moment) | Act::Signal(moment, _)) = act else {
             continue;
         };
-        if acted || moment_of(&message) != Some(moment) {
+        if acted || moment_of(&message, &line) != Some(moment) {
             continue;
         }
         acted = true;
@@ -550,9 +550,9 @@ async fn run(mut cli: Child, spec: &RunSpec, act: Act) -> Outcome<(String, Strin
     Ok((stdout, said, cli.wait().await?))
 }
 
-fn moment_of(message: &Message) -> Option<Moment> {
+fn moment_of(message: &Message, line: &str) -> Option<Moment> {
     match message {
-        Message::Delta(_) => Some(Moment::Streaming),
+        Message::Other if line.contains(r#""text_delta""#) => Some(Moment::Streaming),
         Message::Assistant(answer)
             if answer
                 .blocks

@@ -339,7 +339,7 @@ impl<'a> Run<'a> {
                     }
                     let is_result = matches!(&message, Message::Result(result) if result.is_verdict());
                     if let Message::Init(init) = &message
-                        && let Some(surprise) = command::surprise(&self.spec, init)
+                        && let Some(surprise) = command::surprise(&self.spec, init, self.ctx.credentials.variable())
                     {
                         error!("the CLI isn't set up as it was told, the run is ended: {surprise}");
                         stopped = Some(Stopped::NotAsTold);

@@ -4,6 +4,7 @@
 //! anything, reading anything outside, or reaching another run. Don't drop one alone.
 
 use super::message::Init;
+use crate::guard::former::RUN_VARIABLE;
 use serde_json::{Value, json};
 use shared::money::MicroUsd;
 use std::path::{Path, PathBuf};
@@ -153,7 +154,7 @@ pub fn environment(paths: &CliPaths, dummy: (&str, &str), run_marker: &str) -> V
         ("CLAUDE_CODE_DISABLE_AUTO_MEMORY", "1".to_owned()),
         // The first result would come before the work is done.
         ("CLAUDE_CODE_DISABLE_BACKGROUND_TASKS", "1".to_owned()),
-        ("CLAUDE_QUEUE_RUN", run_marker.to_owned()),
+        (RUN_VARIABLE, run_marker.to_owned()),
     ];
     variables.map(|(name, value)| (name.to_owned(), value)).to_vec()
 }
@@ -179,23 +180,25 @@ pub fn usage_line(request_id: &str) -> String {
 }
 
 /// Why a run must be stopped at its first line: the CLI isn't set up as the arguments say, so it can't be trusted to
-/// keep to the rest of them. None when all is well.
-pub fn surprise(spec: &RunSpec, init: &Init) -> Option<String> {
-    let mode = init.permission_mode.as_deref()?;
+/// keep to the rest of them. `credential` is the variable with the run's credential. What the line doesn't say isn't
+/// wrong. None when all is well.
+pub fn surprise(spec: &RunSpec, init: &Init, credential: &str) -> Option<String> {
+    let servers = &init.mcp_servers;
+    if !servers.is_empty() {
+        let servers = servers.join(", ");
+        return Some(format!("it started MCP servers that nobody asked for: {servers}"));
+    }
     // Less than was asked for is harmless; only what lifts all checks isn't.
-    if mode == "bypassPermissions" && spec.permission_mode != mode {
+    let asked = &spec.permission_mode;
+    if init.permission_mode.as_deref() == Some("bypassPermissions") && asked != "bypassPermissions" {
         return Some(format!(
-            "it started in permission mode {mode} instead of {}",
-            spec.permission_mode
+            "it started in permission mode bypassPermissions instead of {asked}"
         ));
     }
-    let servers = &init.mcp_servers;
-    (!servers.is_empty()).then(|| {
-        format!(
-            "it started MCP servers that nobody asked for: {}",
-            servers.join(", ")
-        )
-    })
+    // Tokens aren't keys: the CLI calls that `none`.
+    let source = init.api_key_source.as_deref().unwrap_or("none");
+    (source != "none" && source != credential)
+        .then(|| format!("it found an API key that nobody gave it: {source}"))
 }
 
 /// The prompt so that the model gets it: a text that begins with a slash is a command of the CLI otherwise, and some

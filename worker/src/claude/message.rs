@@ -22,8 +22,6 @@ pub enum Message {
     Assistant(Assistant),
     /// Tools answered. Also what a subagent was asked, and notes of the CLI, which hold no tool results.
     User(User),
-    /// A piece of an answer's text while it streams; the whole text comes as [`Message::Assistant`] afterwards.
-    Delta(Delta),
     /// Tokens of one request so far.
     Usage(RequestUsage),
     /// A request to the API failed and will be sent again.
@@ -41,18 +39,10 @@ pub enum Message {
 /// The start of a turn.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Init {
-    /// The Claude session.
-    pub session_id: Option<String>,
-    /// The model in use, in full (`claude-sonnet-5-5`).
-    pub model: Option<String>,
     /// The permission mode in use.
     pub permission_mode: Option<String>,
-    /// The CLI's version (`2.1.331`).
-    pub version: Option<String>,
-    /// Where the CLI found its key: `ANTHROPIC_API_KEY`, `none` for OAuth, and others.
+    /// Where the CLI found its key: `ANTHROPIC_API_KEY`, `none` for tokens, and others.
     pub api_key_source: Option<String>,
-    /// The names of the tools.
-    pub tools: Vec<String>,
     /// The names of the MCP servers.
     pub mcp_servers: Vec<String>,
 }
@@ -108,15 +98,6 @@ pub struct ToolResult {
     pub is_error: bool,
     /// The answer's text; other content is named in brackets (`[image]`).
     pub content: String,
-}
-
-/// A piece of text while it streams.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Delta {
-    /// The tool call whose subagent this comes from; none for the main conversation.
-    pub parent: Option<String>,
-    /// The piece.
-    pub text: String,
 }
 
 /// Tokens of one request, from its stream. Counters never fall within a request: the last line holds the final ones.
@@ -198,7 +179,7 @@ impl Message {
         match text(&line, "type").as_deref() {
             Some("assistant") => Self::Assistant(assistant(&line)),
             Some("user") => Self::User(user(&line)),
-            Some("result") => Self::Result(Box::new(ResultLine::read(line))),
+            Some("result") => Self::Result(Box::new(ResultLine::read(&line))),
             Some("stream_event") => stream_event(&line),
             Some("rate_limit_event") => Self::RateLimit(rate_limit(&line["rate_limit_info"])),
             Some("control_response") => Self::ControlResponse(control_response(&line["response"])),
@@ -214,16 +195,10 @@ impl Message {
 
 fn init(line: &Value) -> Init {
     Init {
-        session_id: text(line, "session_id"),
-        model: text(line, "model"),
         permission_mode: text(line, "permissionMode"),
-        version: text(line, "claude_code_version"),
         api_key_source: text(line, "apiKeySource"),
-        tools: items(&line["tools"])
-            .filter_map(|tool| tool.as_str().map(str::to_owned))
-            .collect(),
         mcp_servers: items(&line["mcp_servers"])
-            .filter_map(|server| text(server, "name"))
+            .map(|server| text(server, "name").unwrap_or_else(|| "one without a name".to_owned()))
             .collect(),
     }
 }
@@ -232,7 +207,7 @@ fn assistant(line: &Value) -> Assistant {
     let message = &line["message"];
     Assistant {
         message_id: text(message, "id"),
-        model: text(message, "model"),
+        model: model(message),
         parent: text(line, "parent_tool_use_id"),
         blocks: items(&message["content"]).filter_map(block).collect(),
         error: text(line, "error"),
@@ -282,7 +257,7 @@ fn tool_result_text(content: &Value) -> String {
     parts.collect::<Vec<_>>().join("\n")
 }
 
-/// The API's own stream, passed through: only the text and the usage in it matter.
+/// The API's own stream, passed through: only the usage in it matters, since whole texts come afterwards.
 fn stream_event(line: &Value) -> Message {
     let event = &line["event"];
     let parent = text(line, "parent_tool_use_id");
@@ -290,7 +265,7 @@ fn stream_event(line: &Value) -> Message {
         Some("message_start") => Message::Usage(RequestUsage {
             message_id: text(&event["message"], "id"),
             parent,
-            model: text(&event["message"], "model"),
+            model: model(&event["message"]),
             usage: Usage::read(&event["message"]["usage"]),
         }),
         Some("message_delta") => Message::Usage(RequestUsage {
@@ -299,10 +274,6 @@ fn stream_event(line: &Value) -> Message {
             model: None,
             usage: Usage::read(&event["usage"]),
         }),
-        Some("content_block_delta") => match text(&event["delta"], "text") {
-            Some(text) => Message::Delta(Delta { parent, text }),
-            None => Message::Other,
-        },
         _ => Message::Other,
     }
 }
@@ -341,6 +312,22 @@ fn text(object: &Value, member: &str) -> Option<String> {
     object.get(member)?.as_str().map(str::to_owned)
 }
 
+/// The name of a model.
+fn model(object: &Value) -> Option<String> {
+    text(object, "model").map(|name| model_name(&name))
+}
+
+/// The name so that it can be stored on every database: anything may come out of a run.
+fn model_name(name: &str) -> String {
+    name.chars()
+        .map(|letter| if letter.is_control() { '\u{fffd}' } else { letter })
+        .take(200)
+        .collect()
+}
+
+/// A larger counter is none that a run could reach, and sums of such would end beyond 64 bits.
+const MAX_COUNT: u64 = 1_000_000_000_000;
+
 /// A counter; anything that isn't one is 0. Numbers with a fraction lose it.
 fn count(number: &Value) -> u64 {
     #[expect(
@@ -352,6 +339,7 @@ fn count(number: &Value) -> u64 {
         .as_u64()
         .or_else(|| number.as_f64().map(|number| number as u64))
         .unwrap_or(0)
+        .min(MAX_COUNT)
 }
 
 /// An HTTP status.

@@ -74,12 +74,16 @@ impl Credentials {
 
     /// A token for one run, and the variable that makes the CLI speak as it would with the real credential.
     pub fn dummy(&self) -> (&'static str, String) {
-        let name = match self {
+        (self.variable(), format!("run-{}", Uuid::new_v4().simple()))
+    }
+
+    /// The variable of [`Self::dummy`].
+    pub fn variable(&self) -> &'static str {
+        match self {
             Self::ApiKey(_) => "ANTHROPIC_API_KEY",
             Self::OauthToken(_) | Self::Login(_) => "CLAUDE_CODE_OAUTH_TOKEN",
             Self::AuthToken(_) => "ANTHROPIC_AUTH_TOKEN",
-        };
-        (name, format!("run-{}", Uuid::new_v4().simple()))
+        }
     }
 
     /// The header of the next request.

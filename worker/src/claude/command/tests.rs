@@ -283,6 +283,8 @@ fn control_lines_are_one_line_each() {
     }
 }
 
+const KEY: &str = "ANTHROPIC_API_KEY";
+
 #[test]
 fn a_run_that_starts_as_asked_is_no_surprise() {
     let init = Init {
@@ -302,15 +304,39 @@ fn a_run_that_starts_as_asked_is_no_surprise() {
         ..spec()
     };
 
-    assert_eq!(surprise(&spec(), &init), None);
-    assert_eq!(surprise(&asked, &bypass), None);
+    assert_eq!(surprise(&spec(), &init, KEY), None);
+    assert_eq!(surprise(&asked, &bypass, KEY), None);
     assert_eq!(
-        surprise(&asked, &init),
+        surprise(&asked, &init, KEY),
         None,
         "less than was asked for is harmless"
     );
-    assert!(surprise(&spec(), &bypass).unwrap().contains("bypassPermissions"));
-    assert!(surprise(&spec(), &server).unwrap().contains("evil"));
+    assert!(
+        surprise(&spec(), &bypass, KEY)
+            .unwrap()
+            .contains("bypassPermissions")
+    );
+    assert!(surprise(&spec(), &server, KEY).unwrap().contains("evil"));
+    let modeless = Init {
+        permission_mode: None,
+        ..server
+    };
+    assert!(surprise(&spec(), &modeless, KEY).unwrap().contains("evil"));
+}
+
+#[test]
+fn a_key_from_elsewhere_is_a_surprise() {
+    let from = |source: &str| Init {
+        api_key_source: Some(source.to_owned()),
+        ..Init::default()
+    };
+
+    assert_eq!(surprise(&spec(), &from(KEY), KEY), None);
+    assert_eq!(surprise(&spec(), &from("none"), "CLAUDE_CODE_OAUTH_TOKEN"), None);
+    for (source, credential) in [("apiKeyHelper", KEY), (KEY, "CLAUDE_CODE_OAUTH_TOKEN")] {
+        let surprise = surprise(&spec(), &from(source), credential).unwrap();
+        assert!(surprise.contains(source), "{surprise}");
+    }
 }
 
 /// The real CLI took the arguments as they are meant.
@@ -320,15 +346,18 @@ fn the_recorded_runs_started_as_asked() {
     for (name, fixture) in fixtures::all() {
         for message in fixture.messages() {
             let Message::Init(init) = message else { continue };
-            assert_eq!(surprise(&spec(), &init), None, "{name}");
-            assert_eq!(init.model.as_deref(), Some("claude-sonnet-5-5"), "{name}");
+            assert_eq!(surprise(&spec(), &init, KEY), None, "{name}");
+            started.insert(name.clone());
+        }
+        for init in fixture.lines().filter(|line| line["subtype"] == "init") {
+            assert_eq!(init["model"], "claude-sonnet-5-5", "{name}");
+            let tools = init["tools"].as_array().unwrap();
             for tool in NEVER {
                 assert!(
-                    !init.tools.iter().any(|offered| offered == tool),
+                    !tools.iter().any(|offered| offered == tool),
                     "{name} offers {tool}"
                 );
             }
-            started.insert(name.clone());
         }
     }
     assert!(started.len() > 50, "{started:?}");

@@ -28,6 +28,13 @@ impl Fixture {
             .map(Message::parse)
             .collect()
     }
+
+    /// What is JSON of it, as it is.
+    pub(crate) fn lines(&self) -> impl Iterator<Item = Value> {
+        self.stdout
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| serde_json::from_slice(line).ok())
+    }
 }
 
 /// All of them, by name.

@@ -1,6 +1,6 @@
 //! The `result` line.
 
-use super::{Usage, count, items, status, text};
+use super::{Usage, count, items, model_name, status, text};
 use serde_json::Value;
 use shared::money::MicroUsd;
 use std::collections::BTreeMap;
@@ -48,21 +48,19 @@ pub struct ResultLine {
     pub errors: Vec<String>,
     /// What made the turn, if it wasn't the user's message: `task-notification`, `peer` …
     pub origin: Option<Value>,
-    /// The whole line.
-    pub raw: Value,
 }
 
 impl ResultLine {
-    pub(super) fn read(line: Value) -> Self {
+    pub(super) fn read(line: &Value) -> Self {
         Self {
             is_error: line["is_error"] == true,
-            subtype: text(&line, "subtype").unwrap_or_default(),
-            text: text(&line, "result"),
+            subtype: text(line, "subtype").unwrap_or_default(),
+            text: text(line, "result"),
             structured_output: line.get("structured_output").cloned(),
-            session_id: text(&line, "session_id"),
+            session_id: text(line, "session_id"),
             num_turns: count(&line["num_turns"]),
             duration_ms: count(&line["duration_ms"]),
-            total_cost: line["total_cost_usd"].as_f64().and_then(MicroUsd::from_usd),
+            total_cost: cost(&line["total_cost_usd"]),
             usage: Usage::read(&line["usage"]),
             model_usage: model_usage(&line["modelUsage"]),
             model_usage_since_last_result: line
@@ -70,16 +68,15 @@ impl ResultLine {
                 .filter(|usage| usage.is_object())
                 .map(model_usage),
             permission_denials: items(&line["permission_denials"]).cloned().collect(),
-            stop_reason: text(&line, "stop_reason"),
-            terminal_reason: text(&line, "terminal_reason"),
+            stop_reason: text(line, "stop_reason"),
+            terminal_reason: text(line, "terminal_reason"),
             api_error_status: status(&line["api_error_status"]),
-            api_error: text(&line, "api_error"),
-            api_error_type: text(&line, "api_error_type"),
+            api_error: text(line, "api_error"),
+            api_error_type: text(line, "api_error_type"),
             errors: items(&line["errors"])
                 .filter_map(|error| error.as_str().map(str::to_owned))
                 .collect(),
             origin: line.get("origin").filter(|origin| !origin.is_null()).cloned(),
-            raw: line,
         }
     }
 
@@ -98,18 +95,28 @@ pub struct ModelUsage {
     pub cost: Option<MicroUsd>,
 }
 
+/// No run uses more models than this.
+const MAX_MODELS: usize = 100;
+
+/// A larger amount is none that a run could cost.
+const MAX_COST: MicroUsd = MicroUsd(1_000_000_000_000);
+
+/// An amount of dollars; a negative one is none.
+fn cost(number: &Value) -> Option<MicroUsd> {
+    let cost = number.as_f64().and_then(MicroUsd::from_usd)?;
+    (cost >= MicroUsd::ZERO).then_some(cost.min(MAX_COST))
+}
+
 pub(super) fn model_usage(models: &Value) -> BTreeMap<String, ModelUsage> {
     let models = models.as_object().into_iter().flatten();
     models
+        .take(MAX_MODELS)
         .map(|(model, usage)| {
-            let cost = usage["costUSD"].as_f64().and_then(MicroUsd::from_usd);
-            (
-                model.clone(),
-                ModelUsage {
-                    usage: Usage::read_camel_case(usage),
-                    cost,
-                },
-            )
+            let usage = ModelUsage {
+                usage: Usage::read_camel_case(usage),
+                cost: cost(&usage["costUSD"]),
+            };
+            (model_name(model), usage)
         })
         .collect()
 }

@@ -1,6 +1,6 @@
 //! Tokens, split as they are priced.
 
-use super::count;
+use super::{MAX_COUNT, count};
 use serde_json::Value;
 use shared::job::TokenUsage;
 use std::ops::AddAssign;
@@ -95,7 +95,7 @@ impl AddAssign for Usage {
 /// The same tokens as clients see them.
 impl From<Usage> for TokenUsage {
     fn from(usage: Usage) -> Self {
-        let tokens = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        let tokens = |count: u64| i64::try_from(count.min(MAX_COUNT)).unwrap_or(i64::MAX);
         Self {
             input_tokens: tokens(usage.input),
             output_tokens: tokens(usage.output),
