@@ -8,7 +8,7 @@ use shared::env::Vars;
 use shared::storage::DatabaseUrl;
 use shared::telemetry::chain;
 use uuid::Uuid;
-use worker::claude::{process, sandbox};
+use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
 use worker::workspace::Runtime;
 use worker::{Config, TESTED_CLI};
@@ -57,7 +57,7 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
     if let Some(config) = &config {
         let path = config.path.as_ref().map(OsString::from);
         tell("data", data_folder(&config.data_dir));
-        match process::find_cli(config.claude.cli.as_deref(), path.as_deref()) {
+        match program::find_cli(config.claude.cli.as_deref(), path.as_deref()) {
             Ok(cli) => {
                 tell("claude", claude(&cli).await);
                 tell("credential", credential(config, &cli));
@@ -117,7 +117,7 @@ fn data_folder(folder: &Path) -> Finding {
 }
 
 async fn claude(cli: &Path) -> Finding {
-    match process::cli_version(cli).await {
+    match program::cli_version(cli).await {
         Ok(version) if version == TESTED_CLI => Good(format!("{version}, {}", cli.display())),
         Ok(version) => Note(format!(
             "{version}, {}; this release is tested with {TESTED_CLI}",

@@ -16,6 +16,8 @@ both!(
     a_lasting_failure_is_not_tried_again,
     a_usage_limit_parks_the_job,
     noise_on_the_output_harms_nothing,
+    absurd_names_and_numbers_harm_nothing,
+    a_run_that_takes_too_much_memory_says_so,
     a_cli_that_talks_without_end_harms_nothing,
     what_the_cli_complained_about_is_kept,
     another_version_of_the_cli_runs_with_a_warning,
@@ -397,6 +399,43 @@ async fn what_the_cli_complained_about_is_kept(db: Db) {
         "{} bytes",
         tail.len()
     );
+}
+
+async fn absurd_names_and_numbers_harm_nothing(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let usage = json!({ "inputTokens": u64::MAX, "outputTokens": i64::MAX, "costUSD": -1.0 });
+    let result = json!({
+        "type": "result", "subtype": "success", "is_error": false, "result": "absurd", "num_turns": u64::MAX,
+        "duration_ms": u64::MAX, "model_usage_since_last_result": { "a\u{0}b": usage, "c": usage },
+    });
+
+    let id = client.play(&steps([Step::Raw(result.to_string())])).await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(
+        (&job["status"], &job["result"]["content"]),
+        (&json!("done"), &json!("absurd")),
+        "{job:#}"
+    );
+    let negative = "select count(*) from ledger where cost < 0 or input_tokens < 0";
+    assert_eq!(system.database().number(negative).await, 0);
+}
+
+async fn a_run_that_takes_too_much_memory_says_so(db: Db) {
+    let system = System::builder()
+        .database(db)
+        .env("RUN_MEMORY_MB", "256")
+        .start()
+        .await;
+    let client = system.client();
+    // tail keeps what has no line feed: 400 MB.
+    let hungry = "(head -c 400000000 /dev/zero; sleep 1000) | tail";
+
+    let job = failed(&client, &steps([Step::Shell(hungry.to_owned())]), json!({})).await;
+
+    assert_eq!(job["error_code"], "out_of_memory", "{job:#}");
+    assert_eq!(system.run_processes(), []);
 }
 
 async fn another_version_of_the_cli_runs_with_a_warning(db: Db) {

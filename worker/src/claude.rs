@@ -3,4 +3,5 @@
 pub mod command;
 pub mod message;
 pub mod process;
+pub mod program;
 pub mod sandbox;

@@ -1,5 +1,6 @@
 //! What a worker is told by its environment.
 
+use crate::gateway::Address;
 use shared::env::{Error, Vars};
 use shared::money::MicroUsd;
 use std::path::PathBuf;
@@ -32,6 +33,8 @@ pub struct Config {
     pub backoff: Backoff,
     /// Whether runs are isolated. `SANDBOX_ENABLED`, true.
     pub sandbox: bool,
+    /// Memory that the processes of a run may hold together, in bytes. `RUN_MEMORY_MB`, none.
+    pub run_memory: Option<u64>,
     /// How the CLI is run.
     pub claude: Claude,
     /// How the worker reaches the model.
@@ -95,7 +98,7 @@ pub struct Anthropic {
     /// Where the CLI keeps the login of this user. `CLAUDE_CONFIG_DIR`, default `~/.claude`.
     pub config_dir: Option<PathBuf>,
     /// Where requests are sent. `ANTHROPIC_BASE_URL`, `https://api.anthropic.com`.
-    pub base_url: String,
+    pub base_url: Address,
 }
 
 impl std::fmt::Debug for Anthropic {
@@ -175,6 +178,7 @@ impl Config {
                 most: vars.number("CLAUDE_RETRY_MAX_DELAY", 300.0, 0.01, 86_400.0)?,
             },
             sandbox,
+            run_memory: run_memory(vars)?,
             claude: Claude::from_vars(vars, sandbox)?,
             anthropic: Anthropic::from_vars(vars)?,
             path: vars.unlisted("PATH"),
@@ -222,14 +226,7 @@ impl Claude {
 
 impl Anthropic {
     fn from_vars(vars: &Vars) -> Result<Self, Error> {
-        let base_url = vars.or("ANTHROPIC_BASE_URL", "https://api.anthropic.com")?;
-        if !base_url.starts_with("https://") && !base_url.starts_with("http://") {
-            return Err(Error::new(
-                "ANTHROPIC_BASE_URL",
-                "isn't a URL",
-                "https://HOST[:PORT][/PATH], or http:// on loopback",
-            ));
-        }
+        let base_url = Address::parse(&vars.or("ANTHROPIC_BASE_URL", "https://api.anthropic.com")?)?;
         let home = vars
             .unlisted("HOME")
             .map(|home| PathBuf::from(home).join(".claude"));
@@ -265,6 +262,19 @@ fn seconds(vars: &Vars, name: &'static str, default: u64, low: u64, high: u64) -
     vars.number(name, default, low, high).map(Duration::from_secs)
 }
 
+/// The CLI alone takes most of the least limit.
+fn run_memory(vars: &Vars) -> Result<Option<u64>, Error> {
+    let megabytes = vars.number("RUN_MEMORY_MB", 0_u64, 0, 1024 * 1024)?;
+    if (1..256).contains(&megabytes) {
+        return Err(Error::new(
+            "RUN_MEMORY_MB",
+            "is less than the Claude CLI needs",
+            "megabytes, 256 and more, or 0 for no limit",
+        ));
+    }
+    Ok((megabytes > 0).then_some(megabytes * 1024 * 1024))
+}
+
 fn money(vars: &Vars, name: &'static str, default: f64, low: f64, high: f64) -> Result<MicroUsd, Error> {
     let usd = vars.number(name, default, low, high)?;
     MicroUsd::from_usd(usd).ok_or_else(|| Error::new(name, "isn't an amount", "dollars, as 0.05"))
@@ -285,6 +295,18 @@ mod tests {
         assert_eq!(backoff.pause(3, 0.5), Duration::from_secs(20));
         assert_eq!(backoff.pause(60, 1.0), Duration::from_mins(6));
         assert_eq!(backoff.pause(1, 0.0), Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_limit_on_memory_leaves_room_for_the_cli() {
+        let memory =
+            |text| Config::from_vars(&Vars::of([("RUN_MEMORY_MB", text)])).map(|config| config.run_memory);
+        assert_eq!(Config::from_vars(&Vars::of([])).unwrap().run_memory, None);
+        assert_eq!(memory("0").unwrap(), None);
+        assert_eq!(memory("256").unwrap(), Some(256 * 1024 * 1024));
+        for text in ["1", "255", "-1", "much"] {
+            assert_eq!(memory(text).unwrap_err().variable, "RUN_MEMORY_MB", "{text}");
+        }
     }
 
     #[test]

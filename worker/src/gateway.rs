@@ -31,7 +31,7 @@ use credentials::Credentials;
 use failure::{ApiFailure, NO_CREDENTIAL, UNREACHABLE};
 use secret::Secret;
 
-pub use upstream::Upstream;
+pub use upstream::{Address, Upstream};
 
 /// Connections of one run at once. The CLI opens one or two.
 const MAX_CONNECTIONS: usize = 64;
@@ -68,13 +68,8 @@ struct Run {
     credentials: Arc<Credentials>,
     token: Secret,
     upstream: Upstream,
-    observed: Mutex<Observed>,
-}
-
-#[derive(Debug, Default)]
-struct Observed {
-    requests: u64,
-    last_failure: Option<ApiFailure>,
+    /// The last request that failed, unless a later one succeeded.
+    last_failure: Mutex<Option<ApiFailure>>,
 }
 
 type Answer = Response<Either<reqwest::Body, Full<Bytes>>>;
@@ -82,8 +77,8 @@ type Answer = Response<Either<reqwest::Body, Full<Bytes>>>;
 impl Gateway {
     /// Listens at `socket`, whose path may have 107 bytes, for requests that hold `token`, and sends them to
     /// `upstream` with one of `credentials`.
-    #[expect(clippy::unused_async, reason = "it has to be called inside a runtime")]
-    pub async fn start(
+    /// Has to be called inside a runtime.
+    pub fn start(
         socket: &Path,
         credentials: Arc<Credentials>,
         token: &str,
@@ -99,7 +94,7 @@ impl Gateway {
             credentials,
             token: Secret::new(token.to_owned()),
             upstream: upstream.clone(),
-            observed: Mutex::default(),
+            last_failure: Mutex::default(),
         });
         let server = tokio::spawn(serve(listener, Arc::clone(&run)));
         Ok(Self { run, server })
@@ -107,12 +102,7 @@ impl Gateway {
 
     /// The last request that failed, unless a later one succeeded.
     pub fn last_failure(&self) -> Option<ApiFailure> {
-        self.run.observed().last_failure.clone()
-    }
-
-    /// How many requests were sent on.
-    pub fn requests(&self) -> u64 {
-        self.run.observed().requests
+        self.run.last_failure().clone()
     }
 }
 
@@ -176,7 +166,6 @@ impl Run {
                 );
             }
         };
-        self.observed().requests += 1;
         let (parts, body) = request.into_parts();
         let is_message = parts.uri.path() == "/v1/messages";
         let mut headers = end_to_end(&parts.headers);
@@ -203,7 +192,7 @@ impl Run {
             return self.pass_failure(response).await;
         }
         if is_message {
-            self.observed().last_failure = None;
+            *self.last_failure() = None;
         }
         let (mut parts, body) = Response::<reqwest::Body>::from(response).into_parts();
         parts.headers = end_to_end(&parts.headers);
@@ -237,7 +226,7 @@ impl Run {
             .map(http_body_util::Collected::to_bytes)
             .unwrap_or_default();
         let failure = ApiFailure::read(parts.status.as_u16(), &parts.headers, &body);
-        self.observed().last_failure = Some(failure);
+        *self.last_failure() = Some(failure);
         Response::from_parts(parts, Either::Right(Full::new(body)))
     }
 
@@ -247,7 +236,7 @@ impl Run {
             status = status.as_u16(),
             "the gateway can't serve a request: {message}"
         );
-        self.observed().last_failure = Some(ApiFailure {
+        *self.last_failure() = Some(ApiFailure {
             status: status.as_u16(),
             error_type: Some(observed.to_owned()),
             retry_after_seconds: None,
@@ -257,8 +246,8 @@ impl Run {
         refusal(status, kind, message)
     }
 
-    fn observed(&self) -> MutexGuard<'_, Observed> {
-        self.observed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn last_failure(&self) -> MutexGuard<'_, Option<ApiFailure>> {
+        self.last_failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -7,6 +7,7 @@ pub mod config;
 pub mod context;
 pub mod gateway;
 pub mod guard;
+pub mod pause;
 mod presence;
 mod queues;
 mod room;
@@ -14,12 +15,13 @@ pub mod run_job;
 mod sweep;
 pub mod workspace;
 
-use claude::process;
+use claude::program;
 use claude::sandbox::{self, Isolation};
 pub use config::Config;
-use context::{Context, Pause};
+use context::Context;
 use gateway::Upstream;
 use gateway::credentials::Credentials;
+use pause::Pause;
 use shared::clock;
 use shared::env;
 use shared::id::WorkerId;
@@ -46,6 +48,12 @@ pub enum Error {
     /// The runtime folder.
     #[error("could not make the folder for sockets")]
     Runtime(#[source] std::io::Error),
+    /// The threads that everything runs on.
+    #[error("could not start the worker's threads")]
+    Threads(#[source] std::io::Error),
+    /// The signals that ask a worker to stop.
+    #[error("could not listen to signals")]
+    Signals(#[source] std::io::Error),
 }
 
 /// Runs a worker until `shutdown` asks it to stop and its runs have ended or were handed back. `ready` is called
@@ -127,7 +135,7 @@ async fn find_cli(config: &Config) -> Result<(std::path::PathBuf, String), env::
         env::Error::new("CLAUDE_CLI_PATH", format!("leads to no CLI: {error}"), accepted)
     };
     let path = config.path.as_deref().map(std::ffi::OsStr::new);
-    let cli = process::find_cli(config.claude.cli.as_deref(), path).map_err(unusable)?;
-    let version = process::cli_version(&cli).await.map_err(unusable)?;
+    let cli = program::find_cli(config.claude.cli.as_deref(), path).map_err(unusable)?;
+    let version = program::cli_version(&cli).await.map_err(unusable)?;
     Ok((cli, version))
 }

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
             runtime.shutdown_timeout(CLOSE);
             ended
         }
-        Err(error) => Err(Error::Runtime(error)),
+        Err(error) => Err(Error::Threads(error)),
     };
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -50,7 +50,7 @@ async fn serve() -> Result<(), Error> {
     clock::start(&vars);
     let config = Config::from_vars(&vars)?;
     let url = DatabaseUrl::from_vars(&vars)?;
-    let shutdown = Shutdown::on_signals().map_err(Error::Runtime)?;
+    let shutdown = Shutdown::on_signals().map_err(Error::Signals)?;
     let store = Store::open(&url, config.concurrency).await?;
     let listening = CancellationToken::new();
     let wakeups = Wakeups::listen(&store, Duration::from_millis(10), listening.clone());

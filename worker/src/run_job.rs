@@ -234,7 +234,7 @@ impl<'a> Run<'a> {
         if job.attempt > 1 || job.session_id.is_some() {
             end_earlier_runs(marker.clone()).await;
         }
-        folders.create()?;
+        folders.create().await?;
         let sockets = ctx.runtime.run()?;
         let resume = transcript::find(&folders, &lease).await?;
         let spec = spec(ctx, &lease, resume.as_ref())?;
@@ -267,8 +267,7 @@ impl<'a> Run<'a> {
             ctx.credentials.clone(),
             &token,
             &ctx.upstream,
-        )
-        .await?;
+        )?;
 
         let seen = Seen {
             lines: 0,
@@ -293,7 +292,7 @@ impl<'a> Run<'a> {
             // The worker's own deadline comes first; this one is for a worker that can't.
             deadline: total + INTERRUPT + CLOSE + GOODBYE,
             runtime_dir: sockets.path().to_owned(),
-            memory_limit: None,
+            memory_limit: ctx.config.run_memory,
             no_new_privileges: command.no_new_privileges,
         };
         let process = Process::start(launch, || recorder.standing().held_at.into_std()).await?;
@@ -315,9 +314,9 @@ impl<'a> Run<'a> {
         let mut meter = Meter::new(self.spec.resume.is_some());
         if self.spec.resume.is_some() {
             // What the earlier runs of the conversation cost isn't this run's.
-            let _ = self.process.send(&command::usage_line("usage-0")).await;
+            self.process.send(&command::usage_line("usage-0"));
         }
-        let _ = self.process.send(&command::user_line(&self.spec)).await;
+        self.process.send(&command::user_line(&self.spec));
 
         let started = Instant::now();
         let mut last_line = started;
@@ -330,7 +329,7 @@ impl<'a> Run<'a> {
             let lease_ends = recorder.standing().held_at + self.ctx.config.lease;
             tokio::select! {
                 line = self.process.next_line() => {
-                    let Ok(Some(line)) = line else { break };
+                    let Some(line) = line else { break };
                     last_line = Instant::now();
                     let message = Message::parse(&line);
                     if meter.observe(&message) {
@@ -401,7 +400,7 @@ impl<'a> Run<'a> {
                     };
                 }
                 _ = ask_cost.tick() => {
-                    let _ = self.process.send(&command::usage_line("usage")).await;
+                    self.process.send(&command::usage_line("usage"));
                 }
             }
         }
@@ -421,7 +420,7 @@ impl<'a> Run<'a> {
     }
 
     async fn interrupt(&mut self) -> (Rung, Instant) {
-        let _ = self.process.send(&command::interrupt_line("stop")).await;
+        self.process.send(&command::interrupt_line("stop"));
         (Rung::Interrupted, Instant::now() + INTERRUPT)
     }
 

@@ -41,7 +41,15 @@ impl Folders {
     }
 
     /// Makes the directories, for this user only. Existing ones stay as they are.
-    pub fn create(&self) -> io::Result<()> {
+    pub async fn create(&self) -> io::Result<()> {
+        let folders = self.clone();
+        // The disk may be far away, and not answer.
+        tokio::task::spawn_blocking(move || folders.make())
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    fn make(&self) -> io::Result<()> {
         private_directory(&self.workspace)?;
         private_directory(&self.home)
     }
@@ -180,6 +188,10 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
 /// The longest path of a runtime directory that leaves room for a run's sockets in the 107 bytes of an address.
 const MAX_RUNTIME_PATH: usize = 80;
 
+/// How often a runtime directory is tried to be made: another process that starts in the same moment may take it for a
+/// leftover.
+const TRIES: u32 = 10;
+
 /// The runtime directory of this process. It's locked while the process lives, which tells other processes (and the
 /// system's cleaning of `/tmp`) that it's in use, and removed when this value is dropped.
 #[derive(Debug)]
@@ -191,28 +203,40 @@ pub struct Runtime {
 
 impl Runtime {
     /// Makes `<base>/claude-queue-<pid>-<8 hex digits>` and removes those of processes that are gone. `base` is
-    /// `XDG_RUNTIME_DIR` where it's set; `/tmp` is taken when it's missing, not a directory, or too long.
+    /// `XDG_RUNTIME_DIR` where it's set; `/tmp` is taken when it's missing, not a directory, or too long. Fails when
+    /// the directory can't be made or locked.
     pub fn create(base: Option<&Path>) -> io::Result<Self> {
         let fits = |base: &&Path| {
             base.is_absolute() && base.is_dir() && base.as_os_str().len() + 34 <= MAX_RUNTIME_PATH
         };
         let base = base.filter(fits).unwrap_or(Path::new("/tmp"));
         remove_leftovers(base);
-        loop {
-            let random = &Uuid::new_v4().simple().to_string()[..8];
-            let path = base.join(format!("claude-queue-{}-{random}", std::process::id()));
-            DirBuilder::new().mode(0o700).create(&path)?;
-            let lock = File::open(&path);
-            // Another process that starts right now may take it for a leftover.
-            match lock {
-                Ok(lock) if lock.try_lock().is_ok() && path.is_dir() => {
-                    return Ok(Self {
-                        path,
-                        _lock: lock,
-                        runs: AtomicU64::new(0),
-                    });
-                }
-                _ => {}
+        let mut made = Self::make(base);
+        for _ in 1..TRIES {
+            if made.is_ok() {
+                break;
+            }
+            made = Self::make(base);
+        }
+        made
+    }
+
+    fn make(base: &Path) -> io::Result<Self> {
+        let random = &Uuid::new_v4().simple().to_string()[..8];
+        let path = base.join(format!("claude-queue-{}-{random}", std::process::id()));
+        DirBuilder::new().mode(0o700).create(&path)?;
+        let locked =
+            File::open(&path).and_then(|lock| lock.try_lock().map(|()| lock).map_err(io::Error::from));
+        match locked {
+            Ok(lock) if path.is_dir() => Ok(Self {
+                path,
+                _lock: lock,
+                runs: AtomicU64::new(0),
+            }),
+            Ok(_) => Err(io::ErrorKind::NotFound.into()),
+            Err(error) => {
+                let _ = fs::remove_dir(&path);
+                Err(error)
             }
         }
     }
@@ -314,7 +338,7 @@ mod tests {
 
     fn job_folders(data: &Path) -> Folders {
         let folders = Folders::of_job(data, &JobId::new());
-        folders.create().unwrap();
+        folders.make().unwrap();
         folders
     }
 
@@ -335,7 +359,7 @@ mod tests {
                 "{directory:?}"
             );
         }
-        folders.create().unwrap();
+        folders.make().unwrap();
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::claude::command::CliPaths;
-use crate::claude::process;
+use crate::claude::program;
 use crate::workspace::Runtime;
 
 const HOME: &str = "/home/agent";
@@ -78,7 +78,7 @@ pub enum Error {
 /// The files of one run, by the paths that they have for the worker. All are absolute.
 #[derive(Clone, Debug)]
 pub struct Places {
-    /// The CLI's own file, links resolved ([`process::find_cli`]).
+    /// The CLI's own file, links resolved ([`program::find_cli`]).
     pub cli: PathBuf,
     /// Where the agent works.
     pub workspace: PathBuf,
@@ -101,7 +101,7 @@ pub struct Command {
     pub args: Vec<String>,
     /// The directory that it starts in.
     pub cwd: PathBuf,
-    /// Whether the guard has to forbid a change of user ([`process::Launch::no_new_privileges`]).
+    /// Whether the guard has to forbid a change of user ([`Launch::no_new_privileges`](crate::claude::process::Launch::no_new_privileges)).
     pub no_new_privileges: bool,
 }
 
@@ -183,7 +183,7 @@ pub struct Bubblewrap {
 /// Finds bubblewrap on `path` (the variable `PATH`) and runs a program in the very sandbox that runs get. The
 /// worker doesn't start when this fails.
 pub async fn check(runtime: &Runtime, path: Option<&OsStr>) -> Result<Bubblewrap, Error> {
-    let program = process::find_program(Path::new("bwrap"), path).ok_or(Error::Missing)?;
+    let program = program::find_program(Path::new("bwrap"), path).ok_or(Error::Missing)?;
     let bubblewrap = prepare(program, runtime).map_err(Error::Trial)?;
     try_it(&bubblewrap, runtime).await?;
     Ok(bubblewrap)
@@ -233,7 +233,7 @@ async fn try_it(bubblewrap: &Bubblewrap, runtime: &Runtime) -> Result<(), Error>
     let script = strings(&["-c", "test -w /workspace && ! test -w /usr && : > /tmp/x"]);
     let command = Isolation::Sandbox(bubblewrap.clone()).command(&places, script);
     let args: Vec<&str> = command.args.iter().map(String::as_str).collect();
-    let output = process::output(&command.program, &args, &[], TRIAL).await;
+    let output = program::output(&command.program, &args, &[], TRIAL).await;
     let output = output.map_err(Error::Trial)?;
     if output.status.success() {
         return Ok(());
@@ -398,7 +398,7 @@ mod tests {
     fn path_with(script: Option<&str>) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         if let Some(script) = script {
-            process::test_support::executable(&folder.path().join("bwrap"), script.as_bytes());
+            program::test_support::executable(&folder.path().join("bwrap"), script.as_bytes());
         }
         folder
     }

@@ -1,10 +1,10 @@
 //! The Messages API, or whatever stands in its place (`ANTHROPIC_BASE_URL`).
 
-use std::error::Error as _;
 use std::time::Duration;
 
 use http::{HeaderMap, Uri};
 use shared::env;
+use shared::telemetry::chain;
 
 /// How long a connection may take to come about.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
@@ -13,59 +13,94 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// requests that nobody waits for.
 const SILENT: Duration = Duration::from_secs(610);
 
+/// What is accepted as an address.
+const ACCEPTED: &str = "https://HOST[:PORT][/PATH], or http:// on loopback";
+
+fn unusable(problem: impl Into<String>) -> env::Error {
+    env::Error::new("ANTHROPIC_BASE_URL", problem, ACCEPTED)
+}
+
+/// An address that the credential and the prompts may be sent to: encrypted, or on this machine.
+#[derive(Clone, Debug)]
+pub struct Address {
+    /// Without a slash at its end.
+    base: String,
+    /// The part of it that may be shown.
+    shown: String,
+    encrypted: bool,
+    loopback: bool,
+}
+
+impl Default for Address {
+    /// The real one.
+    fn default() -> Self {
+        Self {
+            base: "https://api.anthropic.com".to_owned(),
+            shown: "api.anthropic.com".to_owned(),
+            encrypted: true,
+            loopback: false,
+        }
+    }
+}
+
+impl Address {
+    /// Reads an address, with or without a path. The error names `ANTHROPIC_BASE_URL`.
+    pub fn parse(base: &str) -> Result<Self, env::Error> {
+        let url: reqwest::Url = base.parse().map_err(|_| unusable("isn't a URL"))?;
+        let host = url
+            .host_str()
+            .filter(|_| matches!(url.scheme(), "http" | "https"));
+        let host = host.ok_or_else(|| unusable("isn't the URL of a web server"))?;
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(unusable("has a part after its path"));
+        }
+        let address = Self {
+            base: base.trim_end_matches('/').to_owned(),
+            shown: url
+                .port()
+                .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}")),
+            encrypted: url.scheme() == "https",
+            loopback: is_loopback(host),
+        };
+        if !address.encrypted && !address.loopback {
+            return Err(unusable("would send the credential unencrypted over a network"));
+        }
+        Ok(address)
+    }
+}
+
 /// Where requests go. Made once and cloned for each run, so that all share their connections.
 #[derive(Clone, Debug)]
 pub struct Upstream {
-    /// The address without a slash at its end.
-    base: String,
-    /// The part of it that may be shown.
-    host: String,
+    address: Address,
     client: reqwest::Client,
 }
 
 impl Upstream {
-    /// Reads the address of the API, with or without a path. The error names `ANTHROPIC_BASE_URL`.
-    pub fn new(base: &str) -> Result<Self, env::Error> {
-        let accepted = "an address like https://api.anthropic.com or http://127.0.0.1:8080";
-        let unusable = |problem: &str| env::Error::new("ANTHROPIC_BASE_URL", problem, accepted);
-        let url: reqwest::Url = base.parse().map_err(|_| unusable("isn't an address"))?;
-        let host = url
-            .host_str()
-            .filter(|_| matches!(url.scheme(), "http" | "https"));
-        let host = host
-            .ok_or_else(|| unusable("isn't an address of a web server"))?
-            .to_owned();
-        if url.query().is_some() || url.fragment().is_some() {
-            return Err(unusable("has a part after its path"));
-        }
-        let shown = url
-            .port()
-            .map_or_else(|| host.clone(), |port| format!("{host}:{port}"));
+    /// Gets ready to send requests to this address. Fails where certificates can't be checked.
+    pub fn new(address: &Address) -> Result<Self, env::Error> {
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_WITHIN)
             .read_timeout(SILENT)
             // An answer that leads elsewhere would take the credential along.
             .redirect(reqwest::redirect::Policy::none());
-        if is_loopback(&host) {
+        if address.loopback {
             builder = builder.no_proxy();
         }
-        if url.scheme() == "http" {
+        if !address.encrypted {
             // Nothing to verify; a machine without certificates can run against a simulator.
             builder = builder.tls_certs_only([]);
         }
         // Fails when another part of the program has chosen one before, which is then taken.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let no_client = |error: reqwest::Error| {
-            let problem = format!(
+        let client = builder.build().map_err(|error| {
+            unusable(format!(
                 "can't be reached safely ({}); is the package `ca-certificates` installed?",
                 chain(&error)
-            );
-            env::Error::new("ANTHROPIC_BASE_URL", problem, accepted)
-        };
-        let client = builder.build().map_err(no_client)?;
+            ))
+        })?;
         Ok(Self {
-            base: base.trim_end_matches('/').to_owned(),
-            host: shown,
+            address: address.clone(),
             client,
         })
     }
@@ -80,13 +115,13 @@ impl Upstream {
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
         let request = self
             .client
-            .post(format!("{}{path}", self.base))
+            .post(format!("{}{path}", self.address.base))
             .headers(headers)
             .body(body);
         request.send().await.map_err(|error| {
             format!(
                 "The Messages API at {} could not be reached: {}.",
-                self.host,
+                self.address.shown,
                 chain(&error.without_url())
             )
         })
@@ -101,25 +136,15 @@ fn is_loopback(host: &str) -> bool {
             .is_ok_and(|address: std::net::IpAddr| address.is_loopback())
 }
 
-fn chain(error: &reqwest::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn an_address_may_have_a_path() {
-        let upstream = Upstream::new("http://127.0.0.1:8431/s/name/").unwrap();
+        let address = Address::parse("http://127.0.0.1:8431/s/name/").unwrap();
 
-        assert_eq!(upstream.base, "http://127.0.0.1:8431/s/name");
+        assert_eq!(address.base, "http://127.0.0.1:8431/s/name");
     }
 
     #[test]
@@ -131,8 +156,11 @@ mod tests {
             "unix:/run/x",
             "https://x/?a=1",
             "https://x/#a",
+            "http://api.anthropic.com",
+            "http://10.0.0.1:8080",
+            "http://localhost.example",
         ] {
-            let error = Upstream::new(address).unwrap_err();
+            let error = Address::parse(address).unwrap_err();
             assert!(
                 error.to_string().contains("ANTHROPIC_BASE_URL"),
                 "{address}: {error}"
@@ -142,7 +170,10 @@ mod tests {
 
     #[test]
     fn the_real_address_can_be_spoken_to_with_ring() {
-        Upstream::new("https://api.anthropic.com").unwrap();
+        let address = Address::parse("https://api.anthropic.com").unwrap();
+
+        assert_eq!(address.base, Address::default().base);
+        Upstream::new(&address).unwrap();
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use shared::clock;
 use tokio::sync::Mutex;
 
-use crate::claude::process;
+use crate::claude::program;
 use crate::gateway::secret::Secret;
 
 /// The CLI refreshes a login that is valid for less than this.
@@ -71,18 +71,20 @@ impl Login {
         }
     }
 
-    /// Whether anyone is logged in.
+    /// Whether anyone is logged in. Reads a small file.
     pub fn is_there(&self) -> bool {
-        self.read().is_some()
+        let text = std::fs::read(self.file());
+        text.is_ok_and(|text| State::parse(&text).is_some())
     }
 
     /// The access token, fresh if it can be; `None` when nobody is logged in any more.
     pub(super) async fn token(&self) -> Option<Secret> {
-        let state = self.read()?;
+        let state = self.read().await?;
         if state.needs_refresh() {
             self.refresh(|state| !state.needs_refresh()).await;
         }
-        self.read().map(|state| Secret::new(state.access_token))
+        let state = self.read().await?;
+        Some(Secret::new(state.access_token))
     }
 
     /// Has the CLI look at a login whose token was refused, unless there is another token by now.
@@ -95,6 +97,7 @@ impl Login {
         // Another run may have waited for the same.
         if self
             .read()
+            .await
             .is_none_or(|state| is_done(&state) || state.refresh_token.is_none_or(|token| token.is_empty()))
         {
             return;
@@ -113,17 +116,17 @@ impl Login {
         ));
         env.push(("DISABLE_AUTOUPDATER".to_owned(), "1".to_owned()));
         // Its answer isn't needed: what counts is the file. Not logged in is an exit code, not an error here.
-        if let Err(error) = process::output(&self.claude, &["auth", "status"], &env, STATUS_WITHIN).await {
+        if let Err(error) = program::output(&self.claude, &["auth", "status"], &env, STATUS_WITHIN).await {
             tracing::warn!("the login of the worker's user could not be refreshed: {error}");
         }
     }
 
-    /// The file is small and on this machine.
-    fn read(&self) -> Option<State> {
-        let text = std::fs::read(self.config_dir.join(".credentials.json")).ok()?;
-        let file: CredentialsFile = serde_json::from_slice(&text).ok()?;
-        // A refusal blanks the token.
-        (!file.claude_ai_oauth.access_token.is_empty()).then_some(file.claude_ai_oauth)
+    async fn read(&self) -> Option<State> {
+        State::parse(&tokio::fs::read(self.file()).await.ok()?)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.config_dir.join(".credentials.json")
     }
 }
 
@@ -136,6 +139,12 @@ fn own_variable(name: &str) -> Option<String> {
 }
 
 impl State {
+    fn parse(file: &[u8]) -> Option<Self> {
+        let file: CredentialsFile = serde_json::from_slice(file).ok()?;
+        // A refusal blanks the token.
+        (!file.claude_ai_oauth.access_token.is_empty()).then_some(file.claude_ai_oauth)
+    }
+
     fn needs_refresh(&self) -> bool {
         let left = self
             .expires_at
@@ -151,7 +160,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::claude::process::test_support::executable;
+    use crate::claude::program::test_support::executable;
 
     /// A stand-in for the CLI that counts its calls and, as the CLI does, replaces the file by a rename.
     fn login(token: &str, expires_in_ms: i64, refreshed: &str) -> (TempDir, Login) {
