@@ -120,8 +120,7 @@ async fn start<'a>(ctx: &'a Context, lease: &Arc<Lease>, recorder: &Recorder) ->
 
 /// Whether nobody else can hold the job by now.
 fn holds(ctx: &Context, recorder: &Recorder) -> bool {
-    let standing = recorder.standing();
-    standing.signal != Signal::Lost && standing.held_at.elapsed() < ctx.config.lease
+    recorder.holds(ctx.config.lease)()
 }
 
 /// Writes the end of the run, however long the database takes: the work was done and paid for.
@@ -154,9 +153,10 @@ async fn finish(ctx: &Context, lease: &Lease, report: &Report) {
 }
 
 /// A run that lost its lease has ended by now, unless its worker and its guard are both stopped, or were killed in the
-/// same moment; then this worker is the one who can end it, if it's on the same machine.
-async fn end_earlier_runs(marker: String) {
-    let ended = tokio::task::spawn_blocking(move || crate::guard::end_earlier_runs(&marker)).await;
+/// same moment; then this worker is the one who can end it, if it's on the same machine. Only while it holds the lease
+/// itself: after that, what it would find may be its successor.
+async fn end_earlier_runs(marker: String, holds: impl Fn() -> bool + Send + 'static) {
+    let ended = tokio::task::spawn_blocking(move || crate::guard::end_earlier_runs(&marker, holds)).await;
     if let Ok(processes @ 1..) = ended {
         warn!(processes, "ended what an earlier run had left in the same place");
     }
@@ -232,7 +232,7 @@ impl<'a> Run<'a> {
         };
         let marker = crate::guard::marker(&format!("{place}.{}.{}", job.job_id, job.attempt));
         if job.attempt > 1 || job.session_id.is_some() {
-            end_earlier_runs(marker.clone()).await;
+            end_earlier_runs(marker.clone(), recorder.holds(ctx.config.lease)).await;
         }
         folders.create().await?;
         let sockets = ctx.runtime.run()?;

@@ -15,7 +15,7 @@ use super::tree::Process;
 const PREFIX: &str = "claude-queue.";
 
 /// How long ended processes may take to leave their group.
-const PATIENCE: Duration = Duration::from_secs(4);
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether a run has started more processes while its others were moved. Each round leaves only
 /// what was started within the one before, and the guard finds those as well.
@@ -101,22 +101,30 @@ impl Cgroup {
 /// Ends every process in a run's group without the run's guard, and removes it; nothing when it isn't there. Blocks
 /// until they are gone, for some milliseconds.
 pub(crate) fn end(group: &Path) {
+    end_while(group, || true);
+}
+
+fn end_while(group: &Path, may_kill: impl Fn() -> bool) {
     let since = Instant::now();
     // Refused while a process is in it, and when there is none.
-    while group.is_dir() && fs::remove_dir(group).is_err() && since.elapsed() < PATIENCE {
+    while may_kill() && group.is_dir() && fs::remove_dir(group).is_err() && since.elapsed() < PATIENCE {
         let _ = fs::write(group.join("cgroup.kill"), "1");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Ends what is in the groups of the runs with these markers beside the group of this process' own runs.
-pub(crate) fn end_where(wanted: impl Fn(&str) -> bool) {
+/// Ends what is in the groups of the runs with these markers beside the group of this process' own runs, as long as it
+/// may.
+pub(crate) fn end_where(wanted: impl Fn(&str) -> bool, may_kill: impl Fn() -> bool) {
+    if !may_kill() {
+        return;
+    }
     let entries = own().and_then(|own| fs::read_dir(own).ok());
     for entry in entries.into_iter().flatten().flatten() {
         let name = entry.file_name();
         let marker = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
         if marker.is_some_and(&wanted) {
-            end(&entry.path());
+            end_while(&entry.path(), &may_kill);
         }
     }
 }

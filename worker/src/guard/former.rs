@@ -17,9 +17,12 @@ pub const RUN_VARIABLE: &str = "CLAUDE_QUEUE_RUN";
 /// The variable that holds the marker in the guard of a run.
 pub(crate) const GUARD_VARIABLE: &str = "CLAUDE_QUEUE_GUARD";
 
-/// How long a scan goes on while it still finds something: a process in the middle of a system call of the kernel
-/// that can't be interrupted is the only thing that lasts.
+/// How long a scan goes on while it still finds something that it hasn't killed.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long killed processes may take to go. Only one in the middle of a system call that can't be interrupted lasts
+/// longer; it does nothing more but that call, and nobody waits for it.
+const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// The marker of a run of this worker: `<pid>.<start time>.<pid namespace>.<run>`. `run` is the caller's name for it,
 /// `<place>.<name>`: the place is what no two runs may be in at once, and the whole is unique in this process.
@@ -34,15 +37,20 @@ pub fn marker(run: &str) -> String {
 /// here, are left alone. Blocks for some milliseconds, at most for ten seconds.
 pub fn end_former_runs() -> usize {
     let namespace = pid_namespace();
-    end_where(|marker| worker_is_gone(marker, &namespace))
+    end_where(|marker| worker_is_gone(marker, &namespace), || true)
 }
 
 /// Ends what is left on this machine of other runs in the same place as the run of this marker, guards included, and
 /// returns how many processes that were. Whoever holds the lease of a place may do so: a run that is still there has
-/// lost its own, and its guard is stopped or dead. Blocks for some milliseconds, at most for ten seconds.
-pub fn end_earlier_runs(marker: &str) -> usize {
+/// lost its own, and its guard is stopped or dead. `holds` says whether that is so, and is asked before each kill: a
+/// caller that was stopped for long in the middle would end the run of its successor. Blocks for some milliseconds, at
+/// most for ten seconds.
+pub fn end_earlier_runs(marker: &str, holds: impl Fn() -> bool) -> usize {
     let Some(place) = place(marker) else { return 0 };
-    end_where(|other| other != marker && self::place(other) == Some(place))
+    end_where(
+        |other| other != marker && self::place(other) == Some(place),
+        holds,
+    )
 }
 
 /// The place in a marker.
@@ -53,44 +61,60 @@ fn place(marker: &str) -> Option<&str> {
 
 /// Ends every process that carries this marker; blocks for some milliseconds, at most for ten seconds.
 pub(crate) fn end_marked(marker: &str) -> usize {
-    end_where(|other| other == marker)
+    end_where(|other| other == marker, || true)
 }
 
-fn end_where(wanted: impl Fn(&str) -> bool) -> usize {
-    cgroup::end_where(&wanted);
+fn end_where(wanted: impl Fn(&str) -> bool, may_kill: impl Fn() -> bool) -> usize {
+    cgroup::end_where(&wanted, &may_kill);
+    end_found(|| living(&wanted), &may_kill)
+}
+
+/// Kills what `look` finds until it finds nothing, or nothing that could still be killed; how many processes that were.
+fn end_found(look: impl Fn() -> Vec<Process>, may_kill: impl Fn() -> bool) -> usize {
     let since = Instant::now();
+    let mut last_new = since;
     let mut seen = Vec::new();
     let mut empty_looks = 0;
     // Twice: a process in the middle of an exec shows no environment for a moment.
-    while empty_looks < 2 && since.elapsed() < PATIENCE {
-        let mut found = Vec::new();
-        for process in tree::processes().into_iter().filter(|process| !process.zombie) {
-            match marker_of(process.pid) {
-                Some((Role::Member, marker)) if wanted(&marker) => found.push(process),
-                // While a guard is there, all of its run are its descendants, whatever their environment says.
-                Some((Role::Guard, marker)) if wanted(&marker) => {
-                    found.extend(
-                        tree::descendants(process.pid)
-                            .into_iter()
-                            .filter(|process| !process.zombie),
-                    );
-                    found.push(process);
-                }
-                _ => {}
-            }
-        }
+    while empty_looks < 2 && since.elapsed() < PATIENCE && last_new.elapsed() < LAST_CALL && may_kill() {
+        let found = look();
         for process in &found {
+            if !may_kill() {
+                return seen.len();
+            }
             process.kill();
             // Reaps an orphan where this worker is the init of a container; for all others it does nothing.
             let _ = rustix::process::waitpid(Pid::from_raw(process.pid), WaitOptions::NOHANG);
             if !seen.contains(&(process.pid, process.started)) {
                 seen.push((process.pid, process.started));
+                last_new = Instant::now();
             }
         }
         empty_looks = if found.is_empty() { empty_looks + 1 } else { 0 };
         std::thread::sleep(Duration::from_millis(10));
     }
     seen.len()
+}
+
+/// The living processes of the runs with these markers, guards included.
+fn living(wanted: impl Fn(&str) -> bool) -> Vec<Process> {
+    let mut found = Vec::new();
+    for process in tree::processes().into_iter().filter(|process| !process.zombie) {
+        match marker_of(process.pid) {
+            Some((Role::Member, marker)) if wanted(&marker) => found.push(process),
+            // While a guard is there, all of its run are its descendants, whatever their environment says.
+            Some((Role::Guard, marker)) if wanted(&marker) => {
+                found.extend(
+                    tree::descendants(process.pid)
+                        .into_iter()
+                        .filter(|process| !process.zombie),
+                );
+                found.push(process);
+            }
+            _ => {}
+        }
+    }
+    found
 }
 
 enum Role {
@@ -169,6 +193,34 @@ mod tests {
         for text in ["", "x", "1.2.3", "a.b.c.d", &format!("x.1.{namespace}.r")] {
             assert!(!worker_is_gone(text, &namespace), "{text}");
         }
+    }
+
+    #[test]
+    fn a_process_that_cant_be_killed_holds_nobody_up_for_long() {
+        let ghost = Process {
+            pid: i32::MAX,
+            parent: 1,
+            started: 1,
+            zombie: false,
+        };
+        let since = Instant::now();
+
+        assert_eq!(end_found(|| vec![ghost], || true), 1);
+
+        assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
+    }
+
+    #[test]
+    fn whoever_may_not_kill_doesnt_even_look() {
+        let looked = std::cell::Cell::new(false);
+        let look = || {
+            looked.set(true);
+            Vec::new()
+        };
+
+        assert_eq!(end_found(look, || false), 0);
+
+        assert!(!looked.get());
     }
 
     #[test]

@@ -25,6 +25,12 @@ const SPEND_AGE: Duration = Duration::from_millis(300);
 const MAX_EVENTS: usize = 10_000;
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 
+/// The pause before a renewal that failed is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Last events that a database which can be used has refused so often are given up: the job must end.
+const REFUSALS: u32 = 5;
+
 /// What the recorder knows about the lease.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Standing {
@@ -116,6 +122,16 @@ impl Recorder {
         *self.standing.borrow()
     }
 
+    /// Whether nobody else can hold the job by then, for whoever asks later: a lease lasts `lease` from its last
+    /// renewal.
+    pub(super) fn holds(&self, lease: Duration) -> impl Fn() -> bool + Send + use<> {
+        let standing = self.standing.clone();
+        move || {
+            let standing = *standing.borrow();
+            standing.signal != Signal::Lost && standing.held_at.elapsed() < lease
+        }
+    }
+
     /// Writes what is left and stops. The lease isn't renewed any more after this.
     pub(super) async fn close(self) {
         let Self {
@@ -192,18 +208,30 @@ impl Writer {
                         warn!(job.id = %job_id, error = %shared::telemetry::chain(&error), "the run's events wait");
                     }
                     // Soon again: the lease runs out meanwhile.
-                    renew_at = Instant::now() + Duration::from_millis(500);
+                    renew_at = Instant::now() + AGAIN;
                     flush_at = None;
                 }
             }
         }
         // The run has ended; its last events come before its end, however long the database takes. What it cost is
         // part of its end.
+        let mut refused = 0;
         while !(self.events.is_empty() && self.dropped == 0) {
             match self.flush().await {
                 Ok(Signal::Lost) => return self.say(Signal::Lost, None),
                 Ok(_) => {}
-                Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
+                Err(error) => {
+                    if !self.store.note(&error) {
+                        let (job_id, error) = (self.lease.job.job_id, shared::telemetry::chain(&error));
+                        refused += 1;
+                        if refused == REFUSALS {
+                            warn!(job.id = %job_id, error, "the run's last events are given up");
+                            return;
+                        }
+                        warn!(job.id = %job_id, error, "the run's last events wait");
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                }
             }
         }
     }
