@@ -17,6 +17,8 @@ both!(
     a_bad_reason_cancels_nothing,
     a_deaf_run_is_ended,
     a_deaf_run_is_ended_without_a_sandbox,
+    a_run_that_answers_a_cancel_and_stays_is_ended,
+    a_run_that_repeats_its_results_is_ended,
     a_frozen_run_is_ended,
     a_frozen_run_is_ended_without_a_sandbox,
     a_daemon_ends_with_a_cancelled_run,
@@ -50,19 +52,24 @@ async fn a_queued_job_is_cancelled_at_once(db: Db) {
 /// Submits a script, waits until it has said `ready`, and cancels it; the job at its end and how long that took.
 async fn cancel_when_ready(client: &Client, script: &Script) -> (Value, Duration) {
     let id = client.play(script).await;
-    client.event(&id, "assistant").await;
+    cancel_ready(client, &id).await
+}
+
+/// The same for a job that was submitted.
+async fn cancel_ready(client: &Client, id: &str) -> (Value, Duration) {
+    client.event(id, "assistant").await;
     let begin = Instant::now();
-    let answer = client.cancel(&id).await;
+    let answer = client.cancel(id).await;
     let job = answer.data(202);
     assert!(job["cancel_requested_at"].is_string(), "{job:#}");
     // Once more changes nothing.
-    let again = client.cancel(&id).await;
+    let again = client.cancel(id).await;
     assert!(matches!(again.status, 200 | 202), "{}", again.text);
     assert_eq!(
         again.json["data"]["cancel_requested_at"],
         job["cancel_requested_at"]
     );
-    let job = client.finished(&id).await;
+    let job = client.finished(id).await;
     assert_eq!(
         (&job["status"], &job["cancel_reason"]),
         (&json!("cancelled"), &json!("user")),
@@ -174,6 +181,50 @@ async fn a_deaf_run_is_ended_without_a_sandbox(db: Db) {
         .deaf_to(Deaf::Signals)
         .deaf_to(Deaf::Stdin);
     is_ended(db, false, &script).await;
+}
+
+/// Cancels a run of a CLI that gives its result when it is interrupted, and then does this. It hears no signal and no
+/// end of its input.
+async fn is_ended_after_its_answer(db: Db, then: &str) {
+    let result = json!({
+        "type": "result", "subtype": "error_during_execution", "is_error": true, "terminal_reason": "aborted_streaming",
+    });
+    let init = json!({ "type": "system", "subtype": "init", "apiKeySource": "ANTHROPIC_API_KEY" });
+    let message =
+        json!({ "id": "m1", "model": "claude-sonnet-5-5", "content": [{ "type": "text", "text": "ready" }] });
+    let ready = json!({ "type": "assistant", "message": message });
+    let script = format!(
+        r#"case $1 in --version) echo '2.1.331 (Claude Code)'; exit ;; esac
+trap '' TERM HUP INT
+result() {{ echo '{result}'; }}
+echo '{init}'
+echo '{ready}'
+while read -r line; do case $line in *'"interrupt"'*) break ;; esac; done
+result
+{then}"#
+    );
+    let cli = place::program("answering", &script);
+    let system = System::builder()
+        .database(db)
+        .env("CLAUDE_CLI_PATH", cli.to_str().unwrap())
+        .start()
+        .await;
+    let client = system.client();
+    let id = client.accepted("wait").await;
+
+    let (_, took) = cancel_ready(&client, &id).await;
+
+    // Two seconds after the answer, not five: it was cancelled, and isn't thanked for its result.
+    assert!(took < Duration::from_millis(4_500), "{took:?}");
+    assert_eq!(system.run_processes(), []);
+}
+
+async fn a_run_that_answers_a_cancel_and_stays_is_ended(db: Db) {
+    is_ended_after_its_answer(db, "exec sleep 600").await;
+}
+
+async fn a_run_that_repeats_its_results_is_ended(db: Db) {
+    is_ended_after_its_answer(db, "while :; do result; sleep 0.2; done").await;
 }
 
 async fn a_frozen_run_is_ended(db: Db) {

@@ -17,6 +17,8 @@ both!(
     a_usage_limit_parks_the_job,
     noise_on_the_output_harms_nothing,
     absurd_names_and_numbers_harm_nothing,
+    an_end_that_the_database_refuses_is_an_end_all_the_same,
+    a_cli_that_ends_slowly_under_a_short_lease_is_done,
     a_run_that_takes_too_much_memory_says_so,
     a_cli_that_talks_without_end_harms_nothing,
     what_the_cli_complained_about_is_kept,
@@ -420,6 +422,68 @@ async fn absurd_names_and_numbers_harm_nothing(db: Db) {
     );
     let negative = "select count(*) from ledger where cost < 0 or input_tokens < 0";
     assert_eq!(system.database().number(negative).await, 0);
+}
+
+async fn an_end_that_the_database_refuses_is_an_end_all_the_same(db: Db) {
+    let system = System::start(db).await;
+    let (client, database) = (system.client(), system.database());
+    // No result can be stored.
+    match db {
+        Db::Sqlite => {
+            database
+                .execute("create trigger refuse before insert on result begin select raise(abort, 'no'); end")
+                .await;
+        }
+        Db::Postgres => {
+            database
+                .execute(
+                    "create function refuse() returns trigger language plpgsql as $$ begin raise 'no'; end $$",
+                )
+                .await;
+            database
+                .execute(
+                    "create trigger refuse before insert on result for each row execute function refuse()",
+                )
+                .await;
+        }
+    }
+
+    let id = client.play(&answer("unwelcome").costing(0.25)).await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(
+        (&job["status"], &job["error_code"]),
+        (&json!("failed"), &json!("internal")),
+        "{job:#}"
+    );
+    assert_eq!((&job["cost"], &job["result"]), (&json!(0.25), &Value::Null));
+}
+
+async fn a_cli_that_ends_slowly_under_a_short_lease_is_done(db: Db) {
+    let result = json!({ "type": "result", "subtype": "success", "is_error": false, "result": "slow" });
+    // Its output is over at once, its process a lease and a second later.
+    let script = format!(
+        "case $1 in --version) echo '2.1.331 (Claude Code)'; exit ;; esac\nread -r line\necho '{result}'\nexec >&- 2>&-\n\
+         sleep 4"
+    );
+    let cli = tests::place::program("slow", &script);
+    let system = System::builder()
+        .database(db)
+        .sandbox(false)
+        .env("CLAUDE_CLI_PATH", cli.to_str().unwrap())
+        .env("LEASE_SECONDS", "3")
+        .start()
+        .await;
+    let client = system.client();
+
+    let id = client.accepted("take your time").await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(
+        (&job["status"], &job["result"]["content"], &job["attempt"]),
+        (&json!("done"), &json!("slow"), &json!(1)),
+        "{job:#}"
+    );
 }
 
 async fn a_run_that_takes_too_much_memory_says_so(db: Db) {

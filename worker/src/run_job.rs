@@ -1,7 +1,11 @@
 //! The life of one run, top to bottom: claim, prepare, run, finish.
 
+mod finish;
+mod ladder;
 pub mod outcome;
 mod recorder;
+mod result;
+mod silence;
 mod transcript;
 
 use crate::claude::command::{self, RunSpec};
@@ -13,29 +17,23 @@ use crate::gateway::Gateway;
 use crate::presence;
 use crate::room;
 use crate::workspace::{Folders, RunDir};
+use ladder::{Act, CLOSE, GOODBYE, INTERRUPT, Ladder};
 use outcome::{Deadline, Ended, ErrorCode, Meter, Stopped, Verdict};
 use recorder::Recorder;
-use serde_json::{Value, json};
-use shared::clock;
+use result::{Said, cut};
+use serde_json::json;
+use shared::clock::{self, Timestamp};
 use shared::event::{EventType, NewEvent};
 use shared::job::{Ending, Hold, Lease, Report, Spend};
-use shared::storage::{Claim, Finish, Signal};
+use shared::storage::{Claim, Signal};
 use shared::telemetry::chain;
-use std::collections::HashSet;
+use silence::Silence;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 use tracing::{Instrument, error, info, info_span, warn};
-use transcript::Transcript;
 use uuid::Uuid;
-
-/// What the CLI gets for each rung of the stop ladder: to end its turn, to end itself.
-const INTERRUPT: Duration = Duration::from_secs(3);
-const CLOSE: Duration = Duration::from_secs(2);
-
-/// After its result the CLI ends by itself within a moment; longer than this and it is made to.
-const GOODBYE: Duration = Duration::from_secs(5);
 
 /// How long a run may take to start.
 const PREPARE: Duration = Duration::from_mins(1);
@@ -43,9 +41,6 @@ const PREPARE: Duration = Duration::from_mins(1);
 /// How often the cost so far is told, and how often the CLI is asked for what the stream doesn't show.
 const TELL_COST: Duration = Duration::from_secs(2);
 const ASK_COST: Duration = Duration::from_secs(10);
-
-/// A tool may work longer in silence than the model.
-const TOOL_PATIENCE: u32 = 3;
 
 /// A tool's answer in an event holds no more bytes than this.
 const TOOL_RESULT: usize = 16 * 1024;
@@ -83,25 +78,13 @@ async fn run(ctx: &Context, lease: Arc<Lease>) {
     // From here on the lease is renewed: on a busy machine a run takes long to start.
     let renew_every = (ctx.config.lease / 3).min(Duration::from_secs(10));
     let recorder = Recorder::start(ctx.store.clone(), &ctx.wakeups, lease.clone(), renew_every);
-    let mut report = match start(ctx, &lease, &recorder).await {
+    let report = match start(ctx, &lease, &recorder).await {
         Ok(run) => run.follow(recorder).await,
-        Err(_) if !holds(ctx, &recorder) => {
-            warn!("the lease ran out before the run could start");
-            None
-        }
-        Err(error) => {
-            recorder.close().await;
-            // A disk without room is no fault of the job.
-            let room = room::check(ctx).await;
-            if room {
-                error!(error = %error, "could not start the run");
-            }
-            Some(could_not_start(&error, ctx, &lease, room))
-        }
+        Err(error) => did_not_start(&error, ctx, &lease, recorder).await,
     };
-    if let Some(report) = &mut report {
-        report.duration = began.elapsed();
-        finish(ctx, &lease, report).await;
+    if let Some(report) = report {
+        let duration = began.elapsed();
+        finish::finish(ctx, &lease, Report { duration, ..report }).await;
     }
 }
 
@@ -123,35 +106,6 @@ fn holds(ctx: &Context, recorder: &Recorder) -> bool {
     recorder.holds(ctx.config.lease)()
 }
 
-/// Writes the end of the run, however long the database takes: the work was done and paid for.
-async fn finish(ctx: &Context, lease: &Lease, report: &Report) {
-    let duration_ms = report.duration.as_millis();
-    loop {
-        match ctx.store.finish(lease, report, clock::now()).await {
-            Ok(Finish::Became(status)) => {
-                let (job_id, status, cost) = (lease.job.job_id, status.as_str(), report.spend.total());
-                info!(
-                    job.status = status,
-                    duration_ms,
-                    cost_usd = cost.usd(),
-                    "job {job_id} is {status}, {cost}"
-                );
-                return;
-            }
-            Ok(Finish::Lost) => {
-                warn!("the lease was lost; what this run did is another attempt's to check");
-                return;
-            }
-            Err(error) => {
-                if !ctx.store.note(&error) {
-                    warn!(error = %chain(&error), "could not store the end of the run; trying again");
-                }
-                tokio::time::sleep(Duration::from_millis(500)).await;
-            }
-        }
-    }
-}
-
 /// A run that lost its lease has ended by now, unless its worker and its guard are both stopped, or were killed in the
 /// same moment; then this worker is the one who can end it, if it's on the same machine. Only while it holds the lease
 /// itself: after that, what it would find may be its successor.
@@ -162,16 +116,31 @@ async fn end_earlier_runs(marker: String, holds: impl Fn() -> bool + Send + 'sta
     }
 }
 
-fn could_not_start(error: &std::io::Error, ctx: &Context, lease: &Lease, room: bool) -> Report {
+/// What becomes of a job whose run could not start. `None` when another worker holds it.
+async fn did_not_start(
+    error: &std::io::Error,
+    ctx: &Context,
+    lease: &Lease,
+    recorder: Recorder,
+) -> Option<Report> {
+    let (held, lost) = (holds(ctx, &recorder), recorder.standing().signal == Signal::Lost);
+    recorder.close().await;
+    if lost {
+        warn!("the lease was lost before the run could start");
+        return None;
+    }
+    let why = if !held {
+        warn!("the lease ran out before the run could start; the job is handed back");
+        NotStarted::TooLate
+    } else if room::check(ctx).await {
+        error!(error = %error, "could not start the run");
+        NotStarted::Failed
+    } else {
+        NotStarted::NoRoom
+    };
     let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
-    Report {
-        ending: Ending::Again {
-            code: "internal".to_owned(),
-            message: "The worker could not start the Claude CLI; its log says why.".to_owned(),
-            run_after: clock::now().plus(pause),
-            hold: Hold::Delay,
-            counts: room,
-        },
+    Some(Report {
+        ending: why.ending(clock::now().plus(pause)),
         result: None,
         spend: Spend::default(),
         duration: Duration::ZERO,
@@ -179,6 +148,33 @@ fn could_not_start(error: &std::io::Error, ctx: &Context, lease: &Lease, room: b
         claude_session_id: None,
         stderr_tail: error.to_string(),
         exit: "not started".to_owned(),
+    })
+}
+
+/// Why a run could not start.
+#[derive(Clone, Copy)]
+enum NotStarted {
+    /// The lease had run out by then.
+    TooLate,
+    /// There was no room for it.
+    NoRoom,
+    Failed,
+}
+
+impl NotStarted {
+    fn ending(self, pause_ends: Timestamp) -> Ending {
+        match self {
+            // Nothing was started, so nothing has failed. Whoever has taken the job meanwhile isn't disturbed.
+            Self::TooLate => Ending::HandedBack,
+            Self::NoRoom | Self::Failed => Ending::Again {
+                code: ErrorCode::Internal.as_str().to_owned(),
+                message: "The worker could not start the Claude CLI; its log says why.".to_owned(),
+                run_after: pause_ends,
+                hold: Hold::Delay,
+                // A disk without room is no fault of the job.
+                counts: matches!(self, Self::Failed),
+            },
+        }
     }
 }
 
@@ -192,29 +188,7 @@ struct Run<'a> {
     process: Process,
     sockets: RunDir,
     total: Duration,
-    seen: Seen,
-}
-
-/// What the CLI has said so far.
-struct Seen {
-    lines: u64,
-    ended: Ended,
-    texts: Vec<String>,
-    tools: Vec<Value>,
-    open_tools: HashSet<String>,
-}
-
-/// How far the stop ladder has been climbed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Rung {
-    /// Nobody wants the run to end.
-    None,
-    /// The CLI was asked to end its turn.
-    Interrupted,
-    /// Its input is closed: it was told to end, or has given its result.
-    Closed,
-    /// Everything was killed.
-    Killed,
+    said: Said,
 }
 
 impl<'a> Run<'a> {
@@ -269,13 +243,7 @@ impl<'a> Run<'a> {
             &ctx.upstream,
         )?;
 
-        let seen = Seen {
-            lines: 0,
-            ended: Ended::new(spec.json_schema.is_some(), clock::now()),
-            texts: Vec::new(),
-            tools: Vec::new(),
-            open_tools: HashSet::new(),
-        };
+        let said = Said::new(spec.json_schema.is_some(), clock::now());
         let total = job
             .timeout_seconds
             .and_then(|seconds| u64::try_from(seconds).ok())
@@ -305,7 +273,7 @@ impl<'a> Run<'a> {
             process,
             sockets,
             total,
-            seen,
+            said,
         })
     }
 
@@ -319,115 +287,81 @@ impl<'a> Run<'a> {
         self.process.send(&command::user_line(&self.spec));
 
         let started = Instant::now();
-        let mut last_line = started;
+        let mut ladder = Ladder::new(started, self.total);
+        let mut silence = Silence::new(started);
         let mut ask_cost = tokio::time::interval_at(started + ASK_COST, ASK_COST);
         let mut cost_told = started;
-        let mut stopped = None;
-        let (mut rung, mut rung_until) = (Rung::None, started + self.total);
+        let (first_output, idle) = (self.ctx.config.first_output, self.ctx.config.idle);
         loop {
-            let (silent_until, silence) = self.patience(started, last_line);
+            let (silent_until, too_silent) = silence.ends(first_output, idle);
             let lease_ends = recorder.standing().held_at + self.ctx.config.lease;
-            tokio::select! {
+            let act = tokio::select! {
                 line = self.process.next_line() => {
                     let Some(line) = line else { break };
-                    last_line = Instant::now();
+                    let now = Instant::now();
                     let message = Message::parse(&line);
+                    silence.hear(&message, now);
                     if meter.observe(&message) {
                         // Kept at once: this is what is paid for if the worker is lost.
                         recorder.spend(meter.spend());
                     }
-                    let is_result = matches!(&message, Message::Result(result) if result.is_verdict());
-                    if let Message::Init(init) = &message
-                        && let Some(surprise) = command::surprise(&self.spec, init, self.ctx.credentials.variable())
-                    {
-                        error!("the CLI isn't set up as it was told, the run is ended: {surprise}");
-                        stopped = Some(Stopped::NotAsTold);
-                        self.process.kill();
-                    }
+                    let act = self.react(&message, &mut ladder, now);
                     self.note(message, &mut recorder);
-                    if is_result && rung != Rung::Killed {
-                        // Subagents go on spending until the process ends.
-                        self.process.close_stdin();
-                        (rung, rung_until) = (Rung::Closed, Instant::now() + GOODBYE);
-                    }
-                    if last_line >= cost_told + TELL_COST {
-                        cost_told = last_line;
+                    if now >= cost_told + TELL_COST {
+                        cost_told = now;
                         tell_cost(&meter.spend(), &mut recorder);
                     }
+                    act
                 }
                 standing = recorder.changed() => {
                     self.process.renewed_at(standing.held_at.into_std());
                     match standing.signal {
-                        Signal::Lost if rung != Rung::Killed => {
-                            stopped = Some(Stopped::LeaseLost);
-                            self.process.kill();
-                            (rung, rung_until) = (Rung::Killed, Instant::now() + Duration::from_hours(1));
-                        }
-                        Signal::Cancel(_) if rung == Rung::None => {
-                            stopped = Some(Stopped::Cancelled);
-                            (rung, rung_until) = self.interrupt().await;
-                        }
-                        _ => {}
+                        Signal::Lost => ladder.kill(Stopped::LeaseLost, Instant::now()),
+                        Signal::Cancel(_) => ladder.interrupt(Stopped::Cancelled, Instant::now()),
+                        Signal::Continue => None,
                     }
                 }
-                () = self.ctx.handing_back.cancelled(), if rung == Rung::None => {
-                    stopped = Some(Stopped::Shutdown);
-                    (rung, rung_until) = self.interrupt().await;
+                () = self.ctx.handing_back.cancelled(), if ladder.is_untouched() => {
+                    ladder.interrupt(Stopped::Shutdown, Instant::now())
                 }
-                () = sleep_until(silent_until), if rung == Rung::None => {
-                    stopped = Some(silence);
-                    (rung, rung_until) = self.interrupt().await;
+                () = sleep_until(silent_until), if ladder.is_untouched() => {
+                    ladder.interrupt(too_silent, Instant::now())
                 }
-                () = sleep_until(lease_ends), if rung != Rung::Killed => {
-                    stopped = Some(Stopped::LeaseLost);
-                    self.process.kill();
-                    (rung, rung_until) = (Rung::Killed, Instant::now() + Duration::from_hours(1));
+                () = sleep_until(lease_ends), if !ladder.is_climbed() => {
+                    ladder.kill(Stopped::LeaseLost, Instant::now())
                 }
-                () = sleep_until(rung_until) => {
-                    (rung, rung_until) = match rung {
-                        Rung::None => {
-                            stopped = Some(Stopped::Timeout { deadline: Deadline::Total, after: self.total });
-                            self.interrupt().await
-                        }
-                        Rung::Interrupted => {
-                            self.process.close_stdin();
-                            (Rung::Closed, Instant::now() + CLOSE)
-                        }
-                        Rung::Closed | Rung::Killed => {
-                            self.process.kill();
-                            (Rung::Killed, Instant::now() + Duration::from_hours(1))
-                        }
-                    };
-                }
+                () = sleep_until(ladder.until()), if !ladder.is_climbed() => ladder.climb(Instant::now()),
                 _ = ask_cost.tick() => {
                     self.process.send(&command::usage_line("usage"));
+                    None
                 }
+            };
+            match act {
+                Some(Act::Interrupt) => self.process.send(&command::interrupt_line("stop")),
+                Some(Act::Close) => self.process.close_stdin(),
+                Some(Act::Kill) => self.process.kill(),
+                None => {}
             }
         }
-        self.end(stopped, meter, recorder).await
+        self.end(&ladder, meter, recorder).await
     }
 
-    /// Until when the CLI may be silent, and what it means if it is longer.
-    fn patience(&self, started: Instant, last_line: Instant) -> (Instant, Stopped) {
-        let (since, deadline, after) = if self.seen.lines == 0 {
-            (started, Deadline::FirstOutput, self.ctx.config.first_output)
-        } else if self.seen.open_tools.is_empty() {
-            (last_line, Deadline::Idle, self.ctx.config.idle)
-        } else {
-            (last_line, Deadline::Idle, self.ctx.config.idle * TOOL_PATIENCE)
-        };
-        (since + after, Stopped::Timeout { deadline, after })
-    }
-
-    async fn interrupt(&mut self) -> (Rung, Instant) {
-        self.process.send(&command::interrupt_line("stop"));
-        (Rung::Interrupted, Instant::now() + INTERRUPT)
+    /// What a message means for the run as a whole.
+    fn react(&self, message: &Message, ladder: &mut Ladder, now: Instant) -> Option<Act> {
+        match message {
+            Message::Init(init) => {
+                let surprise = command::surprise(&self.spec, init, self.ctx.credentials.variable())?;
+                error!("the CLI isn't set up as it was told, the run is ended: {surprise}");
+                ladder.kill(Stopped::NotAsTold, now)
+            }
+            Message::Result(result) if result.is_verdict() => ladder.close(now),
+            _ => None,
+        }
     }
 
     /// Takes note of a message, and tells it as events.
     fn note(&mut self, message: Message, recorder: &mut Recorder) {
-        self.seen.lines += 1;
-        self.seen.ended.observe(&message);
+        self.said.ended.observe(&message);
         match message {
             Message::Assistant(answer) => {
                 for block in answer.blocks {
@@ -436,7 +370,6 @@ impl<'a> Run<'a> {
             }
             Message::User(user) => {
                 for result in user.tool_results {
-                    self.seen.open_tools.remove(&result.tool_use_id);
                     let content = cut(&result.content, TOOL_RESULT);
                     let mut data = json!({
                         "tool_use_id": result.tool_use_id, "is_error": result.is_error, "content": content,
@@ -454,26 +387,23 @@ impl<'a> Run<'a> {
     fn note_block(&mut self, block: Block, main: bool, recorder: &mut Recorder) {
         match block {
             Block::Text(text) if main => {
+                self.said.text(&text);
                 recorder.event(NewEvent::new(
                     EventType::Assistant,
                     json!({ "content": text, "tool_name": null }),
                 ));
-                self.seen.texts.push(text);
             }
             Block::Text(_) => {}
             Block::ToolUse { id, name, input } => {
+                self.said.tool(&name, &input);
                 let data = json!({ "content": null, "tool_name": name, "tool_use_id": id, "input": input });
                 recorder.event(NewEvent::new(EventType::Tool, data));
-                self.seen.open_tools.insert(id);
-                if self.seen.tools.len() < 1000 {
-                    self.seen.tools.push(json!({ "name": name, "input": input }));
-                }
             }
         }
     }
 
     /// Waits until nothing of the run lives, and says what became of it.
-    async fn end(self, stopped: Option<Stopped>, meter: Meter, recorder: Recorder) -> Option<Report> {
+    async fn end(self, ladder: &Ladder, meter: Meter, mut recorder: Recorder) -> Option<Report> {
         let Self {
             ctx,
             lease,
@@ -483,21 +413,22 @@ impl<'a> Run<'a> {
             process,
             sockets,
             total,
-            seen,
+            said,
         } = self;
-        let exit = process.end_within(GOODBYE).await;
+        let exit = end_of(process, ladder.left(Instant::now()), &mut recorder).await;
         let observed = gateway.last_failure();
         drop(gateway);
         sockets.remove().await;
-        let stopped = stopped.or(match exit.ended_by {
-            EndedBy::Beat => Some(Stopped::LeaseLost),
+        let stopped = ladder.stopped().or(match exit.ended_by {
+            EndedBy::Beat if !holds(ctx, &recorder) => Some(Stopped::LeaseLost),
             EndedBy::Deadline => Some(Stopped::Timeout {
                 deadline: Deadline::Total,
                 after: total,
             }),
             EndedBy::Memory => Some(Stopped::OutOfMemory),
-            EndedBy::GuardLost => Some(Stopped::GuardLost),
-            _ => None,
+            // Without a beat although the lease is held: this worker was too busy to pass them on.
+            EndedBy::GuardLost | EndedBy::Beat => Some(Stopped::GuardLost),
+            EndedBy::Exited | EndedBy::Worker => None,
         });
         recorder.close().await;
 
@@ -510,27 +441,41 @@ impl<'a> Run<'a> {
             stopped,
             stderr_tail: exit.stderr_tail.clone(),
             now,
-            ..seen.ended.clone()
+            ..said.ended.clone()
         };
         let verdict = outcome::judge(&ended);
         note_account(ctx, &verdict).await;
         let pause = ctx.config.backoff.pause(lease.job.failures + 1, random());
-        let ending = of_budget(verdict.into_ending(now.plus(pause))?, &lease);
-        let transcript = Transcript::of(&folders, spec.claude_session_id).await;
+        let ending = result::of_budget(verdict.into_ending(now.plus(pause))?, &lease);
+        let written = transcript::is_written(&folders, spec.claude_session_id).await;
         Some(Report {
             ending,
-            result: result(&seen, &spend, &spec),
+            result: result::result(&said, &spend, &spec),
             spend,
             duration: Duration::ZERO,
-            turns: seen
+            turns: said
                 .ended
                 .result
                 .as_ref()
                 .map_or(0, |result| i64::try_from(result.num_turns).unwrap_or(0)),
-            claude_session_id: transcript.map(|_| spec.claude_session_id.to_string()),
-            exit: describe(&exit),
+            claude_session_id: written.then(|| spec.claude_session_id.to_string()),
+            exit: result::describe(&exit),
             stderr_tail: exit.stderr_tail,
         })
+    }
+}
+
+/// Waits for the end of a process whose output is over. Beats are passed on meanwhile: with a short lease its guard
+/// would take the wait for the worker's end.
+async fn end_of(process: Process, patience: Duration, recorder: &mut Recorder) -> Exit {
+    let beats = process.beats();
+    let end = process.end_within(patience);
+    tokio::pin!(end);
+    loop {
+        tokio::select! {
+            exit = &mut end => return exit,
+            standing = recorder.changed() => beats.renewed_at(standing.held_at.into_std()),
+        }
     }
 }
 
@@ -581,23 +526,6 @@ fn tell_cost(spend: &Spend, recorder: &mut Recorder) {
     ));
 }
 
-/// A run that met its cap because the budget left it no more failed for the budget, not for its own cap.
-fn of_budget(ending: Ending, lease: &Lease) -> Ending {
-    let (had, wanted) = (lease.reserved, lease.job.max_cost);
-    match ending {
-        Ending::Failed { code, .. } if code == ErrorCode::MaxCost.as_str() && had < wanted => {
-            Ending::Failed {
-                code: "budget_exceeded".to_owned(),
-                message: format!(
-                    "The budget had only {had} left for this run, which may cost {wanted}, and it has used that up. Raise \
-                 the budget, or wait for its next period, and submit the job again; what it did is kept."
-                ),
-            }
-        }
-        ending => ending,
-    }
-}
-
 /// What this run of the job is asked to do, defaults filled in.
 fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> std::io::Result<RunSpec> {
     let (job, options, defaults) = (&lease.job, &lease.options, &ctx.config.claude);
@@ -641,47 +569,28 @@ fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> std
     })
 }
 
-/// The wire's `Result`, also of a run that was cut off: what it said and did until then.
-fn result(seen: &Seen, spend: &Spend, spec: &RunSpec) -> Option<Value> {
-    let line = seen.ended.result.as_deref();
-    if line.is_none() && seen.texts.is_empty() && seen.tools.is_empty() {
-        return None;
-    }
-    let content = line
-        .and_then(|line| line.text.clone())
-        .unwrap_or_else(|| seen.texts.join("\n"));
-    Some(json!({
-        "session_id": spec.claude_session_id.to_string(),
-        "content": content,
-        "cost": spend.total(),
-        "duration_ms": line.map_or(0, |line| line.duration_ms),
-        "num_turns": line.map_or(0, |line| line.num_turns),
-        "tools_used": seen.tools,
-        "is_error": line.is_none_or(|line| line.is_error),
-        "subtype": line.map_or("interrupted", |line| line.subtype.as_str()),
-        "structured_output": line.and_then(|line| line.structured_output.clone()),
-        "usage": spend.usage(),
-        "model_usage": spend.models.iter().map(|model| {
-            (model.model.clone(), json!({ "cost": model.cost, "usage": model.usage }))
-        }).collect::<serde_json::Map<_, _>>(),
-        "permission_denials": line.map_or(&[][..], |line| &line.permission_denials),
-        "stop_reason": line.and_then(|line| line.stop_reason.clone()),
-    }))
-}
-
-fn describe(exit: &Exit) -> String {
-    match (exit.code, exit.signal) {
-        (Some(code), _) => format!("exit {code}"),
-        (None, Some(signal)) => format!("signal {signal}"),
-        (None, None) => "unknown".to_owned(),
-    }
-}
-
-fn cut(text: &str, bytes: usize) -> &str {
-    &text[..text.floor_char_boundary(bytes)]
-}
-
 /// From 0 to 1, for pauses that shouldn't all end at once.
 fn random() -> f64 {
     f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_came_too_late_to_start_is_no_failure() {
+        assert_eq!(NotStarted::TooLate.ending(Timestamp(7)), Ending::HandedBack);
+        for (why, counts) in [(NotStarted::NoRoom, false), (NotStarted::Failed, true)] {
+            let Ending::Again {
+                run_after,
+                counts: does,
+                ..
+            } = why.ending(Timestamp(7))
+            else {
+                panic!("another attempt may do better")
+            };
+            assert_eq!((run_after, does), (Timestamp(7), counts));
+        }
+    }
 }

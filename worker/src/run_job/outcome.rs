@@ -105,7 +105,7 @@ pub enum Stopped {
     NotAsTold,
     /// The run's processes took more memory than they may.
     OutOfMemory,
-    /// The guard around the run died, and the run with it.
+    /// The guard around the run died, and the run with it, or heard nothing of this worker in time.
     GuardLost,
 }
 
@@ -251,7 +251,7 @@ pub fn judge(ended: &Ended) -> Verdict {
         Some(Stopped::GuardLost) => Verdict::again(
             ErrorCode::ClaudeKilled,
             sentence(
-                "The process that guards the run was killed",
+                "The process that guards the run was killed, or the machine was too busy for it",
                 "",
                 "See the worker's log and submit the job again.",
             ),

@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// How a run failed, as clients see it in `error_code`. An open set: later releases may add words, none changes its
-/// meaning. Other parts of the service add `worker_lost`, `expired` and `budget_exceeded`.
+/// meaning. Other parts of the service add `worker_lost` and `expired`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
     /// The API failed or couldn't be reached.
@@ -12,6 +12,8 @@ pub enum ErrorCode {
     AuthError,
     /// The Anthropic account can't pay.
     BillingError,
+    /// The budget left the run less than it needed.
+    BudgetExceeded,
     /// The CLI failed in a way that has no word of its own.
     ClaudeError,
     /// The CLI was killed from outside, or its guard was.
@@ -52,10 +54,11 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::ApiUnavailable,
         Self::AuthError,
         Self::BillingError,
+        Self::BudgetExceeded,
         Self::ClaudeError,
         Self::ClaudeKilled,
         Self::Internal,
@@ -82,6 +85,7 @@ impl ErrorCode {
             Self::ApiUnavailable => "api_unavailable",
             Self::AuthError => "auth_error",
             Self::BillingError => "billing_error",
+            Self::BudgetExceeded => "budget_exceeded",
             Self::ClaudeError => "claude_error",
             Self::ClaudeKilled => "claude_killed",
             Self::Internal => "internal",

@@ -1,0 +1,94 @@
+//! The end of a run is written, however long the database takes: the work was done and paid for.
+
+use super::outcome::ErrorCode;
+use crate::context::Context;
+use shared::clock;
+use shared::job::{Ending, JobStatus, Lease, ModelCost, Report, Spend, TokenUsage};
+use shared::storage::Finish;
+use shared::telemetry::chain;
+use std::time::Duration;
+use tracing::{info, warn};
+
+/// The pause before another try.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// A report that was refused so often, by a database that can be used, is given up for a smaller one.
+const REFUSALS: u32 = 3;
+
+/// Writes the end of the run.
+pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
+    let mut report = report;
+    let (mut unsure, mut refused) = (false, 0);
+    loop {
+        match ctx.store.finish(lease, &report, clock::now()).await {
+            Ok(Finish::Became(status)) => return tell(lease, &report, status),
+            Ok(Finish::Lost) if unsure => {
+                if let Some(status) = written_before(ctx, lease).await {
+                    return tell(lease, &report, status);
+                }
+                return tell_lost();
+            }
+            Ok(Finish::Lost) => return tell_lost(),
+            Err(error) => {
+                // The commit may have come before the error.
+                unsure = true;
+                if !ctx.store.note(&error) {
+                    refused += 1;
+                    warn!(error = %chain(&error), "could not store the end of the run; trying again");
+                    if refused % REFUSALS == 0 {
+                        report = reduced(report, refused / REFUSALS);
+                    }
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
+fn tell(lease: &Lease, report: &Report, status: JobStatus) {
+    let (job_id, status, cost) = (lease.job.job_id, status.as_str(), report.spend.total());
+    let duration_ms = report.duration.as_millis();
+    info!(
+        job.status = status,
+        duration_ms,
+        cost_usd = cost.usd(),
+        "job {job_id} is {status}, {cost}"
+    );
+}
+
+fn tell_lost() {
+    warn!("the lease was lost; what this run did is another attempt's to check");
+}
+
+/// What became of the job, if an earlier try was stored although it seemed to fail.
+async fn written_before(ctx: &Context, lease: &Lease) -> Option<JobStatus> {
+    let job = ctx.store.job(lease.job.job_id).await.ok().flatten()?;
+    (job.attempt == lease.job.attempt && job.status != JobStatus::Running).then_some(job.status)
+}
+
+/// The same run with less to store: a job must end, even if the database takes no word of what the run said. `step`
+/// 1 keeps the sum of the cost, 2 and more nothing.
+fn reduced(report: Report, step: u32) -> Report {
+    let total = ModelCost {
+        model: "unknown".to_owned(),
+        cost: report.spend.total(),
+        usage: TokenUsage::default(),
+    };
+    Report {
+        ending: Ending::Failed {
+            code: ErrorCode::Internal.as_str().to_owned(),
+            message: "The end of the run could not be stored as it was; the worker's log says why."
+                .to_owned(),
+        },
+        result: None,
+        spend: Spend {
+            models: if step == 1 { vec![total] } else { Vec::new() },
+            estimated: true,
+            price_version: None,
+        },
+        turns: 0,
+        claude_session_id: None,
+        stderr_tail: String::new(),
+        ..report
+    }
+}
