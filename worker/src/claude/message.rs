@@ -117,10 +117,6 @@ pub struct RequestUsage {
 /// A failed request that is about to be repeated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ApiRetry {
-    /// 1 for the first repetition.
-    pub attempt: u64,
-    /// How many there will be.
-    pub max_retries: u64,
     /// The HTTP status; none when there was no answer.
     pub status: Option<u16>,
     /// The CLI's word for it (`overloaded`, `rate_limit`, `server_error`, `unknown` …).
@@ -134,8 +130,6 @@ pub struct RateLimit {
     pub status: Option<String>,
     /// When the window ends, in seconds since 1970. None when the rejection isn't the account's usage limit.
     pub resets_at: Option<i64>,
-    /// `five_hour`, `seven_day` …
-    pub kind: Option<String>,
 }
 
 impl RateLimit {
@@ -148,11 +142,7 @@ impl RateLimit {
 /// The answer to a control request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ControlResponse {
-    /// The id of the request.
-    pub request_id: String,
-    /// What went wrong; none when the request succeeded.
-    pub error: Option<String>,
-    /// The answer; `null` when there is none.
+    /// The answer; `null` when there is none, as after a failure.
     pub response: Value,
 }
 
@@ -280,8 +270,6 @@ fn stream_event(line: &Value) -> Message {
 
 fn api_retry(line: &Value) -> ApiRetry {
     ApiRetry {
-        attempt: count(&line["attempt"]),
-        max_retries: count(&line["max_retries"]),
         status: status(&line["error_status"]),
         error: text(line, "error"),
     }
@@ -291,15 +279,11 @@ fn rate_limit(info: &Value) -> RateLimit {
     RateLimit {
         status: text(info, "status"),
         resets_at: info["resetsAt"].as_i64(),
-        kind: text(info, "rateLimitType"),
     }
 }
 
 fn control_response(response: &Value) -> ControlResponse {
-    let error = (response["subtype"] != "success").then(|| text(response, "error").unwrap_or_default());
     ControlResponse {
-        request_id: text(response, "request_id").unwrap_or_default(),
-        error,
         response: response["response"].clone(),
     }
 }

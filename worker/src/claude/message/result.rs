@@ -18,16 +18,12 @@ pub struct ResultLine {
     pub text: Option<String>,
     /// The value that fits the schema that was asked for.
     pub structured_output: Option<Value>,
-    /// The Claude session.
-    pub session_id: Option<String>,
     /// Turns, as the CLI counts them: tool results too.
     pub num_turns: u64,
     /// Wall time of the turn, in milliseconds.
     pub duration_ms: u64,
     /// The CLI's own price of the whole process and, in a resumed session, of the runs before it.
     pub total_cost: Option<MicroUsd>,
-    /// Tokens of the main conversation in this turn; without subagents.
-    pub usage: Usage,
     /// Tokens and cost by model, with the scope of `total_cost`.
     pub model_usage: BTreeMap<String, ModelUsage>,
     /// Tokens and cost by model since the result line before, of this process alone. None before release 2.1.331.
@@ -57,11 +53,9 @@ impl ResultLine {
             subtype: text(line, "subtype").unwrap_or_default(),
             text: text(line, "result"),
             structured_output: line.get("structured_output").cloned(),
-            session_id: text(line, "session_id"),
             num_turns: count(&line["num_turns"]),
             duration_ms: count(&line["duration_ms"]),
             total_cost: cost(&line["total_cost_usd"]),
-            usage: Usage::read(&line["usage"]),
             model_usage: model_usage(&line["modelUsage"]),
             model_usage_since_last_result: line
                 .get("model_usage_since_last_result")

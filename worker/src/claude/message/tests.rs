@@ -136,8 +136,6 @@ fn an_error_of_the_api_is_told_three_times() {
         .filter(|message| matches!(message, Message::ApiRetry(_)))
         .collect();
     let retry = ApiRetry {
-        attempt: 1,
-        max_retries: 2,
         status: Some(529),
         error: Some("overloaded".to_owned()),
     };
@@ -163,10 +161,7 @@ fn a_usage_limit_says_when_it_ends() {
 
     let limit = limit.unwrap();
     assert!(limit.is_rejected());
-    assert_eq!(
-        (limit.resets_at, limit.kind.as_deref()),
-        (Some(1_900_000_000), Some("five_hour"))
-    );
+    assert_eq!(limit.resets_at, Some(1_900_000_000));
 }
 
 #[test]
@@ -186,15 +181,11 @@ fn the_cost_so_far_is_the_answer_to_a_control_request() {
     let [usage, interrupt] = &answers[..] else {
         panic!("{answers:?}")
     };
-    assert_eq!((usage.request_id.as_str(), &usage.error), ("so-far", &None));
     assert_eq!(
         usage.model_usage().unwrap()["claude-sonnet-5-5"].cost,
         Some(MicroUsd(400))
     );
-    assert_eq!(
-        (interrupt.request_id.as_str(), interrupt.model_usage()),
-        ("stop", None)
-    );
+    assert_eq!(interrupt.model_usage(), None);
 }
 
 #[test]

@@ -549,8 +549,6 @@ fn causes_without_a_transcript() {
 fn a_run_broken_off_while_its_credential_was_refused_fails_for_that() {
     let retry = |status| {
         Some(ApiRetry {
-            attempt: 1,
-            max_retries: 2,
             status: Some(status),
             error: None,
         })
