@@ -42,6 +42,7 @@ use sqlx::{ConnectOptions, Connection, Postgres, Sqlite, Transaction};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 
 pub use audit::{AuditEntry, AuditRow, Refused};
 pub use budget::{AdjustBudget, DeleteBudget, PutBudget};
@@ -152,6 +153,8 @@ enum Db {
         writer: SqlitePool,
         reader: SqlitePool,
         limits: SqlitePool,
+        /// This process has committed something: its own wake-ups needn't wait for the next look at the file.
+        committed: Notify,
     },
     Postgres(PgPool),
 }
@@ -259,6 +262,7 @@ impl Store {
             writer,
             reader,
             limits,
+            committed: Notify::new(),
         })
     }
 
@@ -392,6 +396,7 @@ impl Store {
                 writer,
                 reader,
                 limits,
+                ..
             } => {
                 limits.close().await;
                 reader.close().await;
@@ -458,7 +463,12 @@ impl Tx {
             ..
         } = self;
         match db {
-            TxDb::Sqlite(tx) => tx.commit().await.map_err(Error::during("commit"))?,
+            TxDb::Sqlite(tx) => {
+                tx.commit().await.map_err(Error::during("commit"))?;
+                if let Db::Sqlite { committed, .. } = &*store.db {
+                    committed.notify_one();
+                }
+            }
             TxDb::Postgres(tx) => {
                 let committed = store.silence.in_time(tx.commit()).await;
                 committed.map_err(Error::during("commit"))?;

@@ -110,8 +110,6 @@ async fn store(
         }
     }
     tx.commit().await?;
-    // For a worker in this very process; others hear of it by the database.
-    context.wakeups.ring();
     tracing::info!(job.id = %job.job_id, key.id = %job.key_id, "job {} accepted", job.job_id);
     Ok(Stored::Accepted(Box::new(job), members))
 }

@@ -1,7 +1,8 @@
 //! "Something was committed": from any process to whoever waits in this one. A wake-up is a hint, never data.
 //!
 //! PostgreSQL says it by `NOTIFY`, sent with the commit. On SQLite one connection asks `pragma data_version`, which
-//! changes with every commit of any other connection, and then reads which jobs have new events. Beneath both,
+//! changes with every commit of any other connection, every few milliseconds and after each commit of this process, and
+//! then reads which jobs have new events. Beneath both,
 //! everyone who waits also looks now and then by himself.
 
 use super::{Error, PATIENCE, Result, Store};
@@ -90,7 +91,7 @@ impl Wakeups {
                     told.wake_all();
                 }
             };
-            stop.run_until_cancelled(listening).await;
+            stop.run_until_cancelled(Box::pin(listening)).await;
         });
         Self(hub)
     }
@@ -178,7 +179,10 @@ async fn connect(pool: &sqlx::PgPool) -> sqlx::Result<PgListener> {
 }
 
 async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
-    let super::Db::Sqlite { reader, .. } = &*store.db else {
+    let super::Db::Sqlite {
+        reader, committed, ..
+    } = &*store.db
+    else {
         return Ok(());
     };
     let options = reader.connect_options().as_ref().clone();
@@ -191,7 +195,10 @@ async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = committed.notified() => {}
+        }
         let (now,): (i64,) = sqlx::query_as("pragma data_version")
             .fetch_one(&mut connection)
             .await
