@@ -7,6 +7,7 @@ use shared::telemetry::chain;
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::context::Context;
 
@@ -27,12 +28,19 @@ pub async fn keep(context: Context, ended: CancellationToken) {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks
     };
+    // Streams that are closed and count still.
+    let mut left = Vec::new();
     let (mut note, mut renew, mut sweep) = (every(NOTE_EVERY), every(RENEW_EVERY), every(SWEEP_EVERY));
     loop {
         tokio::select! {
-            Some(stream_id) = closed.recv() => told(&context, context.store.close_stream(stream_id).await),
+            Some(stream_id) = closed.recv() => close(&context, stream_id, &mut left).await,
             _ = note.tick() => told(&context, context.keyring.note().await),
-            _ = renew.tick() => told(&context, context.streams.renew().await),
+            _ = renew.tick() => {
+                for stream_id in std::mem::take(&mut left) {
+                    close(&context, stream_id, &mut left).await;
+                }
+                told(&context, context.streams.renew().await);
+            }
             _ = sweep.tick() => told(&context, sweep_all(&context).await),
             () = ended.cancelled() => break,
         }
@@ -43,8 +51,17 @@ pub async fn keep(context: Context, ended: CancellationToken) {
     }
 }
 
+async fn close(context: &Context, stream_id: Uuid, left: &mut Vec<Uuid>) {
+    let closed = context.store.close_stream(stream_id).await;
+    if closed.is_err() {
+        left.push(stream_id);
+    }
+    told(context, closed);
+}
+
 async fn sweep_all(context: &Context) -> storage::Result<()> {
-    context.store.sweep_limits(clock::now()).await?;
+    let now = context.store.limits_now().await?;
+    context.store.sweep_limits(now).await?;
     context.store.sweep_audit(clock::now()).await
 }
 

@@ -289,8 +289,17 @@ impl Keyring {
     /// Writes down which keys were used, each at most once a minute, and what was refused.
     pub async fn note(&self) -> storage::Result<()> {
         let due = self.due();
-        if !due.is_empty() {
-            self.store.touch_api_keys(&due).await?;
+        if !due.is_empty()
+            && let Err(error) = self.store.touch_api_keys(&due).await
+        {
+            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+            for (key_id, _) in &due {
+                if let Some(known) = used.get_mut(key_id) {
+                    known.news = true;
+                    known.noted = None;
+                }
+            }
+            return Err(error);
         }
         let refused = std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner));
         if !refused.is_empty() {

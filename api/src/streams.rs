@@ -1,10 +1,9 @@
 //! Event streams that are open, of keys that may only have so many: counted in the database, over all processes.
 
-use shared::clock;
 use shared::storage::Store;
+use std::collections::HashSet;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use uuid::Uuid;
@@ -15,11 +14,14 @@ use crate::problem::Problem;
 /// A stream that isn't renewed for this long counts no more: its process is gone.
 const COUNTED_FOR: Duration = Duration::from_secs(30);
 
+/// The streams that clients of this process hold.
+type Open = Arc<Mutex<HashSet<Uuid>>>;
+
 /// The streams of this process.
 pub struct Streams {
     store: Store,
     process_id: Uuid,
-    open: Arc<AtomicUsize>,
+    open: Open,
     closing: UnboundedSender<Uuid>,
     closed: Mutex<Option<UnboundedReceiver<Uuid>>>,
 }
@@ -34,13 +36,13 @@ impl fmt::Debug for Streams {
 #[derive(Debug)]
 pub struct Place {
     stream_id: Uuid,
-    open: Arc<AtomicUsize>,
+    open: Open,
     closing: UnboundedSender<Uuid>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.open.fetch_sub(1, Ordering::Relaxed);
+        ids(&self.open).remove(&self.stream_id);
         // Without a receiver the process is ending, and the place ends by itself.
         let _ = self.closing.send(self.stream_id);
     }
@@ -65,13 +67,13 @@ impl Streams {
         let Some(max) = caller.rights.max_streams else {
             return Ok(None);
         };
-        let now = clock::now();
+        let now = self.store.limits_now().await?;
         let stream_id = self
             .store
             .open_stream(&caller.key_id, self.process_id, max, now, now.plus(COUNTED_FOR))
             .await?
             .ok_or(Problem::TooManyStreams(max))?;
-        self.open.fetch_add(1, Ordering::Relaxed);
+        ids(&self.open).insert(stream_id);
         Ok(Some(Place {
             stream_id,
             open: Arc::clone(&self.open),
@@ -86,11 +88,18 @@ impl Streams {
 
     /// Lets the open ones count on.
     pub async fn renew(&self) -> shared::storage::Result<()> {
-        if self.open.load(Ordering::Relaxed) == 0 {
+        let open: Vec<Uuid> = ids(&self.open).iter().copied().collect();
+        if open.is_empty() {
             return Ok(());
         }
-        self.store
-            .renew_streams(self.process_id, clock::now().plus(COUNTED_FOR))
-            .await
+        let valid_until = self.store.limits_now().await?.plus(COUNTED_FOR);
+        for stream_id in open {
+            self.store.renew_stream(stream_id, valid_until).await?;
+        }
+        Ok(())
     }
+}
+
+fn ids(open: &Open) -> MutexGuard<'_, HashSet<Uuid>> {
+    open.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -7,7 +7,7 @@
 //! On SQLite the tables are in a file of their own beside the database, so that reading, which is limited too, never
 //! waits for the one writer of jobs. Losing that file lets everybody begin anew, which does no harm.
 
-use super::{Db, Error, PATIENCE, Result, Store};
+use super::{Db, Error, PATIENCE, Result, Store, read};
 use crate::clock::{self, Timestamp};
 use crate::id::KeyId;
 use sqlx::sqlite::{
@@ -280,15 +280,33 @@ impl Store {
         })
     }
 
+    /// The time by which limits and streams are counted: the database's own, since the clocks of several machines don't
+    /// agree; this machine's on SQLite.
+    pub async fn limits_now(&self) -> Result<Timestamp> {
+        match &*self.db {
+            Db::Sqlite { .. } => Ok(clock::now()),
+            Db::Postgres(_) => read!(
+                self,
+                "ask for the time",
+                fetch_one => (Timestamp,),
+                "select cast(extract(epoch from clock_timestamp()) * 1000000 as bigint)"
+            )
+            .map(|row| row.0),
+        }
+    }
+
     /// How a bucket stands, without taking anything.
     pub async fn quota(&self, bucket: &str, rate: Rate) -> Result<Quota> {
         let sql = "select full_at from rate_limit where bucket = $1";
         let row: Option<(Timestamp,)> = match &*self.db {
             Db::Sqlite { limits, .. } => sqlx::query_as(sql).bind(bucket).fetch_optional(limits).await,
-            Db::Postgres(pool) => sqlx::query_as(sql).bind(bucket).fetch_optional(pool).await,
+            Db::Postgres(pool) => {
+                let reading = sqlx::query_as(sql).bind(bucket).fetch_optional(pool);
+                self.silence.in_time(reading).await
+            }
         }
         .map_err(Error::during("read a rate limit"))?;
-        let now = clock::now();
+        let now = self.limits_now().await?;
         let quota = Quota {
             rate,
             granted: true,
@@ -302,7 +320,7 @@ impl Store {
     }
 
     /// Counts an event stream of this key that is about to open, unless `max` are open already, in all processes.
-    /// `None`: there are. It counts until it is closed or, when `process_id` doesn't renew it, until `valid_until`.
+    /// `None`: there are. It counts until it is closed or, when it isn't renewed, until `valid_until`.
     pub async fn open_stream(
         &self,
         key_id: &KeyId,
@@ -353,13 +371,13 @@ impl Store {
         Ok((opened > 0).then_some(stream_id))
     }
 
-    /// The streams of this process go on to count.
-    pub async fn renew_streams(&self, process_id: Uuid, valid_until: Timestamp) -> Result<()> {
+    /// A stream goes on to count.
+    pub async fn renew_stream(&self, stream_id: Uuid, valid_until: Timestamp) -> Result<()> {
         change!(
             self,
-            "renew event streams",
-            "update open_stream set valid_until = $2 where process_id = $1",
-            process_id.to_string(),
+            "renew an event stream",
+            "update open_stream set valid_until = $2 where stream_id = $1",
+            stream_id.to_string(),
             valid_until
         )
         .map(drop)
@@ -376,7 +394,7 @@ impl Store {
         .map(drop)
     }
 
-    /// Forgets buckets that are full and streams that count no more.
+    /// Forgets buckets that are full and streams that count no more, as of [`Store::limits_now`].
     pub async fn sweep_limits(&self, now: Timestamp) -> Result<()> {
         change!(
             self,
