@@ -17,32 +17,33 @@ pub fn bind(data_dir: &Path, instance_id: &str) -> Result<PathBuf, Error> {
     };
     std::fs::create_dir_all(data_dir).map_err(unusable)?;
     let file = data_dir.join("instance");
-    let made = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(&file);
-    match made {
-        Ok(mut made) => {
-            let written = made
-                .write_all(instance_id.as_bytes())
-                .and_then(|()| made.sync_all());
-            written.map_err(unusable)?;
-        }
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            let owner = std::fs::read_to_string(&file).map_err(unusable)?;
-            // An empty file is one that another process of ours is just writing, or couldn't.
-            if owner.trim() != instance_id && !owner.trim().is_empty() {
-                let problem = format!("({}) belongs to another database", data_dir.display());
-                return Err(Error::new(
-                    "DATA_DIR",
-                    problem,
-                    "the folder of this DATABASE_URL, or an empty one",
-                ));
-            }
-        }
-        Err(error) => return Err(unusable(error)),
+    if !file.exists() {
+        name(data_dir, &file, instance_id).map_err(unusable)?;
+    }
+    let owner = std::fs::read_to_string(&file).map_err(unusable)?;
+    if owner.trim() != instance_id {
+        let problem = format!("({}) belongs to another database", data_dir.display());
+        return Err(Error::new(
+            "DATA_DIR",
+            problem,
+            "the folder of this DATABASE_URL, or an empty one",
+        ));
     }
     data_dir.canonicalize().map_err(unusable)
+}
+
+/// Writes the name, whole or not at all, unless somebody else does so first.
+fn name(data_dir: &Path, file: &Path, instance_id: &str) -> std::io::Result<()> {
+    let new = data_dir.join(format!("instance.{}", uuid::Uuid::new_v4()));
+    let mut made = std::fs::File::create_new(&new)?;
+    made.write_all(instance_id.as_bytes())?;
+    made.sync_all()?;
+    let linked = std::fs::hard_link(&new, file);
+    std::fs::remove_file(&new)?;
+    match linked {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        linked => linked,
+    }
 }
 
 #[cfg(test)]
@@ -55,6 +56,11 @@ mod tests {
         let data_dir = folder.path().join("data");
         bind(&data_dir, "one").unwrap();
         bind(&data_dir, "one").unwrap();
+        assert_eq!(bind(&data_dir, "two").unwrap_err().variable, "DATA_DIR");
+        let files = std::fs::read_dir(&data_dir).unwrap().count();
+        assert_eq!(files, 1, "nothing is left beside the name");
+        // As if the disk had lost what was written: it isn't everybody's.
+        std::fs::write(data_dir.join("instance"), "").unwrap();
         assert_eq!(bind(&data_dir, "two").unwrap_err().variable, "DATA_DIR");
     }
 }

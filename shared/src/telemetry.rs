@@ -13,17 +13,22 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
         "critical" => "error",
         other => other,
     };
+    let unknown = || {
+        Error::new(
+            "LOG_LEVEL",
+            "isn't a level",
+            "off, error, warn, info, debug, trace, or a filter such as info,worker=debug",
+        )
+    };
+    // The library takes a word that is no level for the name of a crate, and then nothing else is told.
+    if filter.split(',').any(|part| !is_directive(part.trim())) {
+        return Err(unknown());
+    }
     // What the pools of connections and the queue library complain about is told once, by whoever meets it.
     let quiet = "sqlx=warn,sqlx::pool=error,sqlx_core::pool=error,sqlx::postgres::notice=error,\
                  apalis=off,apalis_core=off,apalis_postgres=off,apalis_sqlite=off,hyper=warn,reqwest=warn";
     let quiet = format!("{filter},{quiet}");
-    let filter = EnvFilter::try_new(quiet).map_err(|_| {
-        Error::new(
-            "LOG_LEVEL",
-            "isn't a level",
-            "error, warn, info, debug, trace, or a filter of such",
-        )
-    })?;
+    let filter = EnvFilter::try_new(quiet).map_err(|_| unknown())?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
@@ -36,6 +41,11 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
             .try_init(),
     };
     Ok(())
+}
+
+/// A level, or one for a part of the program.
+fn is_directive(text: &str) -> bool {
+    ["", "off", "error", "warn", "info", "debug", "trace"].contains(&text) || text.contains(['=', '['])
 }
 
 /// An error with all its causes, as one line.

@@ -29,6 +29,8 @@ async fn a_bad_setting_stops_the_start() {
         (API, "KEY_MAX_RUNNING_JOBS", "none"),
         (API, "CORS_ORIGINS", "no origin"),
         (API, "LOG_FORMAT", "xml"),
+        (API, "LOG_LEVEL", "verbose"),
+        (WORKER, "LOG_LEVEL", "info,loud"),
         (API, "DATABASE_URL", "mysql://localhost/x"),
         (API, "API_HOST", "0.0.0.0"),
         (WORKER, "WORKER_CONCURRENCY", "0"),

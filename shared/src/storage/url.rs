@@ -13,14 +13,22 @@ pub enum DatabaseUrl {
     Postgres(String),
 }
 
-/// The password, if there is one, isn't shown.
+/// Only where it is: a password may stand in more than one place.
 impl std::fmt::Debug for DatabaseUrl {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Sqlite(path) => write!(f, "sqlite://{}", path.display()),
-            Self::Postgres(url) => match (url.find("://"), url.rfind('@')) {
-                (Some(scheme), Some(at)) => write!(f, "{}://…{}", &url[..scheme], &url[at..]),
-                _ => f.write_str("postgres://…"),
+            Self::Postgres(url) => match url.parse::<PgConnectOptions>() {
+                Ok(options) => {
+                    let database = options.get_database().unwrap_or_default();
+                    write!(
+                        f,
+                        "postgres://{}:{}/{database}",
+                        options.get_host(),
+                        options.get_port()
+                    )
+                }
+                Err(_) => f.write_str("postgres://…"),
             },
         }
     }
@@ -88,7 +96,13 @@ mod tests {
         }
         let asyncpg = DatabaseUrl::parse("postgresql+asyncpg://me:secret@db/q").unwrap();
         assert_eq!(asyncpg, DatabaseUrl::Postgres("postgres://me:secret@db/q".into()));
-        assert_eq!(format!("{asyncpg:?}"), "postgres://…@db/q");
+        for url in [
+            "postgres://me:secret@db/q",
+            "postgres://me@db:5432/q?password=secret",
+        ] {
+            let shown = format!("{:?}", DatabaseUrl::parse(url).unwrap());
+            assert_eq!(shown, "postgres://db:5432/q");
+        }
     }
 
     #[test]
