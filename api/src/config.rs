@@ -112,9 +112,9 @@ impl Config {
                 1,
                 1_000,
             )?,
-            idempotency_ttl: Duration::from_secs(3_600 * vars.number("IDEMPOTENCY_TTL_HOURS", 24, 1, 720)?),
-            retention: Duration::from_secs(86_400 * vars.number("JOB_RETENTION_DAYS", 30, 1, 3_650)?),
-            drain: seconds(vars, "DRAIN_SECONDS", default.drain, 0, 3_600)?,
+            idempotency_ttl: vars.idempotency_ttl()?,
+            retention: vars.retention()?,
+            drain: vars.drain()?,
         })
     }
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use shared::job::{EFFORTS, PERMISSION_MODES};
 use shared::key::Scope;
 use shared::money::MicroUsd;
 
@@ -10,8 +11,6 @@ use crate::config::Config;
 use crate::problem::Problem;
 use crate::request::fields::{Fields, Reading, choice, dollars, integer, names, parsed, text};
 
-const EFFORTS: &[&str] = &["low", "medium", "high", "xhigh", "max"];
-const PERMISSION_MODES: &[&str] = &["default", "plan", "acceptEdits", "auto", "dontAsk", BYPASS];
 const BYPASS: &str = "bypassPermissions";
 
 /// Settings; what is `None` is decided by the session, then by the service.
@@ -44,9 +43,9 @@ impl Settings {
             model: body.optional("model", model),
             max_turns: body.optional("max_turns", integer(1..=100)),
             permission_mode: body
-                .optional("permission_mode", choice(PERMISSION_MODES))
+                .optional("permission_mode", choice(&PERMISSION_MODES))
                 .map(str::to_owned),
-            effort: body.optional("effort", choice(EFFORTS)).map(str::to_owned),
+            effort: body.optional("effort", choice(&EFFORTS)).map(str::to_owned),
             allowed_tools: body.optional("allowed_tools", names),
             disallowed_tools: body.optional("disallowed_tools", names),
             max_cost_usd: body.optional("max_cost_usd", dollars(config.max_cost_per_request)),

@@ -79,8 +79,8 @@ impl Client {
     /// The service that `CLAUDE_QUEUE_URL` and `CLAUDE_QUEUE_API_KEY` name. Without them it is the one of this folder's
     /// `.env`: its key is only ever sent to this machine.
     pub(crate) fn from_vars(vars: &Vars) -> Result<Self, Failure> {
-        let url = vars.text("CLAUDE_QUEUE_URL");
-        let mut key = vars.text("CLAUDE_QUEUE_API_KEY");
+        let url = vars.text("CLAUDE_QUEUE_URL")?;
+        let mut key = vars.text("CLAUDE_QUEUE_API_KEY")?;
         if url.is_none() && key.is_none() {
             key = vars.list("API_KEYS", "")?.into_iter().next();
         }

@@ -120,6 +120,7 @@ impl Bench {
             worker_id: WorkerId::new(),
             cli_version: "2.1.331".to_owned(),
             least_reserve: MicroUsd(50_000),
+            defaults: shared::job::RunDefaults::default(),
         };
         if waiting > 0 {
             fill(&database, &store, &claimant, kind, waiting).await;

@@ -1,9 +1,11 @@
 //! The environment: every setting is a variable, read here, and a bad one stops the start with its name.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsString;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// A variable has a value that can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +35,8 @@ impl Error {
 #[derive(Default)]
 pub struct Vars {
     values: HashMap<String, String>,
+    /// Those whose values are no text.
+    no_text: BTreeSet<String>,
     asked: RefCell<BTreeMap<&'static str, String>>,
 }
 
@@ -69,10 +73,20 @@ impl Vars {
                 ));
             }
         }
-        Ok(Self {
-            values: std::env::vars().collect(),
-            asked: RefCell::default(),
-        })
+        Ok(Self::from_os(std::env::vars_os()))
+    }
+
+    fn from_os(variables: impl Iterator<Item = (OsString, OsString)>) -> Self {
+        let mut vars = Self::default();
+        for (name, value) in variables {
+            // A name that is no text is none of ours.
+            let Ok(name) = name.into_string() else { continue };
+            match value.into_string() {
+                Ok(value) => drop(vars.values.insert(name, value)),
+                Err(_) => drop(vars.no_text.insert(name)),
+            }
+        }
+        vars
     }
 
     /// These variables and no others.
@@ -83,7 +97,7 @@ impl Vars {
             .collect();
         Self {
             values,
-            asked: RefCell::default(),
+            ..Self::default()
         }
     }
 
@@ -93,12 +107,13 @@ impl Vars {
     }
 
     /// The text of `name`; unset, empty and blank are all `None`.
-    pub fn text(&self, name: &'static str) -> Option<String> {
+    pub fn text(&self, name: &'static str) -> Result<Option<String>, Error> {
         self.asked.borrow_mut().entry(name).or_default();
-        self.values
-            .get(name)
-            .map(|value| value.trim().to_owned())
-            .filter(|value| !value.is_empty())
+        if self.no_text.contains(name) {
+            return Err(Error::new(name, "isn't text", "text in UTF-8"));
+        }
+        let value = self.values.get(name).map(|value| value.trim().to_owned());
+        Ok(value.filter(|value| !value.is_empty()))
     }
 
     /// The text of a variable that belongs to the system (`HOME`, `PATH`) and not to this service.
@@ -109,7 +124,7 @@ impl Vars {
     /// The text of `name`, or `default`.
     pub fn or(&self, name: &'static str, default: &str) -> Result<String, Error> {
         self.asked.borrow_mut().insert(name, default.to_owned());
-        Ok(self.text(name).unwrap_or_else(|| default.to_owned()))
+        Ok(self.text(name)?.unwrap_or_else(|| default.to_owned()))
     }
 
     /// One of `choices`, in lower case, or `default`.
@@ -148,6 +163,24 @@ impl Vars {
             return Err(Error::new(name, format!("is out of range ({number})"), accepted));
         }
         Ok(number)
+    }
+
+    /// What is still open when a process is told to stop gets this to end by itself: `DRAIN_SECONDS`, 30.
+    pub fn drain(&self) -> Result<Duration, Error> {
+        self.number("DRAIN_SECONDS", 30, 0, 86_400)
+            .map(Duration::from_secs)
+    }
+
+    /// How long an ended job keeps its data: `JOB_RETENTION_DAYS`, 30.
+    pub fn retention(&self) -> Result<Duration, Error> {
+        self.number("JOB_RETENTION_DAYS", 30, 1, 36_500)
+            .map(|days: u64| Duration::from_secs(86_400 * days))
+    }
+
+    /// How long an `Idempotency-Key` is remembered: `IDEMPOTENCY_TTL_HOURS`, 24.
+    pub fn idempotency_ttl(&self) -> Result<Duration, Error> {
+        self.number("IDEMPOTENCY_TTL_HOURS", 24, 1, 8_760)
+            .map(|hours: u64| Duration::from_secs(3_600 * hours))
     }
 
     /// A list with commas between its members; blanks around them and empty members are dropped.
@@ -190,6 +223,25 @@ mod tests {
             vars.choice("MODE", "a", &["a", "b"]).unwrap_err().accepted,
             "a | b"
         );
+    }
+
+    #[test]
+    fn what_is_no_text_matters_only_where_it_is_asked_for() {
+        use std::os::unix::ffi::OsStringExt;
+        let bad = || OsString::from_vec(vec![b'x', 0xff]);
+        let vars = Vars::from_os(
+            [
+                (bad(), "foreign".into()),
+                ("FOREIGN".into(), bad()),
+                ("API_KEYS".into(), bad()),
+                ("API_PORT".into(), "80".into()),
+            ]
+            .into_iter(),
+        );
+
+        assert_eq!(vars.number("API_PORT", 8000, 0, 65_535), Ok(80));
+        let error = vars.list("API_KEYS", "").unwrap_err();
+        assert_eq!(error.to_string(), "API_KEYS isn't text; accepted: text in UTF-8");
     }
 
     #[test]

@@ -113,6 +113,19 @@ impl CancelReason {
     }
 }
 
+/// The efforts that there are.
+pub const EFFORTS: [&str; 5] = ["low", "medium", "high", "xhigh", "max"];
+
+/// The permission modes that there are.
+pub const PERMISSION_MODES: [&str; 6] = [
+    "default",
+    "plan",
+    "acceptEdits",
+    "auto",
+    "dontAsk",
+    "bypassPermissions",
+];
+
 /// The parts of a job's settings that only its run needs; stored as JSON beside the prompt.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -129,6 +142,21 @@ pub struct RunOptions {
     /// The JSON Schema that the structured output must match.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub json_schema: Option<Value>,
+}
+
+/// What a job gets that doesn't say: written into its row by its first claim, so that each attempt runs alike.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RunDefaults {
+    /// The model.
+    pub model: String,
+    /// The effort; `None` is the CLI's own.
+    pub effort: Option<String>,
+    /// The permission mode.
+    pub permission_mode: String,
+    /// Turns at most.
+    pub max_turns: i64,
+    /// Seconds an attempt may take.
+    pub timeout_seconds: i64,
 }
 
 /// A job that passed the gate and isn't stored yet.
@@ -215,15 +243,15 @@ pub struct Job {
     pub max_attempts: i64,
     /// What a lost worker means.
     pub on_worker_lost: OnWorkerLost,
-    /// The model asked for.
+    /// The model; since its first claim the effective one, like the next four.
     pub model: Option<String>,
-    /// The effort asked for.
+    /// The effort.
     pub effort: Option<String>,
-    /// The permission mode asked for.
+    /// The permission mode.
     pub permission_mode: Option<String>,
-    /// The turns asked for.
+    /// Turns at most.
     pub max_turns: Option<i64>,
-    /// The seconds asked for.
+    /// Seconds an attempt may take.
     pub timeout_seconds: Option<i64>,
     /// What one attempt may cost at most.
     pub max_cost: MicroUsd,
@@ -279,8 +307,6 @@ pub struct Lease {
     pub options: RunOptions,
     /// What this run may cost: reserved in every budget that applies.
     pub reserved: MicroUsd,
-    /// The name of its session.
-    pub session_name: Option<String>,
     /// The Claude sessions that the run may continue, best first; the first whose transcript is there is taken.
     pub resume: Vec<Resume>,
 }

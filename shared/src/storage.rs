@@ -136,6 +136,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// on a slow disk the last of them waits longer than any single statement may.
 const TURN: Duration = Duration::from_secs(10);
 
+/// How long connections may take to close.
+const CLOSE: Duration = Duration::from_secs(2);
+
 /// The database, whichever it is. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -389,21 +392,25 @@ impl Store {
         }
     }
 
-    /// Closes all connections. Statements under way end first.
+    /// Closes all connections. Statements under way end first, in two seconds at most: a database that doesn't answer
+    /// must not keep a process that has ended everything else.
     pub async fn close(&self) {
-        match &*self.db {
-            Db::Sqlite {
-                writer,
-                reader,
-                limits,
-                ..
-            } => {
-                limits.close().await;
-                reader.close().await;
-                writer.close().await;
+        let closing = async {
+            match &*self.db {
+                Db::Sqlite {
+                    writer,
+                    reader,
+                    limits,
+                    ..
+                } => {
+                    limits.close().await;
+                    reader.close().await;
+                    writer.close().await;
+                }
+                Db::Postgres(pool) => pool.close().await,
             }
-            Db::Postgres(pool) => pool.close().await,
-        }
+        };
+        let _ = tokio::time::timeout(CLOSE, closing).await;
     }
 
     /// The name of this database's content, made with it. `DATA_DIR` must hold the same.
@@ -430,15 +437,7 @@ impl Store {
     /// Makes sure that the key has a lane, with this cap on jobs that run at once.
     pub async fn put_lane(&self, key_id: &KeyId, max_running: i64) -> Result<()> {
         let mut tx = self.begin().await?;
-        execute!(
-            tx,
-            "set up a key's lane",
-            "insert into lane (key_id, max_running) values ($1, $2)
-             on conflict (key_id) do update set max_running = excluded.max_running
-             where lane.max_running <> excluded.max_running",
-            key_id,
-            max_running
-        )?;
+        tx.put_lane(key_id, max_running).await?;
         tx.commit().await
     }
 }
@@ -464,14 +463,14 @@ impl Tx {
         } = self;
         match db {
             TxDb::Sqlite(tx) => {
-                tx.commit().await.map_err(Error::during("commit"))?;
+                tx.commit().await.map_err(Error::during(error::COMMIT))?;
                 if let Db::Sqlite { committed, .. } = &*store.db {
                     committed.notify_one();
                 }
             }
             TxDb::Postgres(tx) => {
                 let committed = store.silence.in_time(tx.commit()).await;
-                committed.map_err(Error::during("commit"))?;
+                committed.map_err(Error::during(error::COMMIT))?;
                 // Others may have changed the hints without seeing this transaction; from here on one of the two
                 // sees the other. What fails here is mended by the sweeper within a second.
                 let _ = store.raise_again(&ready, &lowered).await;

@@ -17,6 +17,7 @@ both!(
     a_message_reaches_the_cli_as_it_is,
     a_message_of_a_million_characters_is_run,
     the_settings_of_a_job_reach_the_cli_and_the_answer,
+    a_finished_job_shows_what_it_ran_with,
     a_long_poll_ends_with_the_job,
     a_long_poll_ends_with_its_time,
     the_list_is_filtered_and_paged,
@@ -206,6 +207,30 @@ async fn the_settings_of_a_job_reach_the_cli_and_the_answer(db: Db) {
             .collect::<Vec<_>>(),
         ["claude-opus-5-5"]
     );
+}
+
+async fn a_finished_job_shows_what_it_ran_with(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+
+    let job = client.finished(&client.play(&answer("hi")).await).await;
+
+    let shown = [
+        "model",
+        "effort",
+        "permission_mode",
+        "max_turns",
+        "timeout_seconds",
+    ]
+    .map(|name| job[name].clone());
+    let defaults = [
+        json!("sonnet"),
+        json!(null),
+        json!("acceptEdits"),
+        json!(25),
+        json!(300),
+    ];
+    assert_eq!(shown, defaults, "{job:#}");
 }
 
 async fn a_long_poll_ends_with_the_job(db: Db) {

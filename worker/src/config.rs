@@ -2,6 +2,7 @@
 
 use crate::gateway::Address;
 use shared::env::{Error, Vars};
+use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
 use shared::money::MicroUsd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -109,19 +110,6 @@ impl std::fmt::Debug for Anthropic {
     }
 }
 
-/// The permission modes of the CLI.
-pub const PERMISSION_MODES: [&str; 6] = [
-    "default",
-    "plan",
-    "acceptEdits",
-    "auto",
-    "dontAsk",
-    "bypassPermissions",
-];
-
-/// The efforts of the CLI.
-pub const EFFORTS: [&str; 5] = ["low", "medium", "high", "xhigh", "max"];
-
 /// Variables of the Python service that have no effect here, and what to do instead.
 const WITHOUT_EFFECT: [(&str, &str); 3] = [
     (
@@ -139,7 +127,7 @@ impl Config {
     /// Reads the settings. The error names the first variable that can't be used.
     pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
         for (name, instead) in WITHOUT_EFFECT {
-            if vars.text(name).is_some() {
+            if vars.text(name)?.is_some() {
                 tracing::warn!("{name} has no effect: {instead}");
             }
         }
@@ -163,14 +151,12 @@ impl Config {
                 1000,
             )?,
             lease: seconds(vars, "LEASE_SECONDS", 30, 2, 3600)?,
-            drain: seconds(vars, "DRAIN_SECONDS", 30, 0, 86_400)?,
+            drain: vars.drain()?,
             first_output: seconds(vars, "JOB_FIRST_OUTPUT_SECONDS", 120, 1, 86_400)?,
             idle: seconds(vars, "JOB_IDLE_SECONDS", 600, 1, 86_400)?,
             timeout: seconds(vars, "CLAUDE_TIMEOUT_SECONDS", 300, 1, 86_400)?,
-            retention: Duration::from_secs(86_400 * vars.number("JOB_RETENTION_DAYS", 30_u64, 1, 36_500)?),
-            idempotency_ttl: Duration::from_secs(
-                3600 * vars.number("IDEMPOTENCY_TTL_HOURS", 24_u64, 1, 8760)?,
-            ),
+            retention: vars.retention()?,
+            idempotency_ttl: vars.idempotency_ttl()?,
             least_reserve: money(vars, "BUDGET_MIN_RESERVE", 0.05, 0.0, 1_000.0)?,
             backoff: Backoff {
                 base: vars.number("CLAUDE_RETRY_BASE_DELAY", 5.0, 0.01, 3600.0)?,
@@ -187,6 +173,19 @@ impl Config {
     }
 }
 
+impl Config {
+    /// What a job gets that doesn't say.
+    pub fn run_defaults(&self) -> RunDefaults {
+        RunDefaults {
+            model: self.claude.model.clone(),
+            effort: self.claude.effort.clone(),
+            permission_mode: self.claude.permission_mode.clone(),
+            max_turns: i64::from(self.claude.max_turns),
+            timeout_seconds: i64::try_from(self.timeout.as_secs()).unwrap_or(i64::MAX),
+        }
+    }
+}
+
 impl Claude {
     fn from_vars(vars: &Vars, sandbox: bool) -> Result<Self, Error> {
         let mode = vars.choice("CLAUDE_PERMISSION_MODE", "acceptEdits", &PERMISSION_MODES)?;
@@ -195,7 +194,7 @@ impl Claude {
             let problem = "would let the agent do anything as this user, without a sandbox";
             return Err(Error::new("CLAUDE_PERMISSION_MODE", problem, accepted));
         }
-        let effort = vars.text("CLAUDE_EFFORT");
+        let effort = vars.text("CLAUDE_EFFORT")?;
         if effort.as_deref().is_some_and(|effort| !EFFORTS.contains(&effort)) {
             return Err(Error::new(
                 "CLAUDE_EFFORT",
@@ -208,16 +207,16 @@ impl Claude {
             disallowed_tools.push("WebFetch".to_owned());
         }
         let mut allowed_tools = vars.list("CLAUDE_ALLOWED_TOOLS", "Bash,WebSearch")?;
-        if !sandbox && vars.text("CLAUDE_ALLOWED_TOOLS").is_none() {
+        if !sandbox && vars.text("CLAUDE_ALLOWED_TOOLS")?.is_none() {
             allowed_tools.clear();
         }
         Ok(Self {
-            cli: vars.text("CLAUDE_CLI_PATH").map(PathBuf::from),
+            cli: vars.text("CLAUDE_CLI_PATH")?.map(PathBuf::from),
             model: vars.or("CLAUDE_MODEL", "sonnet")?,
             effort,
             permission_mode: mode,
             max_turns: vars.number("CLAUDE_MAX_TURNS", 25, 1, 1000)?,
-            system_prompt: vars.text("CLAUDE_SYSTEM_PROMPT"),
+            system_prompt: vars.text("CLAUDE_SYSTEM_PROMPT")?,
             allowed_tools,
             disallowed_tools,
         })
@@ -234,14 +233,14 @@ impl Anthropic {
             api_key: credential(vars, "ANTHROPIC_API_KEY")?,
             oauth_token: credential(vars, "CLAUDE_CODE_OAUTH_TOKEN")?,
             auth_token: credential(vars, "ANTHROPIC_AUTH_TOKEN")?,
-            config_dir: vars.text("CLAUDE_CONFIG_DIR").map(PathBuf::from).or(home),
+            config_dir: vars.text("CLAUDE_CONFIG_DIR")?.map(PathBuf::from).or(home),
             base_url,
         })
     }
 }
 
 fn credential(vars: &Vars, name: &'static str) -> Result<Option<String>, Error> {
-    let text = vars.text(name);
+    let text = vars.text(name)?;
     if text
         .as_ref()
         .is_some_and(|text| !text.bytes().all(|byte| byte.is_ascii_graphic()))
@@ -254,7 +253,7 @@ fn credential(vars: &Vars, name: &'static str) -> Result<Option<String>, Error> 
 
 fn number(vars: &Vars, name: &'static str, default: u32, low: u32, high: u32) -> Result<u32, Error> {
     // The default is this machine's; the example file leaves it empty.
-    vars.text(name)
+    vars.text(name)?
         .map_or(Ok(default), |_| vars.number(name, default, low, high))
 }
 

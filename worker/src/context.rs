@@ -7,9 +7,11 @@ use crate::gateway::credentials::Credentials;
 use crate::pause::Pause;
 use crate::workspace::Runtime;
 use shared::clock::Timestamp;
+use shared::id::JobId;
 use shared::storage::{Claimant, Store, Wakeups};
+use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio_util::sync::CancellationToken;
 
 /// One worker process.
@@ -39,6 +41,8 @@ pub struct Context {
     pub upstream: Upstream,
     /// Claims of this process are made one at a time.
     pub claiming: tokio::sync::Mutex<()>,
+    /// The runs that it holds.
+    pub leases: Leases,
     /// The slots that are taken.
     pub busy: tokio_util::task::TaskTracker,
     /// Whether this worker claims nothing for a while.
@@ -49,4 +53,29 @@ pub struct Context {
     pub draining: CancellationToken,
     /// End the runs and hand their jobs back.
     pub handing_back: CancellationToken,
+}
+
+/// The runs that a process has claimed and not ended yet, as job and attempt.
+#[derive(Debug, Default)]
+pub struct Leases(Mutex<HashSet<(JobId, i64)>>);
+
+impl Leases {
+    /// It was claimed.
+    pub fn insert(&self, run: (JobId, i64)) {
+        self.runs().insert(run);
+    }
+
+    /// It has ended.
+    pub fn remove(&self, run: (JobId, i64)) {
+        self.runs().remove(&run);
+    }
+
+    /// Those there are now.
+    pub fn all(&self) -> HashSet<(JobId, i64)> {
+        self.runs().clone()
+    }
+
+    fn runs(&self) -> std::sync::MutexGuard<'_, HashSet<(JobId, i64)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }

@@ -93,6 +93,7 @@ pub async fn run(
         worker_id,
         cli_version,
         least_reserve: config.least_reserve,
+        defaults: config.run_defaults(),
     };
     let ctx = Arc::new(Context {
         store,
@@ -106,6 +107,7 @@ pub async fn run(
         credentials: Arc::new(credentials),
         upstream,
         claiming: tokio::sync::Mutex::default(),
+        leases: context::Leases::default(),
         busy: tokio_util::task::TaskTracker::new(),
         pause: Pause::default(),
         announcing: tokio::sync::Mutex::default(),

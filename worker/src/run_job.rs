@@ -49,24 +49,64 @@ const TOOL_RESULT: usize = 16 * 1024;
 pub async fn claim_and_run_until_none(ctx: Arc<Context>, claiming: oneshot::Sender<()>) {
     let mut claiming = Some(claiming);
     while !ctx.draining.is_cancelled() && ctx.pause.current(clock::now()).is_none() {
-        let claim = {
-            let _one_at_a_time = ctx.claiming.lock().await;
-            ctx.store.claim(&ctx.claimant, clock::now()).await
-        };
+        let claimed = claim(&ctx).await;
         drop(claiming.take());
-        match claim {
-            Ok(Claim::Run(lease)) => {
+        match claimed {
+            Claim::Run(lease) => {
+                let run_of = (lease.job.job_id, lease.job.attempt);
                 let span = info_span!("run", job.id = %lease.job.job_id, attempt = lease.job.attempt);
                 run(&ctx, Arc::new(*lease)).instrument(span).await;
+                ctx.leases.remove(run_of);
             }
-            Ok(Claim::Again) => {}
-            Ok(Claim::Nothing) => return,
+            Claim::Again => {}
+            Claim::Nothing => return,
+        }
+    }
+}
+
+/// Claims, while no other task of this process does.
+async fn claim(ctx: &Context) -> Claim {
+    let _one_at_a_time = ctx.claiming.lock().await;
+    match ctx.store.claim(&ctx.claimant, clock::now()).await {
+        Ok(claim) => {
+            if let Claim::Run(lease) = &claim {
+                ctx.leases.insert((lease.job.job_id, lease.job.attempt));
+            }
+            claim
+        }
+        Err(error) => {
+            if !ctx.store.note(&error) {
+                warn!(error = %chain(&error), "could not claim");
+            }
+            if error.is_undecided() {
+                hand_back_unknown(ctx).await;
+            }
+            // The sweeper pushes another ticket when the database is back.
+            Claim::Nothing
+        }
+    }
+}
+
+/// When a connection is lost nobody knows whether the commit came first. A job that was claimed all the same would
+/// count as lost with its worker, although no process of it ever ran.
+async fn hand_back_unknown(ctx: &Context) {
+    loop {
+        tokio::select! {
+            () = ctx.store.answers() => {}
+            () = ctx.draining.cancelled() => {}
+        }
+        let (worker_id, known) = (ctx.claimant.worker_id, ctx.leases.all());
+        match ctx.store.hand_back_unknown(worker_id, &known, clock::now()).await {
+            Ok(0) => return,
+            Ok(jobs) => return warn!(jobs, "handed back what was claimed without an answer"),
             Err(error) => {
-                // The sweeper pushes another ticket when the database is back.
                 if !ctx.store.note(&error) {
-                    warn!(error = %chain(&error), "could not claim");
+                    warn!(error = %chain(&error), "could not look for claims without an answer; trying again");
                 }
-                return;
+                if ctx.draining.is_cancelled() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(500)).await;
             }
         }
     }
@@ -526,7 +566,7 @@ fn tell_cost(spend: &Spend, recorder: &mut Recorder) {
     ));
 }
 
-/// What this run of the job is asked to do, defaults filled in.
+/// What this run of the job is asked to do. The claim has filled in what the job didn't say.
 fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> std::io::Result<RunSpec> {
     let (job, options, defaults) = (&lease.job, &lease.options, &ctx.config.claude);
     let claude_session_id = job

@@ -29,7 +29,7 @@ impl fmt::Debug for SecretKey {
 impl SecretKey {
     /// `SECRET_KEY`, at least 16 characters; `None` when it isn't set.
     pub fn from_vars(vars: &Vars) -> Result<Option<Self>, Error> {
-        let Some(text) = vars.text("SECRET_KEY") else {
+        let Some(text) = vars.text("SECRET_KEY")? else {
             return Ok(None);
         };
         let accepted = "at least 16 characters, random, such as the output of `openssl rand -hex 32`";

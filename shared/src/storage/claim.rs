@@ -6,7 +6,7 @@ use super::{Error, Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::id::{KeyId, WorkerId};
-use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume};
+use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume, RunDefaults};
 use crate::money::MicroUsd;
 use serde_json::json;
 use std::time::Instant;
@@ -20,6 +20,8 @@ pub struct Claimant {
     pub cli_version: String,
     /// A run begins with no less money than this (or than it wants, if that is less).
     pub least_reserve: MicroUsd,
+    /// What a job gets that doesn't say.
+    pub defaults: RunDefaults,
 }
 
 /// What a claim found.
@@ -68,11 +70,12 @@ impl Store {
         }
         let mut tx = self.begin().await?;
         tx.lock_claims().await?;
-        let Some(key_id) = tx.take_turn().await? else {
+        let Some((key_id, top)) = tx.take_turn().await? else {
             tx.rollback().await?;
             return Ok(Claim::Nothing);
         };
-        let Some(job) = tx.head_of(&key_id).await? else {
+        // With a hint that was too high this lane may have been preferred to one whose job goes first.
+        let Some(job) = tx.head_of(&key_id).await?.filter(|job| job.priority >= top) else {
             tx.give_back_turn(&key_id).await?;
             tx.commit().await?;
             return Ok(Claim::Again);
@@ -133,20 +136,20 @@ impl Store {
 }
 
 impl Tx {
-    async fn take_turn(&mut self) -> Result<Option<KeyId>> {
-        let lane = fetch!(
+    /// The lane whose turn it is, with its hint.
+    async fn take_turn(&mut self) -> Result<Option<(KeyId, i64)>> {
+        fetch!(
             self,
             "take a turn",
-            fetch_optional => (KeyId,),
+            fetch_optional => (KeyId, i64),
             "update lane set running = running + 1, turn = (select max(turn) + 1 from lane)
              where hold is null and running < max_running and key_id = (
                select key_id from lane
                where top is not null and hold is null and running < max_running
                  and not exists (select 1 from queue where paused or hold is not null)
                order by top desc, turn limit 1)
-             returning key_id"
-        )?;
-        Ok(lane.map(|lane| lane.0))
+             returning key_id, top"
+        )
     }
 
     async fn head_of(&mut self, key_id: &KeyId) -> Result<Option<Job>> {
@@ -199,6 +202,7 @@ impl Tx {
         now: Timestamp,
     ) -> Result<Claim> {
         let held_at = Instant::now();
+        let defaults = &claimant.defaults;
         let claude_session_id = uuid::Uuid::new_v4().to_string();
         let resume = self.resumable(&job).await?;
         let claimed = fetch!(
@@ -206,12 +210,20 @@ impl Tx {
             "claim a job",
             fetch_one => Job,
             "update job set status = 'running', attempt = attempt + 1, lease_owner = $2, renewals = 0,
-               claude_session_id = $3, run_after = null, started_at = coalesce(started_at, $4), version = version + 1
+               claude_session_id = $3, run_after = null, started_at = coalesce(started_at, $4),
+               model = coalesce(model, $5), effort = coalesce(effort, $6),
+               permission_mode = coalesce(permission_mode, $7), max_turns = coalesce(max_turns, $8),
+               timeout_seconds = coalesce(timeout_seconds, $9), version = version + 1
              where job_id = $1 and status = 'queued' and hold = '' returning *",
             job.job_id,
             claimant.worker_id,
             &claude_session_id,
-            now
+            now,
+            &defaults.model,
+            &defaults.effort,
+            &defaults.permission_mode,
+            defaults.max_turns,
+            defaults.timeout_seconds
         )?;
         self.reserve(&claimed, budgets, reserved).await?;
         execute!(
@@ -231,15 +243,12 @@ impl Tx {
         self.finish_events(&claimed, &[NewEvent::new(EventType::Status, running)], now)
             .await?;
         self.lower(&claimed.key_id).await?;
-        let (message, options, session_name) = fetch!(
+        let (message, options) = fetch!(
             self,
             "read a prompt",
-            fetch_one => (String, String, Option<String>),
-            "select prompt.message, prompt.options, session.name from prompt
-             left join session on session.session_id = $2
-             where prompt.job_id = $1",
-            claimed.job_id,
-            claimed.session_id
+            fetch_one => (String, String),
+            "select message, options from prompt where job_id = $1",
+            claimed.job_id
         )?;
         let options = serde_json::from_str(&options)
             .map_err(|error| Error::during("read a prompt")(error.to_string()))?;
@@ -253,7 +262,6 @@ impl Tx {
             message,
             options,
             reserved,
-            session_name,
             resume,
         })))
     }

@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+/// The operation that makes a transaction's changes so.
+pub(super) const COMMIT: &str = "commit";
+
 /// A database operation failed. Its `Display` names the operation; the cause is the source.
 #[derive(Debug, thiserror::Error)]
 #[error("could not {operation}")]
@@ -63,6 +66,11 @@ impl Error {
         }
     }
 
+    /// Whether nobody knows if the transaction came through: it was told to, and there was no answer.
+    pub fn is_undecided(&self) -> bool {
+        self.operation == COMMIT && self.is_unavailable()
+    }
+
     /// Whether somebody else holds SQLite's write lock.
     pub(crate) fn is_locked(&self) -> bool {
         let Cause::Database(sqlx::Error::Database(error)) = &self.cause else {
@@ -88,11 +96,6 @@ impl Error {
         error
             .code()
             .is_some_and(|code| ["55P03", "40P01", "40001"].contains(&&*code))
-    }
-
-    /// Whether a unique index or key refused the write.
-    pub fn is_conflict(&self) -> bool {
-        matches!(&self.cause, Cause::Database(sqlx::Error::Database(error)) if error.is_unique_violation())
     }
 }
 

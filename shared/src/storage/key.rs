@@ -163,16 +163,25 @@ impl Tx {
     }
 
     async fn put_key_lane(&mut self, key_id: &KeyId, rights: &KeyRights, default_running: i64) -> Result<()> {
-        let rows = execute!(
+        self.put_lane(key_id, rights.max_running_jobs.unwrap_or(default_running))
+            .await
+    }
+
+    /// Makes sure that the key has a lane, with this cap on jobs that run at once. With another cap there may be room
+    /// for one that waits.
+    pub(super) async fn put_lane(&mut self, key_id: &KeyId, max_running: i64) -> Result<()> {
+        let changed = fetch!(
             self,
             "set up a key's lane",
+            fetch_optional => (Option<i64>,),
             "insert into lane (key_id, max_running) values ($1, $2)
              on conflict (key_id) do update set max_running = excluded.max_running
-             where lane.max_running <> excluded.max_running",
+             where lane.max_running <> excluded.max_running
+             returning top",
             key_id,
-            rights.max_running_jobs.unwrap_or(default_running)
+            max_running
         )?;
-        if rows > 0 {
+        if let Some((Some(_),)) = changed {
             self.ring();
         }
         Ok(())

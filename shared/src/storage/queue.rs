@@ -135,6 +135,9 @@ impl Tx {
                from lane
                where top is not null and hold is null and running < max_running
                  and not exists (select 1 from queue where paused or hold is not null)
+                 and exists (
+                   select 1 from job
+                   where job.key_id = lane.key_id and job.status = 'queued' and job.hold = '')
                limit 64) as lanes"
         )?;
         Ok(row.0)
@@ -168,7 +171,7 @@ impl Store {
             tx.notify(true).await?;
             let TxDb::Postgres(tx) = tx.db else { return Ok(()) };
             let committed = self.silence.in_time(tx.commit()).await;
-            committed.map_err(Error::during("commit"))?;
+            committed.map_err(Error::during(super::error::COMMIT))?;
         }
         Ok(())
     }

@@ -4,11 +4,13 @@
 use super::{Error, Result, Store, Tx, TxDb, execute, fetch, fetch_locked, read};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
-use crate::id::{JobId, SessionId};
+use crate::id::{JobId, SessionId, WorkerId};
 use crate::job::{
     CancelReason, Ending, Hold, Job, JobStatus, Lease, OnWorkerLost, Report, Spend, TokenUsage,
 };
 use serde_json::{Value, json};
+use std::collections::HashSet;
+use std::time::Duration;
 
 /// What a worker learns when it writes about its run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +42,23 @@ impl Store {
         now: Timestamp,
     ) -> Result<Signal> {
         let mut tx = self.begin().await?;
-        let signal = tx.record(lease, events, spend, now).await?;
+        let signal = tx.record(lease, None, events, spend, now).await?;
+        tx.commit().await?;
+        Ok(signal.unwrap_or(Signal::Lost))
+    }
+
+    /// The same after a try whose outcome isn't known and which may be under way still: writes only if the lease was
+    /// renewed so many times and no more. `None`: it was renewed again or is gone; [`Store::renewals`] tells.
+    pub async fn record_again(
+        &self,
+        lease: &Lease,
+        renewals: i64,
+        events: &[NewEvent],
+        spend: Option<&Spend>,
+        now: Timestamp,
+    ) -> Result<Option<Signal>> {
+        let mut tx = self.begin().await?;
+        let signal = tx.record(lease, Some(renewals), events, spend, now).await?;
         tx.commit().await?;
         Ok(signal)
     }
@@ -108,9 +126,46 @@ impl Store {
             tx.rollback().await?;
             return Ok(Finish::Lost);
         };
-        let status = tx.end_run(&job, report, "", now).await?;
+        let status = tx.end_run(&job, report, Told::ByWorker, now).await?;
         tx.commit().await?;
         Ok(Finish::Became(status))
+    }
+
+    /// Hands back jobs that this worker has claimed without knowing: a connection can be lost after the commit. `known`
+    /// are its live leases, as job and attempt; its other runs never began. Gives how many there were. The caller makes
+    /// no claim meanwhile.
+    pub async fn hand_back_unknown(
+        &self,
+        worker_id: WorkerId,
+        known: &HashSet<(JobId, i64)>,
+        now: Timestamp,
+    ) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        // Whoever commits still holds it.
+        tx.lock_claims().await?;
+        let claimed = fetch!(
+            tx,
+            "look for unknown claims",
+            fetch_all => Job,
+            "select * from job where status = 'running' and lease_owner = $1",
+            worker_id
+        )?;
+        tx.rollback().await?;
+        let unknown = claimed
+            .into_iter()
+            .filter(|job| !known.contains(&(job.job_id, job.attempt)));
+        let mut handed_back = 0;
+        for job in unknown {
+            let mut tx = self.begin().await?;
+            tx.lock_session(job.session_id).await?;
+            tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
+            if let Some(job) = tx.lock_running(job.job_id, job.attempt).await? {
+                tx.end_run(&job, &never_began(), Told::ByWorker, now).await?;
+                handed_back += 1;
+            }
+            tx.commit().await?;
+        }
+        Ok(handed_back)
     }
 
     /// Takes the lease of a run that hasn't been renewed since `renewals` was read, and decides what becomes of the
@@ -129,20 +184,22 @@ impl Store {
             return Ok(false);
         };
         let report = tx.report_of_lost(&job, now).await?;
-        tx.end_run(&job, &report, "lost", now).await?;
+        tx.end_run(&job, &report, Told::Never, now).await?;
         tx.commit().await?;
         Ok(true)
     }
 }
 
 impl Tx {
-    async fn record(
+    /// `None` when the lease is gone, or was renewed another number of times than `renewals`.
+    pub(super) async fn record(
         &mut self,
         lease: &Lease,
+        renewals: Option<i64>,
         events: &[NewEvent],
         spend: Option<&Spend>,
         now: Timestamp,
-    ) -> Result<Signal> {
+    ) -> Result<Option<Signal>> {
         let job = &lease.job;
         let count = i64::try_from(events.len()).unwrap_or(i64::MAX);
         let cost = spend.map(|spend| job.cost + spend.total());
@@ -153,17 +210,18 @@ impl Tx {
             fetch_optional => (i64, Option<CancelReason>),
             "update job set renewals = renewals + 1, last_event_seq = last_event_seq + $3,
                version = version + $6, cost = coalesce($4, cost), usage = coalesce($5, usage)
-             where job_id = $1 and attempt = $2 and status = 'running'
+             where job_id = $1 and attempt = $2 and status = 'running' and renewals = coalesce($7, renewals)
              returning last_event_seq, case when cancel_requested_at is null then null else cancel_reason end",
             job.job_id,
             job.attempt,
             count,
             cost,
             usage,
-            i64::from(count > 0 || spend.is_some())
+            i64::from(count > 0 || spend.is_some()),
+            renewals
         )?;
         let Some((seq, cancel)) = row else {
-            return Ok(Signal::Lost);
+            return Ok(None);
         };
         self.append_events(job.job_id, seq - count, events, now).await?;
         if let Some(spend) = spend {
@@ -178,7 +236,7 @@ impl Tx {
                 spend.total()
             )?;
         }
-        Ok(cancel.map_or(Signal::Continue, Signal::Cancel))
+        Ok(Some(cancel.map_or(Signal::Continue, Signal::Cancel)))
     }
 
     /// The session's row is written at the end of a run, but locked before the group: whoever makes a session and
@@ -256,8 +314,8 @@ impl Tx {
         })
     }
 
-    /// Ends the run of a job whose row and group are locked. `lost` names the attempt's end when its worker didn't.
-    async fn end_run(&mut self, job: &Job, report: &Report, lost: &str, now: Timestamp) -> Result<JobStatus> {
+    /// Ends the run of a job whose row and group are locked.
+    async fn end_run(&mut self, job: &Job, report: &Report, told: Told, now: Timestamp) -> Result<JobStatus> {
         let next = Next::of(job, report, now);
         let duration_ms = i64::try_from(report.duration.as_millis()).unwrap_or(i64::MAX);
         let completed_at = next.status.is_final().then_some(now);
@@ -320,7 +378,10 @@ impl Tx {
             job.job_id,
             job.attempt,
             now,
-            if lost.is_empty() { next.attempt_ending } else { lost },
+            match told {
+                Told::ByWorker => next.attempt_ending,
+                Told::Never => "lost",
+            },
             &next.attempt_code,
             spent,
             report.turns,
@@ -360,6 +421,15 @@ impl Tx {
     pub(super) fn ring(&mut self) {
         self.rings = true;
     }
+}
+
+/// Who told the end of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// Its worker.
+    ByWorker,
+    /// Nobody: its worker is lost.
+    Never,
 }
 
 /// What becomes of a job when a run of it ends: decided once, then written.
@@ -484,6 +554,19 @@ impl Next {
                 events
             }
         }
+    }
+}
+
+fn never_began() -> Report {
+    Report {
+        ending: Ending::HandedBack,
+        result: None,
+        spend: Spend::default(),
+        duration: Duration::ZERO,
+        turns: 0,
+        claude_session_id: None,
+        stderr_tail: String::new(),
+        exit: "not started".to_owned(),
     }
 }
 

@@ -30,24 +30,28 @@ pub(super) struct Silence {
 impl Silence {
     /// Waits for the answer to a statement, for so long as one may take. What is given up is dropped, and its
     /// connection with it.
-    pub(super) async fn in_time<T, E: From<Error>>(
+    pub(super) fn in_time<T, E: From<Error>>(
         &self,
         statement: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, E> {
-        self.within(ANSWERS_WITHIN, statement).await
+    ) -> impl Future<Output = Result<T, E>> {
+        self.within(ANSWERS_WITHIN, statement)
     }
 
     /// The same for another limit.
-    pub(super) async fn within<T, E: From<Error>>(
+    fn within<T, E: From<Error>>(
         &self,
         limit: Duration,
         statement: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, E> {
-        match timeout(limit, statement).await {
-            Ok(answered) => answered,
-            Err(_) => {
-                self.last.send_replace(Some(Instant::now()));
-                Err(no_answer().into())
+    ) -> impl Future<Output = Result<T, E>> {
+        // Boxed, since a future holds everything twice that it is given and waits for.
+        let answer = timeout(limit, Box::pin(statement));
+        async move {
+            match answer.await {
+                Ok(answered) => answered,
+                Err(_) => {
+                    self.last.send_replace(Some(Instant::now()));
+                    Err(no_answer().into())
+                }
             }
         }
     }

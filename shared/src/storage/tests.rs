@@ -23,7 +23,7 @@ use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId, WorkerId};
 use crate::job::{
     CancelReason, Ending, Hold, Job, JobKind, JobStatus, Lease, ModelCost, NewJob, OnWorkerLost, Report,
-    RunOptions, Spend, TokenUsage,
+    RunDefaults, RunOptions, Spend, TokenUsage,
 };
 use crate::money::MicroUsd;
 use crate::telemetry::chain;
@@ -215,6 +215,13 @@ fn claimant() -> Claimant {
         worker_id: WorkerId::new(),
         cli_version: "2.1.331".to_owned(),
         least_reserve: MicroUsd(50_000),
+        defaults: RunDefaults {
+            model: "sonnet".to_owned(),
+            effort: None,
+            permission_mode: "acceptEdits".to_owned(),
+            max_turns: 25,
+            timeout_seconds: 300,
+        },
     }
 }
 

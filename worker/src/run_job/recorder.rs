@@ -255,32 +255,44 @@ impl Writer {
     }
 
     async fn flush(&mut self) -> shared::storage::Result<Signal> {
-        if let Some(tried) = self.tried {
-            // When a connection is lost nobody knows whether the commit came first. Each renewal is counted with what
-            // it stores, so the count tells.
+        // When a connection is lost nobody knows whether the commit came first, or still comes. Each renewal is counted
+        // with what it stores, so the count tells; and the same events are tried again, so that they are stored once.
+        while let Some(tried) = self.tried {
             let Some(renewals) = self.store.renewals(&self.lease).await? else {
                 return Ok(Signal::Lost);
             };
-            if renewals > self.renewals {
-                self.renewals = renewals;
-                self.events.drain(..tried);
+            let (events, spend) = (&self.events[..tried], self.spend.as_ref());
+            if renewals > self.renewals
+                || self
+                    .store
+                    .record_again(&self.lease, renewals, events, spend, clock::now())
+                    .await?
+                    .is_some()
+            {
+                self.stored(tried);
             }
         }
         let now = clock::now();
-        self.tried = Some(self.events.len());
+        let count = self.events.len();
+        self.tried = Some(count);
         let signal = self
             .store
             .record(&self.lease, &self.events, self.spend.as_ref(), now)
             .await?;
-        self.tried = None;
-        self.renewals += 1;
-        self.events.clear();
+        self.stored(count);
         self.spend = None;
         if self.dropped > 0 && signal != Signal::Lost {
             self.store.record_gap(&self.lease, self.dropped, now).await?;
             self.dropped = 0;
         }
         Ok(signal)
+    }
+
+    /// The first of the events are stored, with a renewal.
+    fn stored(&mut self, count: usize) {
+        self.renewals += 1;
+        self.events.drain(..count);
+        self.tried = None;
     }
 
     fn say(&self, signal: Signal, held_at: Option<Instant>) {

@@ -15,6 +15,11 @@ use std::time::Duration;
     an_overdue_job_lets_its_group_go_on,
     a_paused_queue_gives_nothing,
     a_hint_that_is_too_high_costs_one_empty_try,
+    a_hint_that_is_too_high_lets_no_lower_job_go_first,
+    what_a_job_does_not_say_is_decided_by_its_first_claim,
+    a_claim_without_an_answer_is_handed_back,
+    a_raised_cap_wakes_a_slot,
+    jobs_behind_many_wrong_hints_are_seen,
     claims_at_once_take_different_jobs
 );
 
@@ -216,6 +221,128 @@ async fn a_hint_that_is_too_high_costs_one_empty_try(db: Db) {
     assert!(matches!(first, Claim::Again), "{first:?}");
     world.claim_job(&stored).await;
     assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn a_hint_that_is_too_high_lets_no_lower_job_go_first(db: Db) {
+    let world = World::new(db).await;
+    let (a, b) = (world.key("a", 9).await, world.key("b", 9).await);
+    let with = |key, priority| NewJob { priority, ..job(key) };
+    let low = world.submit(with(&a, 1)).await;
+    let gone = world.submit(with(&a, 5)).await;
+    let high = world.submit(with(&b, 3)).await;
+    world.cancel(&gone).await;
+
+    let first = world.store.claim(&claimant(), NOW).await.unwrap();
+    assert!(matches!(first, Claim::Again), "{first:?}");
+    for job in [&high, &low] {
+        world.claim_job(job).await;
+    }
+    assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn what_a_job_does_not_say_is_decided_by_its_first_claim(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let stored = world
+        .submit(NewJob {
+            max_turns: Some(3),
+            ..job(&key)
+        })
+        .await;
+    let settings = |job: &crate::job::Job| {
+        (
+            job.model.clone(),
+            job.effort.clone(),
+            job.permission_mode.clone(),
+            job.max_turns,
+            job.timeout_seconds,
+        )
+    };
+    let effective = (
+        Some("sonnet".to_owned()),
+        None,
+        Some("acceptEdits".to_owned()),
+        Some(3),
+        Some(300),
+    );
+
+    let lease = world.claim_job(&stored).await;
+    assert_eq!(settings(&lease.job), effective);
+    world.finish(&lease, Ending::HandedBack).await;
+    let mut other = claimant();
+    other.defaults.model = "opus".to_owned();
+    let Claim::Run(lease) = world.store.claim(&other, NOW).await.unwrap() else {
+        panic!("there is a job to claim");
+    };
+
+    assert_eq!(settings(&lease.job), effective);
+    assert_eq!(settings(&world.job(stored.job_id).await), effective);
+}
+
+async fn a_claim_without_an_answer_is_handed_back(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let once = || NewJob {
+        max_attempts: 1,
+        ..job(&key)
+    };
+    let (runs, unknown, of_another) = (
+        world.submit(once()).await,
+        world.submit(once()).await,
+        world.submit(once()).await,
+    );
+    let me = claimant();
+    let claim = async || match world.store.claim(&me, NOW).await.unwrap() {
+        Claim::Run(lease) => (lease.job.job_id, lease.job.attempt),
+        other => panic!("{other:?}"),
+    };
+    let known = std::collections::HashSet::from([claim().await]);
+    assert_eq!(claim().await.0, unknown.job_id);
+    world.claim_job(&of_another).await;
+    let hand_back = async || {
+        let handed_back = world.store.hand_back_unknown(me.worker_id, &known, NOW).await;
+        handed_back.unwrap()
+    };
+
+    assert_eq!(hand_back().await, 1);
+    assert_eq!(hand_back().await, 0);
+
+    for job in [&runs, &of_another] {
+        assert_eq!(world.status(job).await, JobStatus::Running);
+    }
+    let again = world.claim_job(&unknown).await;
+    assert_eq!((again.job.attempt, again.job.failures), (2, 0));
+    world.finish(&again, Ending::Done).await;
+    assert_eq!(world.status(&unknown).await, JobStatus::Done);
+    assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn a_raised_cap_wakes_a_slot(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 1).await;
+    for _ in 0..2 {
+        world.submit(job(&key)).await;
+    }
+    world.claim().await.unwrap();
+    let tickets = world.tickets().await;
+
+    world.store.put_lane(&key, 1).await.unwrap();
+    assert_eq!(world.tickets().await, tickets);
+    world.store.put_lane(&key, 2).await.unwrap();
+
+    assert_eq!(world.tickets().await, tickets + 1);
+}
+
+async fn jobs_behind_many_wrong_hints_are_seen(db: Db) {
+    let world = World::new(db).await;
+    for number in 0..70 {
+        world.key(&format!("a{number}"), 9).await;
+    }
+    world.database.execute("update lane set top = 5").await;
+    let key = world.key("z", 9).await;
+    world.submit(job(&key)).await;
+
+    assert_eq!(world.store.sweep(NOW).await.unwrap().runnable, 1);
 }
 
 async fn claims_at_once_take_different_jobs(db: Db) {

@@ -25,6 +25,7 @@ use serde_json::json;
     a_job_may_ask_to_fail_with_its_worker,
     a_lost_job_that_was_to_be_cancelled_is_cancelled,
     what_a_lost_run_had_spent_is_settled_as_an_estimate,
+    events_are_stored_once_when_the_first_try_still_commits,
     left_out_events_use_up_their_numbers,
     thousands_of_events_are_stored_at_once_and_read_page_by_page,
     the_end_of_a_run_rings_only_where_its_lane_was_full
@@ -502,6 +503,33 @@ async fn what_a_lost_run_had_spent_is_settled_as_an_estimate(db: Db) {
     };
     world.store.finish(&second, &report, NOW).await.unwrap();
     assert_eq!(world.job(stored.job_id).await.cost, MicroUsd(100_000));
+    assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn events_are_stored_once_when_the_first_try_still_commits(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 1).await;
+    let stored = world.submit(job(&key)).await;
+    let lease = world.claim_job(&stored).await;
+    let before = world.events(&stored).await.len();
+    let other = world.other().await;
+    let events = [event()];
+    // Nobody waits for this one any more; its commit is on its way.
+    let mut first = world.store.begin().await.unwrap();
+    let signal = first.record(&lease, None, &events, None, NOW).await.unwrap();
+    assert_eq!(signal, Some(Signal::Continue));
+
+    let second = other.record_again(&lease, 0, &events, None, NOW);
+    let (second, ()) = tokio::join!(second, async {
+        tokio::task::yield_now().await;
+        first.commit().await.unwrap();
+    });
+
+    assert_eq!(second.unwrap(), None);
+    assert_eq!(other.renewals(&lease).await.unwrap(), Some(1));
+    assert_eq!(world.events(&stored).await.len(), before + 1);
+    let next = other.record_again(&lease, 1, &events, None, NOW).await.unwrap();
+    assert_eq!(next, Some(Signal::Continue));
     assert_eq!(world.faults().await, [""; 0]);
 }
 

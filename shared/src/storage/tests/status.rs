@@ -58,7 +58,6 @@ impl Change {
             message: String::new(),
             options: RunOptions::default(),
             reserved: MicroUsd::ZERO,
-            session_name: None,
             resume: Vec::new(),
         };
         let ending = match self {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 ::tests::both!(
     a_lock_that_nobody_gives_back_makes_the_database_unavailable,
     a_connection_that_is_cut_makes_the_database_unavailable,
+    probes_at_once_find_out_together,
     a_submission_whose_future_is_dropped_leaves_no_trace
 );
 ::tests::once!(a_worker_stopped_in_its_claim_holds_up_the_others_for_seconds_only);
@@ -41,10 +42,42 @@ async fn a_lock_that_nobody_gives_back_makes_the_database_unavailable(db: Db) {
         }
     };
 
-    assert!(error.is_unavailable() && !error.is_conflict(), "{error:?}");
+    assert!(error.is_unavailable(), "{error:?}");
     assert!(begin.elapsed() < Duration::from_secs(15));
     submit().await.unwrap();
     assert_eq!(world.number("select count(*) from job").await, 1);
+}
+
+async fn probes_at_once_find_out_together(db: Db) {
+    let world = World::new(db).await;
+    let lock = "begin immediate; update queue set paused = paused";
+    let begin = Instant::now();
+    let probes = async {
+        let probe = || world.store.is_usable();
+        let usable = tokio::join!(probe(), probe(), probe(), probe());
+        assert_eq!(usable, (false, false, false, false));
+    };
+    match db {
+        Db::Sqlite => {
+            let mut other = world.database.sqlite().await;
+            other.execute(sqlx::raw_sql(lock)).await.unwrap();
+            probes.await;
+            other.close().await.unwrap();
+        }
+        Db::Postgres => {
+            let mut other = world.database.postgres().await;
+            let lock = lock.replace(" immediate", "");
+            other
+                .execute(sqlx::raw_sql(sqlx::AssertSqlSafe(lock)))
+                .await
+                .unwrap();
+            probes.await;
+            other.close().await.unwrap();
+        }
+    }
+    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    world.store.answers().await;
+    assert!(world.store.is_usable().await);
 }
 
 async fn a_connection_that_is_cut_makes_the_database_unavailable(db: Db) {
