@@ -1,5 +1,6 @@
 //! `make bench`: measures the built binaries and prints a table. Latency from POST to the CLI's first sign of life,
-//! jobs a second beside a queue library that does nothing, a real job beside a bare `claude -p`, memory at rest.
+//! jobs a second beside a queue library that does nothing and beside the CLI alone, how long it takes until a killed
+//! worker's job is run by another, a real job beside a bare `claude -p`, memory at rest.
 //!
 //! Run it in the release profile, on a machine that does nothing else; every part ends by itself.
 
@@ -9,20 +10,25 @@ use apalis::layers::WorkerBuilderExt;
 use apalis::prelude::*;
 use apalis_postgres::PostgresStorage;
 use apalis_sqlite::SqliteStorage;
+use futures_util::StreamExt as _;
 use serde_json::json;
 use simulator::Simulator;
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tests::database::{Database, Db};
-use tests::script::Script;
+use tests::script::{self, Script};
 use tests::system::{Builder, Cli, System, real_claude};
 use tests::{place, trace};
+use tokio::io::AsyncWriteExt as _;
 
 const JOBS: usize = 200;
 const REAL_JOBS: usize = 10;
+const LEASE: u64 = 5;
+const KILLS: usize = 3;
 
 #[tokio::main]
 async fn main() {
@@ -33,16 +39,25 @@ async fn main() {
         latency(name, builder).await;
     }
     println!(
-        "\n# Throughput: jobs a second through a CLI that only answers, all submitted before the workers start\n"
+        "\n# Throughput: jobs a second through a CLI that only answers, all submitted before the worker starts\n"
     );
     println!(
-        "| database | slots | jobs/s | queue library alone, tasks/s | POST to start under this load, p50 / p99 ms |"
+        "| database | slots | jobs/s | queue library alone, tasks/s | CLI alone, runs/s | POST to start at half that \
+         rate, p50 / p99 ms |"
     );
-    println!("|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|");
     for db in [Db::Sqlite, Db::Postgres] {
         for slots in [1, 8, 64] {
             throughput(db, slots).await;
         }
+    }
+    println!(
+        "\n# Recovery: from `kill -9` of a worker to its job's next run in another, leases of {LEASE} s\n"
+    );
+    println!("| database | s, each of {KILLS} |");
+    println!("|---|---|");
+    for db in [Db::Sqlite, Db::Postgres] {
+        recovery(db).await;
     }
     println!("\n# A job of the real CLI beside a bare `claude -p` ({REAL_JOBS} runs each, in turn)\n");
     println!("| run | median ms | over the bare CLI, ms |");
@@ -110,8 +125,9 @@ fn memory(pid: i32) -> String {
 }
 
 async fn throughput(db: Db, slots: usize) {
-    let count = if slots == 1 { 100 } else { 300 };
+    let count: u32 = if slots == 1 { 100 } else { 300 };
     let raw = raw_library(db, slots).await;
+    let bare = bare_runs(count, slots).await;
     let builder = System::builder()
         .database(db)
         .workers(0)
@@ -136,7 +152,7 @@ async fn throughput(db: Db, slots: usize) {
     for job in &jobs {
         client.finished(job).await;
     }
-    let rate = f64::from(u32::try_from(count).unwrap_or(0)) / began.elapsed().as_secs_f64();
+    let rate = f64::from(count) / began.elapsed().as_secs_f64();
 
     let mut waits = Vec::new();
     let pause = Duration::from_secs_f64(1.0 / (rate * 0.5));
@@ -159,7 +175,62 @@ async fn throughput(db: Db, slots: usize) {
         ));
     }
     let (p50, p99) = (percentile(&mut waits, 50), percentile(&mut waits, 99));
-    println!("| {db:?} | {slots} | {rate:.0} | {raw:.0} | {p50:.1} / {p99:.1} |");
+    println!("| {db:?} | {slots} | {rate:.0} | {raw:.0} | {bare:.0} | {p50:.1} / {p99:.1} |");
+}
+
+/// Runs a second of the CLI that only answers, without a queue and without a guard.
+async fn bare_runs(count: u32, slots: usize) -> f64 {
+    let home = place::folder('b');
+    let began = Instant::now();
+    futures_util::stream::iter(0..count)
+        .for_each_concurrent(slots, |_| async {
+            let mut child = tokio::process::Command::from(claude(&place::binary("fake-claude"), &home, ""))
+                .spawn()
+                .expect("the CLI starts");
+            let mut stdin = child.stdin.take().expect("a pipe");
+            stdin.write_all(hello().as_bytes()).await.expect("the CLI reads");
+            drop(stdin);
+            child.wait_with_output().await.expect("the CLI ends");
+        })
+        .await;
+    f64::from(count) / began.elapsed().as_secs_f64()
+}
+
+async fn recovery(db: Db) {
+    let mut system = System::builder()
+        .database(db)
+        .workers(2)
+        .env("LEASE_SECONDS", &LEASE.to_string())
+        .env("LOG_LEVEL", "error")
+        .start()
+        .await;
+    let client = system.client();
+    let mut seconds = Vec::new();
+    for _ in 0..KILLS {
+        let job = client
+            .play(&Script {
+                runs: vec![
+                    script::steps([script::Step::Hang]).traced("first"),
+                    Script::default().traced("second"),
+                ],
+                ..Script::default()
+            })
+            .await;
+        client.reaches(&job, "running").await;
+        let owner = system
+            .database()
+            .texts("select lease_owner from job where status = 'running'")
+            .await
+            .remove(0);
+        let index = usize::from(system.worker(0).worker_id() != owner);
+        let killed = trace::now();
+        system.worker(index).kill();
+        client.finished(&job).await;
+        let next = system.lives(&job).last().expect("a run wrote its life").first;
+        seconds.push(format!("{:.1}", millis(next - killed) / 1e3));
+        system.worker(index).start().await;
+    }
+    println!("| {db:?} | {} |", seconds.join(", "));
 }
 
 async fn nothing(_: u64, done: Data<Arc<AtomicUsize>>) -> Result<(), BoxDynError> {
@@ -243,7 +314,9 @@ async fn real() {
     let (boxed, open) = (system(true).await, system(false).await);
     let (mut bare, mut in_box, mut without) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..REAL_JOBS {
-        bare.push(bare_claude(&simulator.url()));
+        let url = simulator.url();
+        let alone = tokio::task::spawn_blocking(move || bare_claude(&url));
+        bare.push(alone.await.expect("it was measured"));
         for (system, times) in [(&boxed, &mut in_box), (&open, &mut without)] {
             let began = Instant::now();
             let job = system.client().accepted("hello").await;
@@ -263,7 +336,19 @@ async fn real() {
 fn bare_claude(url: &str) -> f64 {
     let home = place::folder('b');
     let began = Instant::now();
-    let mut child = Command::new(real_claude())
+    let mut child = claude(&real_claude(), &home, url)
+        .spawn()
+        .expect("the CLI starts");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    stdin.write_all(hello().as_bytes()).expect("the CLI reads");
+    drop(stdin);
+    child.wait_with_output().expect("the CLI ends");
+    began.elapsed().as_secs_f64() * 1e3
+}
+
+fn claude(program: &Path, home: &Path, url: &str) -> Command {
+    let mut command = Command::new(program);
+    command
         .args([
             "-p",
             "--input-format=stream-json",
@@ -278,19 +363,16 @@ fn bare_claude(url: &str) -> f64 {
             ("ANTHROPIC_BASE_URL", url),
             ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
         ])
-        .env("HOME", &home)
-        .current_dir(&home)
+        .env("HOME", home)
+        .current_dir(home)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the CLI starts");
-    let line = json!({ "type": "user", "message": { "role": "user", "content": "hello" } });
-    let mut stdin = child.stdin.take().expect("a pipe");
-    writeln!(stdin, "{line}").expect("the CLI reads");
-    drop(stdin);
-    child.wait_with_output().expect("the CLI ends");
-    began.elapsed().as_secs_f64() * 1e3
+        .stderr(Stdio::null());
+    command
+}
+
+fn hello() -> String {
+    json!({ "type": "user", "message": { "role": "user", "content": "hello" } }).to_string() + "\n"
 }
 
 #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]

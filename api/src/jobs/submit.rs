@@ -64,7 +64,8 @@ async fn accept(request: &Request, caller: &Caller, within: Option<Session>) -> 
             caller.rights.max_queued_jobs.unwrap_or_default(),
         ));
     }
-    let response = match store(context, new, session, repeat).await? {
+    // Boxed, since it is most of this future and only a part of its time.
+    let response = match Box::pin(store(context, new, session, repeat)).await? {
         Stored::Accepted(job, members) => answer(request, *job, Some(members)).await,
         Stored::Before(first) => answer_again(request, first).await,
     }?;
