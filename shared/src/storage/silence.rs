@@ -18,6 +18,9 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 /// A connection that lay idle says by then that it lives.
 const ALIVE_WITHIN: Duration = Duration::from_secs(1);
 
+/// A connection that answered so lately isn't asked whether it lives.
+const FRESH: Duration = Duration::from_millis(500);
+
 /// A connection that is given back has ended by then what it was last asked, or isn't worth keeping.
 const DONE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -62,7 +65,8 @@ impl Silence {
         let _ = self.last.subscribe().changed().await;
     }
 
-    /// Keeps connections that don't answer out of a pool: each is tried before it is used and before it is kept.
+    /// Keeps connections that don't answer out of a pool: each is tried before it is used, unless
+    /// it has just been used, and before it is kept.
     pub(super) fn guard(self: &Arc<Self>, pool: PgPoolOptions) -> PgPoolOptions {
         let (taken, given_back) = (self.clone(), self.clone());
         pool.test_before_acquire(false)
@@ -71,6 +75,9 @@ impl Silence {
                 Box::pin(async move {
                     if silence.outlasts(known.age) {
                         return Ok(false);
+                    }
+                    if known.idle_for < FRESH {
+                        return Ok(true);
                     }
                     silence
                         .within(ALIVE_WITHIN, connection.ping())
