@@ -48,15 +48,18 @@ impl fmt::Debug for Vars {
 }
 
 impl Vars {
-    /// The process's environment, over what a `.env` file in the working directory (or a parent) says.
+    /// The process's environment, over what a `.env` file in the working directory (or a parent) says. There the last
+    /// line of a name counts, so that one can be appended; an empty variable of the environment counts as unset.
     #[expect(
         clippy::disallowed_methods,
         reason = "this is the one place that reads the environment"
     )]
     pub fn from_process() -> Result<Self, Error> {
-        match dotenvy::dotenv() {
-            Ok(_) => {}
-            Err(error) if error.not_found() => {}
+        let own: Vec<_> = std::env::vars_os().collect();
+        // Loaded, too, for what libraries and the CLI read by themselves, such as HTTPS_PROXY.
+        let file = match dotenvy::dotenv().and_then(|_| dotenvy::dotenv_iter()?.collect()) {
+            Ok(file) => file,
+            Err(error) if error.not_found() => Vec::new(),
             Err(dotenvy::Error::LineParse(_, column)) => {
                 let problem = format!("has a line that can't be read (at character {column} of the line)");
                 return Err(Error::new(
@@ -72,16 +75,22 @@ impl Vars {
                     "a readable file",
                 ));
             }
-        }
-        Ok(Self::from_os(std::env::vars_os()))
+        };
+        Ok(Self::from_os(file, own))
     }
 
-    fn from_os(variables: impl Iterator<Item = (OsString, OsString)>) -> Self {
-        let mut vars = Self::default();
-        for (name, value) in variables {
+    /// The variables of the environment over those of a file, of which the last of a name counts. An empty one of the
+    /// environment doesn't hide the file's.
+    fn from_os(file: Vec<(String, String)>, own: Vec<(OsString, OsString)>) -> Self {
+        let mut vars = Self {
+            values: file.into_iter().collect(),
+            ..Self::default()
+        };
+        for (name, value) in own {
             // A name that is no text is none of ours.
             let Ok(name) = name.into_string() else { continue };
             match value.into_string() {
+                Ok(value) if value.trim().is_empty() && vars.values.contains_key(&name) => {}
                 Ok(value) => drop(vars.values.insert(name, value)),
                 Err(_) => drop(vars.no_text.insert(name)),
             }
@@ -229,19 +238,40 @@ mod tests {
     fn what_is_no_text_matters_only_where_it_is_asked_for() {
         use std::os::unix::ffi::OsStringExt;
         let bad = || OsString::from_vec(vec![b'x', 0xff]);
-        let vars = Vars::from_os(
-            [
-                (bad(), "foreign".into()),
-                ("FOREIGN".into(), bad()),
-                ("API_KEYS".into(), bad()),
-                ("API_PORT".into(), "80".into()),
-            ]
-            .into_iter(),
-        );
+        let own = vec![
+            (bad(), "foreign".into()),
+            ("FOREIGN".into(), bad()),
+            ("API_KEYS".into(), bad()),
+            ("API_PORT".into(), "80".into()),
+        ];
+        let vars = Vars::from_os(Vec::new(), own);
 
         assert_eq!(vars.number("API_PORT", 8000, 0, 65_535), Ok(80));
         let error = vars.list("API_KEYS", "").unwrap_err();
         assert_eq!(error.to_string(), "API_KEYS isn't text; accepted: text in UTF-8");
+    }
+
+    #[test]
+    fn the_last_line_of_a_file_counts_unless_the_environment_says_something() {
+        let file = [("A", "first"), ("B", "file"), ("C", "file"), ("A", "last")];
+        let file = file
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .to_vec();
+        let own = [("B", "own"), ("C", " "), ("D", "")];
+        let own = own.map(|(name, value)| (name.into(), value.into())).to_vec();
+
+        let vars = Vars::from_os(file, own);
+
+        assert_eq!(
+            ["A", "B", "C", "D", "E"].map(|name| vars.text(name).unwrap()),
+            [
+                Some("last".to_owned()),
+                Some("own".to_owned()),
+                Some("file".to_owned()),
+                None,
+                None
+            ]
+        );
     }
 
     #[test]
