@@ -4,7 +4,7 @@
 use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use shared::id::KeyId;
-use shared::key::{KeyRights, Scope, Scopes};
+use shared::key::{KeyRights, Scope, Scopes, hex};
 use shared::storage::Rate;
 use std::fmt;
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use subtle::{ConditionallySelectable, ConstantTimeEq};
 use crate::config::Config;
 use crate::limits::Policy;
 use crate::problem::Problem;
-use crate::request::{headers, hex};
+use crate::request::headers;
 
 /// Who asks, and what they may do.
 #[derive(Clone, Debug, PartialEq, Eq)]

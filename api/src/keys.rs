@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 use shared::budget::Scope as BudgetScope;
 use shared::clock::{self, Timestamp};
 use shared::id::KeyId;
-use shared::job::CancelReason;
 use shared::key::{ApiKey, Digest, KeyKind, KeyRights, KeyStatus, Kid, NewApiKey, Scope, Secret};
 use shared::storage::{self, KeyFilter, NewSecret, PutBudget, Store, Tx};
 use std::time::Duration;
@@ -27,8 +26,6 @@ use wish::Wish;
 
 /// How often a change is tried that somebody else's comes before.
 const TRIES: usize = 5;
-/// Jobs that are cancelled between two looks for more.
-const CANCELLED_AT_ONCE: i64 = 500;
 
 /// `/api/v1/keys`.
 pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, Problem> {
@@ -141,24 +138,11 @@ pub async fn revoke(request: &Request, caller: &Caller, id: &Segment) -> Result<
     context.keyring.forget(&key.key_id);
     if cancel_jobs {
         // In a task of its own, so that it is done to the end although the client may go away.
-        let cancelling = tokio::spawn(cancel_all(context.store.clone(), key.key_id.clone()));
+        let store = context.store.clone();
+        let cancelling = tokio::spawn(async move { store.cancel_jobs_of(&key.key_id).await });
         cancelling.await.map_err(Problem::internal)??;
     }
     reply::data(request, StatusCode::OK, view::show(context, &revoked).await?)
-}
-
-async fn cancel_all(store: Store, key_id: KeyId) -> storage::Result<()> {
-    loop {
-        let jobs = store.unended_jobs(&key_id, CANCELLED_AT_ONCE).await?;
-        if jobs.is_empty() {
-            return Ok(());
-        }
-        for job_id in jobs {
-            store
-                .cancel_job(job_id, CancelReason::KeyRevoked, clock::now())
-                .await?;
-        }
-    }
 }
 
 /// `POST /keys`.

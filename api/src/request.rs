@@ -10,6 +10,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use shared::key::hex;
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -370,17 +371,6 @@ pub fn invalid(field: &str, message: impl Into<Cow<'static, str>>, kind: &'stati
         message: message.into(),
         kind,
     }])
-}
-
-/// Lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
 }
 
 #[cfg(test)]

@@ -4,10 +4,10 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::Path;
 
+use shared::disk;
 use shared::env::Vars;
 use shared::storage::DatabaseUrl;
 use shared::telemetry::chain;
-use uuid::Uuid;
 use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
 use worker::workspace::Runtime;
@@ -104,12 +104,9 @@ fn keys(vars: &Vars) -> Finding {
     }
 }
 
-/// Writes a file, as a run would.
+/// Writes more than a disk that is full may still take, as a run would.
 fn data_folder(folder: &Path) -> Finding {
-    let probe = folder.join(format!(".doctor-{}", Uuid::new_v4().simple()));
-    let written = fs::create_dir_all(folder)
-        .and_then(|()| fs::write(&probe, ""))
-        .and_then(|()| fs::remove_file(&probe));
+    let written = fs::create_dir_all(folder).and_then(|()| disk::try_to_write(folder));
     match written {
         Ok(()) => Good(format!("{} can be written", folder.display())),
         Err(error) => Bad(format!("DATA_DIR {} can't be written: {error}", folder.display())),

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 use shared::clock;
 use shared::env::{Error, Vars};
 use shared::id::KeyId;
-use shared::job::CancelReason;
 use shared::key::{
     ApiKey, Digest, KeyKind, KeyRights, KeyStatus, Kid, NewApiKey, Scope, Scopes, Secret, SecretKey,
 };
@@ -16,7 +15,7 @@ use shared::storage::{AuditEntry, DatabaseUrl, KeyFilter, NewSecret, Store};
 
 use crate::failure::Failure;
 
-/// A page of keys, and of jobs to cancel.
+/// A page of keys.
 const PAGE: i64 = 200;
 
 #[derive(Debug, Args)]
@@ -105,9 +104,7 @@ impl Keys {
         } else if !wish.scope.is_empty() {
             rights.scopes = scopes(&wish.scope)?;
         }
-        if wish.name.trim().is_empty() || wish.name.chars().count() > 128 {
-            return Err(Failure::Other("--name takes 1 to 128 characters".to_owned()));
-        }
+        shared::key::name(&wish.name).map_err(|why| Failure::Other(format!("--name: {why}")))?;
         let kid = Kid::generate().map_err(|error| Failure::because(&error))?;
         let (secret, secret_digest) = self
             .secret(KeyKind::of(rights.scopes.contains(Scope::KeysAdmin)), &kid)
@@ -193,30 +190,29 @@ impl Keys {
 
     async fn revoke(&self, wish: Revoke) -> Result<(), Failure> {
         let (_, key) = self.find(&wish.id).await?;
+        if wish
+            .reason
+            .as_ref()
+            .is_some_and(|reason| reason.chars().count() > 200)
+        {
+            return Err(Failure::Other("--reason takes at most 200 characters".to_owned()));
+        }
         let mut tx = self.store.begin().await?;
-        tx.revoke_api_key(&key.key_id, wish.reason.as_deref(), clock::now())
+        let revoked = tx
+            .revoke_api_key(&key.key_id, wish.reason.as_deref(), clock::now())
             .await?;
-        let detail = json!({"reason": wish.reason, "cancel_jobs": wish.cancel_jobs});
-        tx.audit(&entry("key.revoke", &key.key_id, detail)).await?;
+        // One that was revoked before stays as it was, and isn't a change.
+        if revoked.is_some_and(|revoked| revoked.version != key.version) || wish.cancel_jobs {
+            let detail = json!({"reason": wish.reason, "cancel_jobs": wish.cancel_jobs});
+            tx.audit(&entry("key.revoke", &key.key_id, detail)).await?;
+        }
         tx.commit().await?;
         println!("{} is revoked", key.key_id);
-        if !wish.cancel_jobs {
-            return Ok(());
+        if wish.cancel_jobs {
+            let cancelled = self.store.cancel_jobs_of(&key.key_id).await?;
+            println!("{cancelled} jobs are cancelled or told to end");
         }
-        let mut cancelled = 0;
-        loop {
-            let jobs = self.store.unended_jobs(&key.key_id, PAGE).await?;
-            if jobs.is_empty() {
-                println!("{cancelled} jobs are cancelled or told to end");
-                return Ok(());
-            }
-            for job_id in jobs {
-                self.store
-                    .cancel_job(job_id, CancelReason::KeyRevoked, clock::now())
-                    .await?;
-                cancelled += 1;
-            }
-        }
+        Ok(())
     }
 
     async fn find(&self, id: &str) -> Result<(Kid, ApiKey), Failure> {

@@ -7,7 +7,7 @@ mod secret_key;
 
 pub use scope::{Scope, Scopes};
 pub use secret::{KeyKind, Kid, Secret};
-pub use secret_key::{Digest, SecretKey};
+pub use secret_key::{Digest, SecretKey, hex};
 
 use crate::clock::Timestamp;
 use crate::id::KeyId;
@@ -34,6 +34,17 @@ impl KeyStatus {
             Self::Expired => "expired",
         }
     }
+}
+
+/// What a key is for: 1 to 128 characters that can be seen, or blanks between them. The error is a sentence for people.
+pub fn name(text: &str) -> Result<(), &'static str> {
+    if text.chars().count() > 128 {
+        return Err("A name should have at most 128 characters");
+    }
+    if text.trim().is_empty() || text.chars().any(char::is_control) {
+        return Err("A name should have visible characters, and no others than those and blanks");
+    }
+    Ok(())
 }
 
 /// What a key may do and how much of it. `None` is as the service is set up.

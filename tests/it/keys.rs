@@ -237,6 +237,14 @@ async fn keys_are_looked_after_on_the_command_line(db: Db) {
     })
     .await;
 
+    // Again, which changes nothing and is nothing to note.
+    let (code, _, _) = keys(&["revoke", &id, "--reason", "once more"]).await;
+    assert_eq!(code, Some(0));
+    let revocations = "select count(*) from audit where action = 'key.revoke'";
+    assert_eq!(system.database().number(revocations).await, 1);
+    let (code, _, error) = keys(&["create", "--name", "red\u{1b}[31m"]).await;
+    assert!(code == Some(1) && error.contains("visible characters"), "{error}");
+
     let (code, _, error) = keys(&["revoke", "key_nothing0"]).await;
     assert!(
         code == Some(1) && error.contains("no key key_nothing0"),

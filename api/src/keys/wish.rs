@@ -62,11 +62,8 @@ impl Wish {
 
 pub(super) fn name(value: Value) -> Reading<String> {
     parsed(1..=128, |name| {
-        if name.trim().is_empty() || name.chars().any(char::is_control) {
-            Err("A name should have visible characters, and no others than those and blanks")
-        } else {
-            Ok(name)
-        }
+        shared::key::name(&name)?;
+        Ok::<_, &str>(name)
     })(value)
 }
 

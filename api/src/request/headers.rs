@@ -13,7 +13,7 @@ pub fn request_id(headers: &HeaderMap) -> String {
     };
     match text(headers, "x-request-id").filter(harmless) {
         Some(id) => id.to_owned(),
-        None => super::hex(&uuid::Uuid::new_v4().into_bytes()[..8]),
+        None => shared::key::hex(&uuid::Uuid::new_v4().into_bytes()[..8]),
     }
 }
 

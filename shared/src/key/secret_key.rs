@@ -90,7 +90,7 @@ impl fmt::Debug for Digest {
 }
 
 /// Lower-case hexadecimal digits.
-fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     use fmt::Write;
     bytes
         .iter()

@@ -1,10 +1,14 @@
 //! API keys: made, changed, rotated, taken back.
 
 use super::{Error, Result, Store, Tx, execute, fetch, read};
-use crate::clock::Timestamp;
+use crate::clock::{self, Timestamp};
 use crate::id::{JobId, KeyId};
+use crate::job::CancelReason;
 use crate::key::{ApiKey, Digest, KeyRights, KeyStatus, NewApiKey};
 use crate::money::MicroUsd;
+
+/// Jobs that are cancelled between two looks for more.
+const CANCELLED_AT_ONCE: i64 = 500;
 
 /// Which keys a list shows.
 #[derive(Clone, Debug, Default)]
@@ -316,5 +320,22 @@ impl Store {
             limit
         )?;
         Ok(rows.into_iter().map(|row| row.0).collect())
+    }
+
+    /// Cancels all jobs of a key that was taken back, those that run included: how many. A job that is submitted
+    /// meanwhile may be left.
+    pub async fn cancel_jobs_of(&self, key_id: &KeyId) -> Result<u64> {
+        let mut cancelled = 0;
+        loop {
+            let jobs = self.unended_jobs(key_id, CANCELLED_AT_ONCE).await?;
+            if jobs.is_empty() {
+                return Ok(cancelled);
+            }
+            for job_id in jobs {
+                self.cancel_job(job_id, CancelReason::KeyRevoked, clock::now())
+                    .await?;
+                cancelled += 1;
+            }
+        }
     }
 }
