@@ -1,11 +1,13 @@
 //! What a run can end as: done, failed with a word for programs and a sentence for people, or tried again.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
-use tests::both;
 use tests::client::Client;
-use tests::database::Db;
+use tests::database::{Database, Db};
 use tests::script::{Script, Step, answer, steps};
 use tests::system::System;
+use tests::{both, eventually};
 
 both!(
     a_failed_run_says_how,
@@ -18,6 +20,7 @@ both!(
     noise_on_the_output_harms_nothing,
     absurd_names_and_numbers_harm_nothing,
     an_end_that_the_database_refuses_is_an_end_all_the_same,
+    an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease,
     a_cli_that_ends_slowly_under_a_short_lease_is_done,
     a_run_that_takes_too_much_memory_says_so,
     a_cli_that_talks_without_end_harms_nothing,
@@ -424,29 +427,29 @@ async fn absurd_names_and_numbers_harm_nothing(db: Db) {
     assert_eq!(system.database().number(negative).await, 0);
 }
 
+/// Has the database refuse a kind of statement from now on.
+async fn refuse(database: &Database, statement: &str) {
+    match database.db() {
+        Db::Sqlite => {
+            let trigger =
+                format!("create trigger refuse before {statement} begin select raise(abort, 'no'); end");
+            database.execute(&trigger).await;
+        }
+        Db::Postgres => {
+            let function =
+                "create function refuse() returns trigger language plpgsql as $$ begin raise 'no'; end $$";
+            database.execute(function).await;
+            let trigger =
+                format!("create trigger refuse before {statement} for each row execute function refuse()");
+            database.execute(&trigger).await;
+        }
+    }
+}
+
 async fn an_end_that_the_database_refuses_is_an_end_all_the_same(db: Db) {
     let system = System::start(db).await;
     let (client, database) = (system.client(), system.database());
-    // No result can be stored.
-    match db {
-        Db::Sqlite => {
-            database
-                .execute("create trigger refuse before insert on result begin select raise(abort, 'no'); end")
-                .await;
-        }
-        Db::Postgres => {
-            database
-                .execute(
-                    "create function refuse() returns trigger language plpgsql as $$ begin raise 'no'; end $$",
-                )
-                .await;
-            database
-                .execute(
-                    "create trigger refuse before insert on result for each row execute function refuse()",
-                )
-                .await;
-        }
-    }
+    refuse(database, "insert on result").await;
 
     let id = client.play(&answer("unwelcome").costing(0.25)).await;
 
@@ -457,6 +460,29 @@ async fn an_end_that_the_database_refuses_is_an_end_all_the_same(db: Db) {
         "{job:#}"
     );
     assert_eq!((&job["cost"], &job["result"]), (&json!(0.25), &Value::Null));
+}
+
+async fn an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease(db: Db) {
+    let system = System::start(db).await;
+    let (client, database) = (system.client(), system.database());
+    refuse(database, "update of ended_at on attempt").await;
+    let id = client.play(&answer("stored")).await;
+    let says = async |words: &str| {
+        let look = async || system.written().contains(words).then_some(());
+        eventually(Duration::from_secs(20), words, look).await;
+    };
+    says("could not store the end of the run").await;
+
+    // As if the connection had been lost after a commit.
+    let stored = "update job set status = 'done', completed_at = 1, lease_owner = null";
+    database.execute(stored).await;
+
+    says(&format!("job {id} is done")).await;
+    assert!(
+        !system.written().contains("the lease was lost"),
+        "{}",
+        system.written()
+    );
 }
 
 async fn a_cli_that_ends_slowly_under_a_short_lease_is_done(db: Db) {
