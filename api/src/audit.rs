@@ -12,7 +12,7 @@ use crate::reply::{self, Meta};
 use crate::request::Request;
 use crate::request::fields::choice;
 
-/// Many entries are shown at most; more are asked for page by page.
+/// So many entries are shown at most; more are asked for page by page.
 const LARGEST_PAGE: i64 = 200;
 
 /// What is noted about a change that this request makes.

@@ -2,7 +2,8 @@
 //! holds an Anthropic credential.
 //!
 //! Read [`routes`] first: every path and who answers it. Then the way of a request: [`mod@serve`] takes it off the wire,
-//! [`caller`] says who asks, [`request`] reads it, [`jobs`] and [`sessions`] do it, [`reply`] and [`problem`] answer.
+//! [`caller`] and [`keyring`] say who asks, [`limits`] whether not too often, [`request`] reads it, the resources do it
+//! ([`jobs`], [`sessions`], [`keys`], [`budgets`], [`usage`], [`audit`], [`health`]), [`reply`] and [`problem`] answer.
 
 pub mod address;
 pub mod audit;

@@ -1,5 +1,5 @@
-//! `claude-queue`, the command for people: serves (`up`), shows (`demo`), looks after (`migrate`, `doctor`), plays the
-//! Anthropic API (`simulator`), and is a client of a running service (`submit`, `wait`, `logs`, `cancel`,
+//! `claude-queue`, the command for people: serves (`up`), shows (`demo`), looks after (`migrate`, `doctor`, `keys`),
+//! plays the Anthropic API (`simulator`), and is a client of a running service (`submit`, `wait`, `logs`, `cancel`,
 //! `jobs`, `usage`).
 //!
 //! The only crate that knows both the API and the worker. Each command is a file of its name.

@@ -61,7 +61,7 @@ pub(crate) fn event(event: &Event) -> Option<String> {
     Some(format!("{:<10} {}", printable(&word), text).trim_end().to_owned())
 }
 
-/// A job in a table: id, status, cost, age order, the start of the prompt.
+/// A job in a table: id, status, cost, when it was made, the start of the prompt.
 pub(crate) fn row(job: &Value) -> String {
     let status = match job["hold"].as_str() {
         Some(hold) => format!("{} ({hold})", word(&job["status"])),
@@ -76,7 +76,7 @@ pub(crate) fn row(job: &Value) -> String {
         .to_owned()
 }
 
-/// Dollars, to a tenth of a cent at least.
+/// Dollars, to a hundredth of a cent.
 pub(crate) fn money(cost: &Value) -> String {
     format!("${:.4}", cost.as_f64().unwrap_or_default())
 }

@@ -130,7 +130,7 @@ impl World {
         events.iter().map(|event| event.event_type.as_str()).collect()
     }
 
-    /// Sets a budget as issue of an operator would: `key_id` or, with none, the global one.
+    /// Sets a budget as an operator would: `key_id` or, with none, the global one.
     async fn budget(&self, key_id: Option<&KeyId>, limit: i64, period: &str, on_exceeded: &str) {
         let scope = if key_id.is_some() { "key" } else { "global" };
         let scope_id = key_id.map_or("", KeyId::as_str);
