@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use shared::clock::Timestamp;
 use shared::env::Vars;
-use shared::id::JobId;
 use shared::shutdown::Shutdown;
-use shared::storage::Store;
+use shared::storage::{LedgerPart, Store};
 use shared::telemetry;
 use simulator::Simulator;
 use tokio::time::{Instant, timeout};
@@ -134,11 +134,14 @@ async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Fai
     let content = std::fs::read_to_string(&file)
         .map_err(|error| Failure::Other(format!("the job didn't write {}: {error}", file.display())))?;
 
-    let job_id: JobId = id
-        .parse()
-        .map_err(|_| Failure::Other(format!("{id} isn't a job's id")))?;
+    // The demo's database holds nothing else.
+    let everything = LedgerPart {
+        key_id: None,
+        from: Timestamp(0),
+        to: Timestamp(i64::MAX),
+    };
     let lines = store
-        .ledger(job_id)
+        .ledger_entries(&everything, None, 100)
         .await
         .map_err(|error| Failure::because(&error))?;
     if lines.is_empty() {
@@ -146,13 +149,14 @@ async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Fai
     }
     let ledger: Vec<String> = lines
         .iter()
+        .rev()
         .map(|line| {
             let cache = line.cache_creation_input_tokens + line.cache_read_input_tokens;
             format!(
                 "    {}  {id}  attempt {}  {}  {} tokens in, {cache} cached, {} out  ${:.6}",
                 line.at.to_utc().format("%Y-%m-%d %H:%M:%S"),
-                line.attempt,
-                line.model,
+                line.attempt.unwrap_or_default(),
+                line.model.as_deref().unwrap_or_default(),
                 line.input_tokens,
                 line.output_tokens,
                 line.cost.usd(),

@@ -267,10 +267,8 @@ fn job(key_id: &KeyId, now: Timestamp) -> NewJob {
         max_turns: None,
         timeout_seconds: None,
         max_cost: MicroUsd(1_000_000),
-        webhook_url: None,
         custom_id: None,
         metadata: json!({}),
-        retry_of: None,
         created_at: now,
     }
 }

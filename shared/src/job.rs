@@ -86,14 +86,6 @@ pub enum CancelReason {
     User,
     /// Its `cancel_after` passed.
     Deadline,
-    /// Its session was deleted.
-    SessionDeleted,
-    /// Its batch was cancelled.
-    Batch,
-    /// The service was shut down for good.
-    Shutdown,
-    /// The client that waited for it went away and had asked for this.
-    ClientDisconnect,
     /// Its key was revoked, and its jobs with it.
     KeyRevoked,
 }
@@ -104,10 +96,6 @@ impl CancelReason {
         match self {
             Self::User => "user",
             Self::Deadline => "deadline",
-            Self::SessionDeleted => "session_deleted",
-            Self::Batch => "batch",
-            Self::Shutdown => "shutdown",
-            Self::ClientDisconnect => "client_disconnect",
             Self::KeyRevoked => "key_revoked",
         }
     }
@@ -198,14 +186,10 @@ pub struct NewJob {
     pub timeout_seconds: Option<i64>,
     /// What one attempt may cost at most.
     pub max_cost: MicroUsd,
-    /// Where to tell the end of the job.
-    pub webhook_url: Option<String>,
     /// The client's own name for it.
     pub custom_id: Option<String>,
     /// Up to 16 pairs of text, as a JSON object.
     pub metadata: Value,
-    /// The job that this one repeats.
-    pub retry_of: Option<JobId>,
     /// When it was accepted.
     pub created_at: Timestamp,
 }
@@ -255,13 +239,13 @@ pub struct Job {
     pub timeout_seconds: Option<i64>,
     /// What one attempt may cost at most.
     pub max_cost: MicroUsd,
-    /// Where to tell the end of the job.
+    /// Where to tell the end of the job; this release tells nobody.
     pub webhook_url: Option<String>,
     /// The client's own name for it.
     pub custom_id: Option<String>,
     /// A JSON object of text pairs.
     pub metadata: String,
-    /// The job that this one repeats.
+    /// The job that this one repeats; this release repeats none.
     pub retry_of: Option<JobId>,
     /// The Claude session of its latest attempt.
     pub claude_session_id: Option<String>,

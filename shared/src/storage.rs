@@ -51,7 +51,7 @@ pub use error::{Error, Result};
 pub use idempotency::{IdempotencyRecord, Remembered};
 pub use job::{CancelOutcome, JobFilter, Position};
 pub use key::{KeyFilter, NewSecret};
-pub use ledger::{LedgerEntry, LedgerGroup, LedgerLine, LedgerPart, LedgerSum, Usage};
+pub use ledger::{LedgerEntry, LedgerGroup, LedgerPart, LedgerSum, Usage};
 pub use limit::{Quota, Rate};
 pub use queue::{QUEUE, Ticket};
 pub use retention::{Removal, Workspace};

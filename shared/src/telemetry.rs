@@ -6,13 +6,16 @@ use tracing_subscriber::EnvFilter;
 /// Starts logging as `LOG_LEVEL` and `LOG_FORMAT` say. Call it once, first.
 pub fn start(vars: &Vars) -> Result<(), Error> {
     let level = vars.or("LOG_LEVEL", "info")?;
-    let filter = level.to_lowercase();
     // The Python service's words, and any filter of the tracing crate.
-    let filter = match filter.as_str() {
-        "warning" => "warn",
-        "critical" => "error",
-        other => other,
-    };
+    let parts: Vec<String> = level
+        .to_lowercase()
+        .split(',')
+        .map(|part| match part.trim() {
+            "warning" => "warn".to_owned(),
+            "critical" => "error".to_owned(),
+            other => other.to_owned(),
+        })
+        .collect();
     let unknown = || {
         Error::new(
             "LOG_LEVEL",
@@ -21,13 +24,13 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
         )
     };
     // The library takes a word that is no level for the name of a crate, and then nothing else is told.
-    if filter.split(',').any(|part| !is_directive(part.trim())) {
+    if !parts.iter().all(|part| is_directive(part)) {
         return Err(unknown());
     }
     // What the pools of connections and the queue library complain about is told once, by whoever meets it.
     let quiet = "sqlx=warn,sqlx::pool=error,sqlx_core::pool=error,sqlx::postgres::notice=error,\
                  apalis=off,apalis_core=off,apalis_postgres=off,apalis_sqlite=off,hyper=warn,reqwest=warn";
-    let quiet = format!("{filter},{quiet}");
+    let quiet = format!("{},{quiet}", parts.join(","));
     let filter = EnvFilter::try_new(quiet).map_err(|_| unknown())?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -305,10 +305,8 @@ impl Wish {
             max_turns: settings.max_turns,
             timeout_seconds: self.timeout_seconds,
             max_cost: settings.max_cost_usd.map_or(limit, |cost| cost.min(limit)),
-            webhook_url: None,
             custom_id: self.custom_id,
             metadata: Value::Object(self.metadata),
-            retry_of: None,
             created_at: self.created_at,
         })
     }

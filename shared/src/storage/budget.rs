@@ -15,7 +15,7 @@ mod manage;
 pub use manage::{AdjustBudget, DeleteBudget, PutBudget};
 
 use super::{Error, Result, Tx, execute, fetch, fetch_locked};
-use crate::budget::Period;
+use crate::budget::{Period, Scope};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use crate::job::{Job, Spend, TokenUsage};
@@ -24,8 +24,7 @@ use crate::money::MicroUsd;
 /// A budget that applies to a job, and its state in the current period.
 #[derive(Clone, Debug)]
 pub(super) struct Applicable {
-    scope: String,
-    scope_id: String,
+    scope: Scope,
     limit: MicroUsd,
     /// Whether jobs wait for the next period instead of failing.
     waits: bool,
@@ -43,7 +42,7 @@ impl Applicable {
     }
 
     fn is_global(&self) -> bool {
-        self.scope == "global"
+        self.scope == Scope::Global
     }
 }
 
@@ -107,14 +106,14 @@ impl Tx {
         )?;
         let mut applicable = Vec::with_capacity(budgets.len());
         for (scope, scope_id, limit, period, on_exceeded, thresholds) in budgets {
+            let scope = read_scope(&scope, &scope_id)?;
             let period_start = period.start(now);
-            let (spent, reserved) = self.lock_period(&scope, &scope_id, period_start).await?;
+            let (spent, reserved) = self.lock_period(&scope, period_start).await?;
             applicable.push(Applicable {
                 scope,
-                scope_id,
                 limit,
                 waits: on_exceeded == "hold",
-                thresholds: serde_json::from_str(&thresholds).unwrap_or_default(),
+                thresholds: read_thresholds(&thresholds),
                 period_start,
                 spent,
                 reserved,
@@ -123,20 +122,15 @@ impl Tx {
         Ok(applicable)
     }
 
-    async fn lock_period(
-        &mut self,
-        scope: &str,
-        scope_id: &str,
-        start: Timestamp,
-    ) -> Result<(MicroUsd, MicroUsd)> {
+    async fn lock_period(&mut self, scope: &Scope, start: Timestamp) -> Result<(MicroUsd, MicroUsd)> {
         loop {
             let row = fetch_locked!(
                 self,
                 "read a budget's state",
                 fetch_optional => (MicroUsd, MicroUsd),
                 "select spent, reserved from budget_period where scope = $1 and scope_id = $2 and period_start = $3",
-                scope,
-                scope_id,
+                scope.name(),
+                scope.id(),
                 start
             )?;
             if let Some(state) = row {
@@ -146,8 +140,8 @@ impl Tx {
                 self,
                 "begin a budget's period",
                 "insert into budget_period (scope, scope_id, period_start) values ($1, $2, $3) on conflict do nothing",
-                scope,
-                scope_id,
+                scope.name(),
+                scope.id(),
                 start
             )?;
         }
@@ -166,8 +160,8 @@ impl Tx {
                 "reserve in a budget",
                 "update budget_period set reserved = reserved + $4
                  where scope = $1 and scope_id = $2 and period_start = $3 and spent + reserved + $4 <= $5",
-                &budget.scope,
-                &budget.scope_id,
+                budget.scope.name(),
+                budget.scope.id(),
                 budget.period_start,
                 amount,
                 budget.limit
@@ -184,8 +178,8 @@ impl Tx {
                  values ($1, $2, $3, $4, $5, $6)",
                 job.job_id,
                 job.attempt,
-                &budget.scope,
-                &budget.scope_id,
+                budget.scope.name(),
+                budget.scope.id(),
                 budget.period_start,
                 amount
             )?;
@@ -244,21 +238,22 @@ impl Tx {
         )?;
         // A budget that was set while the attempt ran has nothing reserved for it, but it counts; one that was
         // removed meanwhile gets back what it had reserved.
-        let mut settled = reserved;
-        for (scope, scope_id, period, ..) in &budgets {
-            if !settled.iter().any(|row| row.0 == *scope && row.1 == *scope_id) {
+        let mut settled = Vec::with_capacity(reserved.len());
+        for (scope, scope_id, start, amount) in reserved {
+            settled.push((read_scope(&scope, &scope_id)?, start, amount));
+        }
+        let mut limits = Vec::with_capacity(budgets.len());
+        for (scope, scope_id, period, limit, thresholds) in budgets {
+            let scope = read_scope(&scope, &scope_id)?;
+            if !settled.iter().any(|row| row.0 == scope) {
                 let began = self.began(job).await?.unwrap_or(now);
-                settled.push((
-                    scope.clone(),
-                    scope_id.clone(),
-                    period.start(began),
-                    MicroUsd::ZERO,
-                ));
+                settled.push((scope.clone(), period.start(began), MicroUsd::ZERO));
             }
+            limits.push((scope, limit, read_thresholds(&thresholds)));
         }
         // Always the key's budget before the global one, here as in a claim, so that no two wait for each other.
-        settled.sort_by_key(|row| row.0 == "global");
-        for (scope, scope_id, start, amount) in settled {
+        settled.sort_by_key(|row| row.0 == Scope::Global);
+        for (scope, start, amount) in settled {
             let (spent,) = fetch!(
                 self,
                 "settle in a budget",
@@ -267,21 +262,18 @@ impl Tx {
                  on conflict (scope, scope_id, period_start)
                  do update set spent = budget_period.spent + $5, reserved = budget_period.reserved - $4
                  returning spent",
-                &scope,
-                &scope_id,
+                scope.name(),
+                scope.id(),
                 start,
                 amount,
                 cost
             )?;
-            let budget = budgets
-                .iter()
-                .find(|budget| budget.0 == scope && budget.1 == scope_id);
-            if let Some((.., limit, thresholds)) = budget {
-                self.note_alerts((&scope, &scope_id), start, spent, *limit, thresholds, now)
+            if let Some((_, limit, thresholds)) = limits.iter().find(|row| row.0 == scope) {
+                self.note_alerts(&scope, start, spent, *limit, thresholds, now)
                     .await?;
             }
-            if scope == "global" {
-                self.free_from_budget(&KeyId::known("")).await?;
+            if scope == Scope::Global {
+                self.free_from_budget(&scope).await?;
             }
         }
         Ok(cost)
@@ -317,48 +309,51 @@ impl Tx {
             self,
             "adjust a budget",
             "update budget_period set spent = spent + $4 where scope = $1 and scope_id = $2 and period_start = $3",
-            &budget.scope,
-            &budget.scope_id,
+            budget.scope.name(),
+            budget.scope.id(),
             budget.period_start,
             amount
         )?;
-        let thresholds = serde_json::json!(budget.thresholds).to_string();
         let spent = budget.spent + amount;
-        let name = (budget.scope.as_str(), budget.scope_id.as_str());
-        self.note_alerts(name, budget.period_start, spent, budget.limit, &thresholds, now)
-            .await
+        self.note_alerts(
+            &budget.scope,
+            budget.period_start,
+            spent,
+            budget.limit,
+            &budget.thresholds,
+            now,
+        )
+        .await
     }
 
     /// Remembers which thresholds of a budget have been reached in its period: each once.
     async fn note_alerts(
         &mut self,
-        (scope, scope_id): (&str, &str),
+        scope: &Scope,
         start: Timestamp,
         spent: MicroUsd,
         limit: MicroUsd,
-        thresholds: &str,
+        thresholds: &[i64],
         now: Timestamp,
     ) -> Result<()> {
-        let thresholds: Vec<i64> = serde_json::from_str(thresholds).unwrap_or_default();
-        for threshold in thresholds
-            .into_iter()
-            .filter(|percent| spent.reaches(*percent, limit))
+        for &threshold in thresholds
+            .iter()
+            .filter(|percent| spent.reaches(**percent, limit))
         {
             let new = execute!(
                 self,
                 "remember a budget's threshold",
                 "insert into budget_alert (scope, scope_id, period_start, threshold, at) values ($1, $2, $3, $4, $5)
                  on conflict do nothing",
-                scope,
-                scope_id,
+                scope.name(),
+                scope.id(),
                 start,
                 threshold,
                 now
             )?;
             if new > 0 {
                 self.alerts.push(Alert {
-                    scope: scope.to_owned(),
-                    scope_id: scope_id.to_owned(),
+                    scope: scope.clone(),
                     threshold,
                     spent,
                     limit,
@@ -391,11 +386,18 @@ impl Tx {
     }
 }
 
+fn read_scope(name: &str, id: &str) -> Result<Scope> {
+    Scope::parse(name, id).ok_or_else(|| Error::during("read a budget")(format!("an unknown scope, {name}")))
+}
+
+fn read_thresholds(text: &str) -> Vec<i64> {
+    serde_json::from_str(text).unwrap_or_default()
+}
+
 /// A threshold that a transaction found reached.
 #[derive(Clone, Debug)]
 pub(super) struct Alert {
-    scope: String,
-    scope_id: String,
+    scope: Scope,
     threshold: i64,
     spent: MicroUsd,
     limit: MicroUsd,
@@ -406,18 +408,17 @@ impl Alert {
     pub(super) fn log(&self) {
         let Self {
             scope,
-            scope_id,
             threshold,
             spent,
             limit,
         } = self;
-        let whose = match scope.as_str() {
-            "global" => "the global budget".to_owned(),
-            _ => format!("the budget of {scope_id}"),
+        let whose = match scope {
+            Scope::Global => "the global budget".to_owned(),
+            Scope::Key(key_id) => format!("the budget of {key_id}"),
         };
         tracing::warn!(
-            budget.scope = scope,
-            key.id = scope_id,
+            budget.scope = scope.name(),
+            key.id = scope.id(),
             budget.threshold = threshold,
             spent_usd = spent.usd(),
             limit_usd = limit.usd(),
@@ -432,8 +433,7 @@ mod tests {
 
     fn budget(scope: &str, limit: i64, spent: i64, reserved: i64) -> Applicable {
         Applicable {
-            scope: scope.to_owned(),
-            scope_id: String::new(),
+            scope: Scope::parse(scope, "").unwrap(),
             limit: MicroUsd(limit),
             waits: false,
             thresholds: Vec::new(),

@@ -92,8 +92,8 @@ impl Tx {
             fetch_one => Job,
             "insert into job (job_id, key_id, kind, hold, priority, group_key, session_id, run_after, deadline_at,
                max_attempts, on_worker_lost, model, effort, permission_mode, max_turns, timeout_seconds, max_cost,
-               webhook_url, custom_id, metadata, retry_of, created_at, last_event_seq)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, 1)
+               custom_id, metadata, created_at, last_event_seq)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, 1)
              returning *",
             job.job_id,
             &job.key_id,
@@ -112,10 +112,8 @@ impl Tx {
             job.max_turns,
             job.timeout_seconds,
             job.max_cost,
-            &job.webhook_url,
             &job.custom_id,
             job.metadata.to_string(),
-            job.retry_of,
             job.created_at
         )?;
         let options = serde_json::to_string(&job.options)

@@ -2,6 +2,7 @@
 //! worker that lost its lease writes nothing.
 
 use super::{Error, Result, Store, Tx, TxDb, execute, fetch, fetch_locked, read};
+use crate::budget::Scope;
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::id::{JobId, SessionId, WorkerId};
@@ -347,7 +348,7 @@ impl Tx {
         )?;
         if let Some((top, room, hold)) = lane {
             if hold.as_deref() == Some(Hold::Budget.as_str()) {
-                self.free_from_budget(&job.key_id).await?;
+                self.free_from_budget(&Scope::Key(job.key_id.clone())).await?;
             }
             // Only a lane that was full has a job that could not begin before.
             if top.is_some() && room == 1 {

@@ -1,7 +1,7 @@
 //! What the sweeper does in the database: the same work every time, safe in every worker at once.
 
 use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, execute, read};
-use crate::budget::BudgetStatus;
+use crate::budget::{BudgetStatus, Scope};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use sqlx::{Postgres, QueryBuilder, Sqlite};
@@ -146,7 +146,6 @@ impl Store {
     /// Lanes, and the queue, that wait for money look again when there is some: a period may have turned. A
     /// transaction for each, because one that held several lanes and budgets could wait in a circle.
     async fn release_budget_holds(&self, now: Timestamp) -> Result<()> {
-        // What waits for everybody's money has no key.
         let mut after: Option<KeyId> = None;
         loop {
             let held = read!(
@@ -183,7 +182,12 @@ impl Store {
         tx.lock_lane(key_id).await?;
         let budgets = tx.lock_budgets(key_id, now).await?;
         if budgets.iter().all(super::budget::Applicable::has_room) {
-            tx.free_from_budget(key_id).await?;
+            // What waits for everybody's money has no key.
+            let scope = match key_id.as_str() {
+                "" => Scope::Global,
+                _ => Scope::Key(key_id.clone()),
+            };
+            tx.free_from_budget(&scope).await?;
         }
         tx.commit().await
     }
@@ -245,21 +249,20 @@ impl Store {
 }
 
 impl Tx {
-    /// Lets the key's jobs, or with an empty key the whole queue, look for money again.
-    pub(super) async fn free_from_budget(&mut self, key_id: &KeyId) -> Result<()> {
-        let freed = if key_id.as_str().is_empty() {
-            execute!(
+    /// Lets the key's jobs, or the whole queue, look for money again.
+    pub(super) async fn free_from_budget(&mut self, scope: &Scope) -> Result<()> {
+        let freed = match scope {
+            Scope::Global => execute!(
                 self,
                 "free the queue",
                 "update queue set hold = null where hold = 'budget'"
-            )?
-        } else {
-            execute!(
+            )?,
+            Scope::Key(key_id) => execute!(
                 self,
                 "free a lane",
                 "update lane set hold = null where key_id = $1 and hold = 'budget'",
                 key_id
-            )?
+            )?,
         };
         if freed > 0 {
             self.ring();

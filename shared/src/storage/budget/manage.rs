@@ -4,7 +4,7 @@ use crate::budget::{Budget, BudgetStatus, OnExceeded, Period, Scope};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use crate::money::MicroUsd;
-use crate::storage::{Error, Result, Store, Tx, execute, fetch, read};
+use crate::storage::{Result, Store, Tx, execute, fetch, read};
 
 /// What came of a wish to set a budget. Unless it stands, roll the transaction back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,8 +85,7 @@ const ALERTS: &str =
 
 impl Row {
     fn status(self, now: Timestamp) -> Result<BudgetStatus> {
-        let scope = Scope::parse(&self.scope, &self.scope_id)
-            .ok_or_else(|| Error::during("read a budget")(format!("an unknown scope, {}", self.scope)))?;
+        let scope = super::read_scope(&self.scope, &self.scope_id)?;
         Ok(BudgetStatus {
             budget: Budget {
                 scope,
@@ -307,7 +306,7 @@ impl Tx {
                     scope.name(),
                     scope.id()
                 )?;
-                self.free_from_budget(&key_of(scope)).await?;
+                self.free_from_budget(scope).await?;
             }
         }
         Ok(DeleteBudget::Deleted)
@@ -340,8 +339,7 @@ impl Tx {
         for budget in self.lock_budgets(&key_id, now).await? {
             self.add_spent(&budget, delta, now).await?;
             if delta < MicroUsd::ZERO {
-                let freed = if budget.is_global() { "" } else { key_id.as_str() };
-                self.free_from_budget(&KeyId::known(freed)).await?;
+                self.free_from_budget(&budget.scope).await?;
             }
         }
         Ok(AdjustBudget::Adjusted)
@@ -382,7 +380,7 @@ impl Tx {
         if before.is_none_or(|before| before.period != budget.period) {
             self.move_reservations(scope, budget.period).await?;
             let spent = self.spent_since(scope, start).await?;
-            self.lock_period(scope.name(), scope.id(), start).await?;
+            self.lock_period(scope, start).await?;
             execute!(
                 self,
                 "begin a budget's period",
@@ -394,7 +392,7 @@ impl Tx {
             )?;
             return Ok(spent);
         }
-        Ok(self.lock_period(scope.name(), scope.id(), start).await?.0)
+        Ok(self.lock_period(scope, start).await?.0)
     }
 
     /// Moves what running jobs have reserved into the periods of another kind in which they began.
@@ -415,7 +413,7 @@ impl Tx {
                 continue;
             }
             for (start, change) in [(from, MicroUsd::ZERO - amount), (to, amount)] {
-                self.lock_period(scope.name(), scope.id(), start).await?;
+                self.lock_period(scope, start).await?;
                 execute!(
                     self,
                     "move a reservation",
@@ -492,16 +490,9 @@ impl Tx {
                 )?;
             }
         }
-        self.note_alerts(
-            (scope.name(), scope.id()),
-            start,
-            spent,
-            budget.limit,
-            &thresholds,
-            now,
-        )
-        .await?;
-        self.free_from_budget(&key_of(scope)).await
+        self.note_alerts(scope, start, spent, budget.limit, &budget.alert_thresholds, now)
+            .await?;
+        self.free_from_budget(scope).await
     }
 
     /// What the ledger says was spent since this time: attempts count from when they began.
