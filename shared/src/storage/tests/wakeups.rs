@@ -1,10 +1,11 @@
 //! A commit of one process wakes another.
 
-use super::{NOW, World, job};
+use super::{NOW, World, job, open};
 use crate::event::{EventType, NewEvent};
 use crate::job::{Ending, Lease};
 use crate::storage::{JobWakeup, Store, Wakeups};
 use ::tests::database::Db;
+use ::tests::proxy::Proxy;
 use serde_json::json;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -14,6 +15,7 @@ use tokio_util::sync::CancellationToken;
     who_waits_for_another_job_is_not_woken,
     listening_outlives_its_connection
 );
+::tests::once!(a_listener_whose_connection_fell_silent_makes_another);
 
 /// Longer than a wake-up takes, and shorter than the look that everyone takes by himself.
 const SOON: Duration = Duration::from_millis(1500);
@@ -42,7 +44,7 @@ async fn until_heard(world: &World, lease: &Lease, wakeup: &mut JobWakeup) {
         {
             return;
         }
-        assert!(begin.elapsed() < Duration::from_secs(20), "nothing was heard");
+        assert!(begin.elapsed() < Duration::from_secs(40), "nothing was heard");
     }
 }
 
@@ -122,4 +124,20 @@ async fn listening_outlives_its_connection(db: Db) {
     slots.mark_unchanged();
     world.submit(job(&key)).await;
     assert!(tokio::time::timeout(SOON, slots.changed()).await.is_ok());
+}
+
+async fn a_listener_whose_connection_fell_silent_makes_another() {
+    let world = World::new(Db::Postgres).await;
+    let key = world.key("a", 9).await;
+    let stored = world.submit(job(&key)).await;
+    let lease = world.claim_job(&stored).await;
+    let proxy = Proxy::before(&world.database).await;
+    let wakeups = listen(&open(proxy.url()).await);
+    let mut wakeup = wakeups.job(stored.job_id);
+    until_heard(&world, &lease, &mut wakeup).await;
+
+    proxy.swallow();
+
+    until_heard(&world, &lease, &mut wakeup).await;
+    until_heard(&world, &lease, &mut wakeup).await;
 }
