@@ -81,11 +81,7 @@ pub async fn rotate(request: &Request, caller: &Caller, id: &Segment) -> Result<
         let kid = Kid::of(key.key_id.as_str()).ok_or(Problem::NoSuch("Key"))?;
         let (secret, digest) = new_secret(request, KeyKind::of(key.is_admin()), &kid)?;
         let grace = Duration::from_secs(u64::try_from(grace).unwrap_or(0));
-        let fresh = NewSecret {
-            digest,
-            last4: secret.last4().to_owned(),
-            overlap_until: (!grace.is_zero()).then(|| clock::now().plus(grace)),
-        };
+        let fresh = NewSecret::new((&secret, digest), grace, clock::now());
         let mut tx = context.store.begin().await?;
         let Some(rotated) = tx.rotate_api_key(&key.key_id, key.version, &fresh).await? else {
             tx.rollback().await?;
@@ -375,9 +371,7 @@ fn new_secret(request: &Request, kind: KeyKind, kid: &Kid) -> Result<(Secret, Di
         detail: "Keys need SECRET_KEY, which this service is started without",
         source: None,
     })?;
-    let secret = Secret::generate(kind, kid).map_err(Problem::internal)?;
-    let digest = secret_key.digest(secret.expose().as_bytes());
-    Ok((secret, digest))
+    secret_key.issue(kind, kid).map_err(Problem::internal)
 }
 
 /// Gives the key a budget of its own.

@@ -164,11 +164,7 @@ impl Keys {
         }
         let (secret, digest) = self.secret(KeyKind::of(key.is_admin()), &kid).await?;
         let grace = Duration::from_secs(wish.grace_seconds);
-        let fresh = NewSecret {
-            digest,
-            last4: secret.last4().to_owned(),
-            overlap_until: (!grace.is_zero()).then(|| clock::now().plus(grace)),
-        };
+        let fresh = NewSecret::new((&secret, digest), grace, clock::now());
         let mut tx = self.store.begin().await?;
         let rotated = tx.rotate_api_key(&key.key_id, key.version, &fresh).await?;
         if rotated.is_none() {
@@ -242,9 +238,9 @@ impl Keys {
             )
             .into());
         }
-        let secret = Secret::generate(kind, kid).map_err(|error| Failure::because(&error))?;
-        let digest = secret_key.digest(secret.expose().as_bytes());
-        Ok((secret, digest))
+        secret_key
+            .issue(kind, kid)
+            .map_err(|error| Failure::because(&error))
     }
 }
 

@@ -8,6 +8,7 @@ use sqlx::{Database, Decode, Encode, Type};
 use std::fmt;
 use subtle::ConstantTimeEq;
 
+use super::secret::{KeyKind, Kid, Secret};
 use crate::env::{Error, Vars};
 
 const SHORTEST: usize = 16;
@@ -51,6 +52,13 @@ impl SecretKey {
         let check = hex(&derived("claude-queue/check/1")[..16]);
         let pepper = keyed(&derived("claude-queue/key-pepper/1"));
         Some(Self { pepper, check })
+    }
+
+    /// A new secret with this public part, and the digest by which it is known again.
+    pub fn issue(&self, kind: KeyKind, kid: &Kid) -> Result<(Secret, Digest), getrandom::Error> {
+        let secret = Secret::generate(kind, kid)?;
+        let digest = self.digest(secret.expose().as_bytes());
+        Ok((secret, digest))
     }
 
     /// A value by which the database knows it again; it tells nothing about it.

@@ -4,8 +4,9 @@ use super::{Error, Result, Store, Tx, execute, fetch, read};
 use crate::clock::{self, Timestamp};
 use crate::id::{JobId, KeyId};
 use crate::job::CancelReason;
-use crate::key::{ApiKey, Digest, KeyRights, KeyStatus, NewApiKey};
+use crate::key::{ApiKey, Digest, KeyRights, KeyStatus, NewApiKey, Secret};
 use crate::money::MicroUsd;
+use std::time::Duration;
 
 /// Jobs that are cancelled between two looks for more.
 const CANCELLED_AT_ONCE: i64 = 500;
@@ -30,6 +31,17 @@ pub struct NewSecret {
     pub last4: String,
     /// Until when the former secret opens too; `None`: no longer.
     pub overlap_until: Option<Timestamp>,
+}
+
+impl NewSecret {
+    /// A secret with its digest; the former one opens for `grace` more.
+    pub fn new((secret, digest): (&Secret, Digest), grace: Duration, now: Timestamp) -> Self {
+        Self {
+            digest,
+            last4: secret.last4().to_owned(),
+            overlap_until: (!grace.is_zero()).then(|| now.plus(grace)),
+        }
+    }
 }
 
 impl Tx {
