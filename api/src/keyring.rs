@@ -326,6 +326,8 @@ impl Keyring {
                 known.news = false;
             }
         }
+        // In one order, so that no two processes wait for each other.
+        due.sort_by(|one, other| one.0.cmp(&other.0));
         due
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
+use sqlx::{Connection as _, Executor as _};
 use tests::client::{Answer, Client};
 use tests::database::{Database, Db};
 use tests::script::{Step, steps};
@@ -36,7 +37,10 @@ both!(
     every_change_and_refusal_is_noted,
     no_secret_is_anywhere,
 );
-once!(a_service_on_the_network_starts_with_a_key_of_the_database);
+once!(
+    a_service_on_the_network_starts_with_a_key_of_the_database,
+    the_use_of_a_key_is_noted_also_when_that_failed_first,
+);
 
 /// A revoked key opens nothing after this.
 const REVOKED_WITHIN: Duration = Duration::from_secs(5);
@@ -56,6 +60,27 @@ async fn made(system: &System, body: &Value) -> (String, Client) {
 async fn patch(client: &Client, id: &str, body: &Value) -> Answer {
     let request = client.request(Method::PATCH, &format!("/api/v1/keys/{id}"));
     client.send(request.json(body)).await
+}
+
+async fn the_use_of_a_key_is_noted_also_when_that_failed_first() {
+    let system = System::builder().database(Db::Postgres).workers(0).start().await;
+    let (id, key) = made(&system, &json!({"name": "k"})).await;
+    let mut lock = system.database().postgres().await;
+    let sql = "begin; select 1 from api_key for update";
+    lock.execute(sqlx::raw_sql(sql)).await.unwrap();
+
+    assert_eq!(key.jobs("").await.status, 200);
+    eventually(Duration::from_secs(20), "a note that failed", async || {
+        system.written().contains("note the use of a key").then_some(())
+    })
+    .await;
+    lock.close().await.unwrap();
+
+    eventually(Duration::from_secs(10), "the note of its use", async || {
+        let shown = admin(&system).get(&format!("/api/v1/keys/{id}")).await;
+        shown.data(200)["last_used_at"].is_string().then_some(())
+    })
+    .await;
 }
 
 async fn is_refused(client: &Client) -> bool {
