@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tests::database::{Database, Db};
-use tests::script::{self, Script};
+use tests::script::{self, Script, Step};
 use tests::system::{Builder, Cli, System, real_claude};
 use tests::{place, trace};
 use tokio::io::AsyncWriteExt as _;
@@ -210,13 +210,13 @@ async fn recovery(db: Db) {
         let job = client
             .play(&Script {
                 runs: vec![
-                    script::steps([script::Step::Hang]).traced("first"),
+                    script::steps([Step::Say("here".to_owned()), Step::Hang]).traced("first"),
                     Script::default().traced("second"),
                 ],
                 ..Script::default()
             })
             .await;
-        client.reaches(&job, "running").await;
+        client.event(&job, "assistant").await;
         let owner = system
             .database()
             .texts("select lease_owner from job where status = 'running'")
