@@ -41,6 +41,7 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Connection, Postgres, Sqlite, Transaction};
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -156,8 +157,10 @@ enum Db {
         writer: SqlitePool,
         reader: SqlitePool,
         limits: SqlitePool,
-        /// This process has committed something: its own wake-ups needn't wait for the next look at the file.
+        /// This process has committed something: its own wake-ups needn't wait for the next look at the file, nor its
+        /// slots for what is found there.
         committed: Notify,
+        rings: AtomicBool,
     },
     Postgres(PgPool),
 }
@@ -266,6 +269,7 @@ impl Store {
             reader,
             limits,
             committed: Notify::new(),
+            rings: AtomicBool::new(false),
         })
     }
 
@@ -464,7 +468,13 @@ impl Tx {
         match db {
             TxDb::Sqlite(tx) => {
                 tx.commit().await.map_err(Error::during(error::COMMIT))?;
-                if let Db::Sqlite { committed, .. } = &*store.db {
+                if let Db::Sqlite {
+                    committed,
+                    rings: rung,
+                    ..
+                } = &*store.db
+                {
+                    rung.fetch_or(rings, Ordering::Relaxed);
                     committed.notify_one();
                 }
             }

@@ -31,9 +31,9 @@ pub fn now() -> u64 {
     u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
 
-/// One line of the file.
-pub fn line(what: &str, tag: &str, session: &str) -> String {
-    format!("{what} {tag} {session} {}\n", now())
+/// One line of the file, about this time.
+pub fn line(what: &str, tag: &str, session: &str, at: u64) -> String {
+    format!("{what} {tag} {session} {at}\n")
 }
 
 /// The lives written into one working directory, in order of their beginning; none when there's no file.

@@ -10,7 +10,7 @@ mod transcript;
 
 use crate::claude::command::{self, RunSpec};
 use crate::claude::message::{Block, Message};
-use crate::claude::process::{self, EndedBy, Exit, Launch, Process};
+use crate::claude::process::{self, EndedBy, Exit, Launch, Process, Waiting};
 use crate::claude::sandbox::Places;
 use crate::context::Context;
 use crate::gateway::Gateway;
@@ -248,8 +248,9 @@ impl<'a> Run<'a> {
         if job.attempt > 1 || job.session_id.is_some() {
             end_earlier_runs(marker.clone(), recorder.holds(ctx.config.lease)).await;
         }
-        folders.create().await?;
         let sockets = ctx.runtime.run()?;
+        let guard = Waiting::call(&marker, sockets.path())?;
+        folders.create().await?;
         let resume = transcript::find(&folders, &lease).await?;
         let spec = spec(ctx, &lease, resume.as_ref())?;
 
@@ -303,7 +304,9 @@ impl<'a> Run<'a> {
             memory_limit: ctx.config.run_memory,
             no_new_privileges: command.no_new_privileges,
         };
-        let process = Process::start(launch, || recorder.standing().held_at.into_std()).await?;
+        let process = guard
+            .start(launch, || recorder.standing().held_at.into_std())
+            .await?;
         Ok(Self {
             ctx,
             lease,

@@ -7,7 +7,7 @@
     reason = "test helpers fail by panicking, and start what they test"
 )]
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use std::{env, fs};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
-use worker::claude::process::{self, EndedBy, Exit, Launch, Process};
+use worker::claude::process::{self, EndedBy, Exit, Launch, Process, Waiting};
 use worker::claude::sandbox::{self, Isolation, Places};
 use worker::guard;
 use worker::workspace::{RunDir, Runtime};
@@ -148,9 +148,15 @@ async fn stand(sandboxed: Sandboxed) -> Stand {
 
 impl Stand {
     async fn start(&self) -> Process {
-        Process::start_under(Path::new(GUARD), self.launch.clone(), Instant::now)
-            .await
-            .unwrap()
+        self.start_held_at(Instant::now).await.unwrap()
+    }
+
+    async fn start_held_at(&self, held_at: impl Fn() -> Instant) -> io::Result<Process> {
+        self.call().start(self.launch.clone(), held_at).await
+    }
+
+    fn call(&self) -> Waiting {
+        Waiting::under(Path::new(GUARD), &self.launch.marker, &self.launch.runtime_dir).unwrap()
     }
 
     /// Starts it and waits until its daemons are there.
@@ -566,7 +572,7 @@ async fn nothing_is_started_under_a_lease_that_ran_out() {
         let held_at = Instant::now().checked_sub(Duration::from_secs(3)).unwrap();
         stand.launch.beat_within = Duration::from_secs(2);
 
-        let started = Process::start_under(Path::new(GUARD), stand.launch.clone(), || held_at).await;
+        let started = stand.start_held_at(|| held_at).await;
 
         let error = started.unwrap_err();
         assert!(process::is_too_late(&error), "{error}");
@@ -682,12 +688,31 @@ async fn a_program_that_isnt_there_is_named() {
     let mut stand = stand(Sandboxed::No).await;
     stand.launch.program = "/nonexistent/claude".into();
 
-    let error = Process::start_under(Path::new(GUARD), stand.launch.clone(), Instant::now)
-        .await
-        .unwrap_err();
+    let error = stand.start_held_at(Instant::now).await.unwrap_err();
 
-    assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
     assert!(error.to_string().contains("/nonexistent/claude"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guard_without_an_order_ends_by_itself() {
+    let stand = stand(Sandboxed::No).await;
+    let socket = stand.launch.runtime_dir.join("guard.sock");
+    let is_there = || {
+        commands()
+            .iter()
+            .any(|(_, command)| command.contains(socket.to_str().unwrap()))
+    };
+
+    let waiting = stand.call();
+    assert!(is_there());
+    drop(waiting);
+
+    let since = Instant::now();
+    while is_there() {
+        assert!(since.elapsed() < Duration::from_secs(10), "the guard waits on");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,6 +10,7 @@ use crate::id::JobId;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use sqlx::{ConnectOptions, Executor, SqliteConnection};
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -180,7 +181,10 @@ async fn connect(pool: &sqlx::PgPool) -> sqlx::Result<PgListener> {
 
 async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
     let super::Db::Sqlite {
-        reader, committed, ..
+        reader,
+        committed,
+        rings,
+        ..
     } = &*store.db
     else {
         return Ok(());
@@ -198,6 +202,9 @@ async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
         tokio::select! {
             _ = ticks.tick() => {}
             () = committed.notified() => {}
+        }
+        if rings.swap(false, Ordering::Relaxed) {
+            hub.slots.send_replace(());
         }
         let (now,): (i64,) = sqlx::query_as("pragma data_version")
             .fetch_one(&mut connection)

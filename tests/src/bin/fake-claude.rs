@@ -20,6 +20,7 @@ use uuid::Uuid;
 const VERSION: &str = "2.1.331";
 
 fn main() -> ExitCode {
+    let born = trace::now();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments
         .iter()
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
         .enable_all()
         .build()
         .expect("a runtime");
-    let code = runtime.block_on(run(options));
+    let code = runtime.block_on(run(options, born));
     // The thread that reads standard input may be blocked for ever.
     std::process::exit(code)
 }
@@ -285,7 +286,7 @@ struct Cli {
     waiting: Vec<Value>,
 }
 
-async fn run(options: Options) -> i32 {
+async fn run(options: Options, born: u64) -> i32 {
     let (sender, lines) = mpsc::channel(1);
     // The channel holds one line: a CLI that is deaf to its input stops reading it.
     std::thread::spawn(move || {
@@ -301,8 +302,10 @@ async fn run(options: Options) -> i32 {
         Err(code) => return code,
     };
     let mut code = 0;
+    // The first answer's life is that of the process.
+    let mut since = Some(born);
     while let Some(message) = cli.next_message().await {
-        match cli.turn(&message).await {
+        match cli.turn(&message, since.take().unwrap_or_else(trace::now)).await {
             Ok(failed) => code = i32::from(failed),
             Err(exit) => return exit,
         }
@@ -468,7 +471,7 @@ impl Cli {
     }
 
     /// Plays one message of the user up to its result; true when that is an error. `Err` is the end of the process.
-    async fn turn(&mut self, message: &Value) -> Result<bool, i32> {
+    async fn turn(&mut self, message: &Value, since: u64) -> Result<bool, i32> {
         let Some(text) = text_of(&message["message"]["content"]) else {
             return Ok(false);
         };
@@ -493,9 +496,9 @@ impl Cli {
             &uuid,
             &json!({ "role": "user", "content": [{ "type": "text", "text": text }] }),
         );
-        self.trace("start");
+        self.trace("start", since);
         let flow = self.play().await;
-        self.trace("stop");
+        self.trace("stop", trace::now());
         if let Flow::Exit(code) = flow {
             return Err(code);
         }
@@ -632,7 +635,7 @@ impl Cli {
         let end = tokio::time::Instant::now() + limit;
         let deaf = self.script.deaf.contains(&Deaf::Stdin);
         loop {
-            self.trace("tick");
+            self.trace("tick", trace::now());
             let tick = end.min(tokio::time::Instant::now() + Duration::from_millis(20));
             tokio::select! {
                 biased;
@@ -999,10 +1002,10 @@ impl Cli {
         }
     }
 
-    fn trace(&self, what: &str) {
+    fn trace(&self, what: &str, at: u64) {
         let Some(tag) = &self.script.trace else { return };
         if let Ok(mut file) = File::options().create(true).append(true).open(trace::FILE) {
-            let _ = file.write_all(trace::line(what, tag, &self.session).as_bytes());
+            let _ = file.write_all(trace::line(what, tag, &self.session, at).as_bytes());
         }
     }
 

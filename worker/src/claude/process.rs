@@ -118,49 +118,6 @@ enum Told {
 }
 
 impl Process {
-    /// Starts the run, its guard being this very program. Fails when the program can't be started, with its name in
-    /// the error. `held_at` says when the lease was held last, which counts as the first beat; when that's too long
-    /// ago, nothing is started.
-    pub async fn start(launch: Launch, held_at: impl Fn() -> Instant) -> io::Result<Self> {
-        Self::start_under(Path::new("/proc/self/exe"), launch, held_at).await
-    }
-
-    /// Starts the run with another program as its guard: one that calls [`crate::guard::main`].
-    #[expect(clippy::disallowed_methods, reason = "this file starts programs")]
-    pub async fn start_under(
-        guard: &Path,
-        launch: Launch,
-        held_at: impl Fn() -> Instant,
-    ) -> io::Result<Self> {
-        let path = launch.runtime_dir.join("guard.sock");
-        let listener = bind(&path)?;
-        // The environment of the guard stays empty but for its mark: it needs nothing and may hold no secret.
-        let mut guard = Command::new(guard)
-            .arg0("claude-queue-guard")
-            .arg(crate::guard::ARGUMENT)
-            .arg(&path)
-            .env_clear()
-            .env(GUARD_VARIABLE, &launch.marker)
-            .current_dir("/")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        // Waiting for a child closes its input if it still has it.
-        let stdin = guard.stdin.take();
-        let met = tokio::time::timeout(GUARD_START, meet(&listener, &mut guard, &launch, held_at)).await;
-        let _ = std::fs::remove_file(&path);
-        let (reports, writer) = match met.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-            Ok(met) => met,
-            Err(error) => {
-                let _ = guard.kill().await;
-                end_by_marker(launch.marker).await;
-                return Err(error);
-            }
-        };
-        Ok(Self::supervise(guard, stdin, reports, writer, launch))
-    }
-
     fn supervise(
         mut guard: Child,
         stdin_pipe: Option<ChildStdin>,
@@ -297,6 +254,68 @@ impl Beats {
 fn tell_beat(orders: &mpsc::UnboundedSender<Told>, asked: Instant) {
     // The supervisor is gone when the run has ended; then a beat has no meaning.
     let _ = orders.send(Told::Beat(Moment::of(asked)));
+}
+
+/// A guard that is on its way while the rest of its run is prepared. Dropped, it ends by itself.
+#[derive(Debug)]
+pub struct Waiting {
+    guard: Child,
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Waiting {
+    /// Calls a guard, this very program, for the run of this marker; `runtime_dir` as in [`Launch`].
+    pub fn call(marker: &str, runtime_dir: &Path) -> io::Result<Self> {
+        Self::under(Path::new("/proc/self/exe"), marker, runtime_dir)
+    }
+
+    /// The same with another program as the guard: one that calls [`crate::guard::main`].
+    #[expect(clippy::disallowed_methods, reason = "this file starts programs")]
+    pub fn under(guard: &Path, marker: &str, runtime_dir: &Path) -> io::Result<Self> {
+        let path = runtime_dir.join("guard.sock");
+        let listener = bind(&path)?;
+        // The environment of the guard stays empty but for its mark: it needs nothing and may hold no secret.
+        let guard = Command::new(guard)
+            .arg0("claude-queue-guard")
+            .arg(crate::guard::ARGUMENT)
+            .arg(&path)
+            .env_clear()
+            .env(GUARD_VARIABLE, marker)
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        Ok(Self {
+            guard,
+            listener,
+            path,
+        })
+    }
+
+    /// Starts the run. Fails when the program can't be started, with its name in the error. `held_at` says when the
+    /// lease was held last, which counts as the first beat; when that's too long ago, nothing is started.
+    pub async fn start(self, launch: Launch, held_at: impl Fn() -> Instant) -> io::Result<Process> {
+        let Self {
+            mut guard,
+            listener,
+            path,
+        } = self;
+        // Waiting for a child closes its input if it still has it.
+        let stdin = guard.stdin.take();
+        let met = tokio::time::timeout(GUARD_START, meet(&listener, &mut guard, &launch, held_at)).await;
+        let _ = std::fs::remove_file(&path);
+        let (reports, writer) = match met.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok(met) => met,
+            Err(error) => {
+                let _ = guard.kill().await;
+                end_by_marker(launch.marker).await;
+                return Err(error);
+            }
+        };
+        Ok(Process::supervise(guard, stdin, reports, writer, launch))
+    }
 }
 
 /// Whether this is the error of a start that came too late for its lease.
