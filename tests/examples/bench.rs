@@ -39,7 +39,7 @@ async fn main() {
         latency(name, builder).await;
     }
     println!(
-        "\n# Throughput: jobs a second through a CLI that only answers, all submitted before the worker starts\n"
+        "\n# Throughput: jobs a second through a CLI that only answers, without a sandbox, all submitted before the worker starts\n"
     );
     println!(
         "| database | slots | jobs/s | queue library alone, tasks/s | CLI alone, runs/s | POST to start at half that \
@@ -65,25 +65,22 @@ async fn main() {
     real().await;
 }
 
-fn set_ups() -> [(&'static str, Builder); 3] {
-    let quiet = |builder: Builder| builder.env("LOG_LEVEL", "warn");
-    [
-        (
-            "`claude-queue up`, SQLite",
-            quiet(System::builder().database(Db::Sqlite).up()),
-        ),
-        (
-            "API and worker, SQLite",
-            quiet(System::builder().database(Db::Sqlite)),
-        ),
-        (
-            "API and worker, PostgreSQL",
-            quiet(System::builder().database(Db::Postgres)),
-        ),
-    ]
+fn set_ups() -> Vec<(String, Builder)> {
+    let quiet = |db| System::builder().database(db).env("LOG_LEVEL", "warn");
+    let mut all = Vec::new();
+    for (sandbox, word) in [(false, "no sandbox"), (true, "sandbox")] {
+        for (name, builder) in [
+            ("`claude-queue up`, SQLite", quiet(Db::Sqlite).up()),
+            ("API and worker, SQLite", quiet(Db::Sqlite)),
+            ("API and worker, PostgreSQL", quiet(Db::Postgres)),
+        ] {
+            all.push((format!("{name}, {word}"), builder.sandbox(sandbox)));
+        }
+    }
+    all
 }
 
-async fn latency(name: &str, builder: Builder) {
+async fn latency(name: String, builder: Builder) {
     let mut system = builder.start().await;
     let client = system.client();
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -133,6 +130,7 @@ async fn throughput(db: Db, slots: usize) {
         .workers(0)
         .env("WORKER_CONCURRENCY", &slots.to_string())
         .env("KEY_MAX_RUNNING_JOBS", "1000")
+        .sandbox(false)
         .env("LOG_LEVEL", "warn");
     let mut system = builder.start().await;
     let client = system.client();

@@ -26,7 +26,11 @@ use tower_service::Service;
 const SLOW_POLL: Duration = Duration::from_secs(5);
 
 /// A wake-up that comes while the library fetches is lost until the next one, so each is repeated after these pauses.
-const RING_AGAIN: [Duration; 2] = [Duration::from_millis(25), Duration::from_millis(200)];
+const RING_AGAIN: [Duration; 3] = [
+    Duration::from_millis(5),
+    Duration::from_millis(25),
+    Duration::from_millis(200),
+];
 
 /// How long the library may take to stop, for a database that doesn't answer.
 const STOP: Duration = Duration::from_secs(10);
