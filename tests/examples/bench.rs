@@ -215,12 +215,7 @@ async fn recovery(db: Db) {
             })
             .await;
         client.event(&job, "assistant").await;
-        let owner = system
-            .database()
-            .texts("select lease_owner from job where status = 'running'")
-            .await
-            .remove(0);
-        let index = usize::from(system.worker(0).worker_id() != owner);
+        let index = system.running_worker(&job).await;
         let killed = trace::now();
         system.worker(index).kill();
         client.finished(&job).await;

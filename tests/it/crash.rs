@@ -48,12 +48,7 @@ async fn a_killed_workers_job_is_done_by_another(db: Db) {
     let id = client.play(&twice(Step::Sleep(60_000))).await;
     // What it has cost is known a moment after what it has said.
     client.until(&id, |job| job["cost"] == 0.1).await;
-    let owner = system
-        .database()
-        .texts("select lease_owner from job")
-        .await
-        .remove(0);
-    let index = usize::from(system.worker(0).worker_id() != owner);
+    let index = system.running_worker(&id).await;
     let begin = Instant::now();
 
     system.worker(index).kill();
@@ -144,12 +139,7 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
     let client = system.client();
     let id = client.play(&twice(Step::Sleep(60_000))).await;
     client.event(&id, "assistant").await;
-    let owner = system
-        .database()
-        .texts("select lease_owner from job")
-        .await
-        .remove(0);
-    let index = usize::from(system.worker(0).worker_id() != owner);
+    let index = system.running_worker(&id).await;
 
     system.pause_worker(index).await;
     let job = client.finished(&id).await;
@@ -353,12 +343,7 @@ async fn a_worker_that_stops_hands_back_what_does_not_finish(db: Db) {
     let client = system.client();
     let id = client.play(&twice(Step::Sleep(60_000))).await;
     client.event(&id, "assistant").await;
-    let owner = system
-        .database()
-        .texts("select lease_owner from job")
-        .await
-        .remove(0);
-    let index = usize::from(system.worker(0).worker_id() != owner);
+    let index = system.running_worker(&id).await;
 
     assert_eq!(system.worker(index).stop(Duration::from_secs(12)).await, Some(0));
 

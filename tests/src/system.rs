@@ -272,6 +272,14 @@ impl System {
         &mut self.workers[index]
     }
 
+    /// Which of the workers runs this job.
+    pub async fn running_worker(&self, job: &str) -> usize {
+        let owner = format!("select lease_owner from job where job_id = '{job}' and status = 'running'");
+        let owner = self.database.texts(&owner).await.remove(0);
+        let index = self.workers.iter().position(|worker| worker.worker_id() == owner);
+        index.expect("one of the system's workers holds the lease")
+    }
+
     /// Stops a worker for long, at a moment when it doesn't hold SQLite's one write lock: nobody could take that from a
     /// stopped process, so that everything would wait for it. (PostgreSQL ends its transaction after five seconds.)
     pub async fn pause_worker(&mut self, index: usize) {

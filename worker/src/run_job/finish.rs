@@ -22,13 +22,13 @@ pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
     loop {
         match ctx.store.finish(lease, &report, clock::now()).await {
             Ok(Finish::Became(status)) => return tell(lease, &report, status),
-            Ok(Finish::Lost) if unsure => {
-                if let Some(status) = written_before(ctx, lease).await {
+            Ok(Finish::Lost) => {
+                if unsure && let Some(status) = written_before(ctx, lease).await {
                     return tell(lease, &report, status);
                 }
-                return tell_lost();
+                warn!("the lease was lost; what this run did is another attempt's to check");
+                return;
             }
-            Ok(Finish::Lost) => return tell_lost(),
             Err(error) => {
                 // The commit may have come before the error.
                 unsure = true;
@@ -54,10 +54,6 @@ fn tell(lease: &Lease, report: &Report, status: JobStatus) {
         cost_usd = cost.usd(),
         "job {job_id} is {status}, {cost}"
     );
-}
-
-fn tell_lost() {
-    warn!("the lease was lost; what this run did is another attempt's to check");
 }
 
 /// What became of the job, if an earlier try was stored although it seemed to fail.
