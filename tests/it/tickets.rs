@@ -7,10 +7,12 @@ use tests::client::at_once;
 use tests::database::{Database, Db};
 use tests::script::{Step, answer, steps};
 use tests::system::System;
-use tests::{both, eventually};
+use tests::{both, eventually, once};
 
+once!(a_ticket_that_a_stopping_worker_had_fetched_costs_no_job,);
 both!(
     lost_tickets_cost_no_job,
+    a_ticket_that_a_killed_worker_had_fetched_costs_no_job,
     damaged_tickets_cost_no_job,
     tickets_without_jobs_harm_nothing,
     tickets_are_bounded_and_cleared_away,
@@ -26,6 +28,7 @@ fn table(database: &Database) -> &'static str {
     }
 }
 
+/// Whatever becomes of tickets, the sweeper pushes those that are missing.
 async fn lost_tickets_cost_no_job(db: Db) {
     let mut system = System::builder()
         .database(db)
@@ -60,6 +63,108 @@ async fn lost_tickets_cost_no_job(db: Db) {
         assert_eq!(client.finished(&id).await["status"], "done");
     }
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+}
+
+/// A worker that is told to stop doesn't wait for the library's look at the queue, whose commit may come all the same:
+/// it takes a ticket that nobody gets. The next sweep misses it and pushes another.
+async fn a_ticket_that_a_stopping_worker_had_fetched_costs_no_job() {
+    let mut system = System::builder()
+        .database(Db::Postgres)
+        .sandbox(false)
+        .start()
+        .await;
+    for statement in [
+        "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(2); return null; end $$",
+        "create constraint trigger slow_fetch after update on apalis.jobs deferrable initially deferred \
+         for each row when (new.status = 'Queued') execute function slow()",
+    ] {
+        system.database().execute(statement).await;
+    }
+    let client = system.client();
+    let id = client.play(&answer("not lost")).await;
+    let committing = "select count(*) from pg_stat_activity \
+                      where datname = current_database() and wait_event = 'PgSleep'";
+    eventually(Duration::from_secs(10), "a look that commits", async || {
+        (system.database().number(committing).await == 1).then_some(())
+    })
+    .await;
+
+    assert_eq!(system.worker(0).stop(Duration::from_secs(20)).await, Some(0));
+
+    eventually(Duration::from_secs(10), "a fetched ticket", async || {
+        (fetched_tickets(&system).await == 1).then_some(())
+    })
+    .await;
+    system
+        .database()
+        .execute("drop trigger slow_fetch on apalis.jobs")
+        .await;
+    runs_without_its_ticket(&mut system, &id).await;
+}
+
+/// So it is when a worker is killed between the fetch of a ticket and the claim of a job.
+async fn a_ticket_that_a_killed_worker_had_fetched_costs_no_job(db: Db) {
+    let mut system = System::builder().database(db).sandbox(false).start().await;
+    let (begin, end): (&[&str], &str) = match db {
+        Db::Sqlite => (
+            &[
+                "create view slow as with recursive n (i) as (select 1 union all select i + 1 from n where i < 1000000000) \
+                 select count(*) as c from n",
+                "create trigger slow_claim after update on job when new.status = 'running' begin select c from slow; end",
+            ],
+            "drop trigger slow_claim",
+        ),
+        Db::Postgres => (
+            &[
+                "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(2); return new; end $$",
+                "create trigger slow_claim before update on job for each row when (new.status = 'running') \
+                 execute function slow()",
+            ],
+            "drop trigger slow_claim on job",
+        ),
+    };
+    for statement in begin {
+        system.database().execute(statement).await;
+    }
+    let client = system.client();
+    let id = client.play(&answer("not lost")).await;
+    eventually(Duration::from_secs(10), "a fetched ticket", async || {
+        (fetched_tickets(&system).await == 1).then_some(())
+    })
+    .await;
+
+    system.worker(0).kill();
+
+    system.database().execute(end).await;
+    runs_without_its_ticket(&mut system, &id).await;
+}
+
+/// Tickets that the library has handed out, and that were not acknowledged.
+async fn fetched_tickets(system: &System) -> i64 {
+    let database = system.database();
+    let fetched = format!("select count(*) from {} where status = 'Queued'", table(database));
+    database.number(&fetched).await
+}
+
+/// Another worker runs the job at its first attempt, although its one ticket is gone.
+async fn runs_without_its_ticket(system: &mut System, id: &str) {
+    let client = system.client();
+    assert_eq!(client.job(id).await.data(200)["attempt"], 0);
+    let waiting = format!(
+        "select count(*) from {} where status = 'Pending'",
+        table(system.database())
+    );
+    assert_eq!(system.database().number(&waiting).await, 0);
+
+    system.add_worker().await;
+
+    let job = client.finished(id).await;
+    assert_eq!(
+        (&job["result"]["content"], &job["attempt"]),
+        (&json!("not lost"), &json!(1)),
+        "{job:#}"
+    );
+    assert!(fetched_tickets(system).await > 0, "the first one is nobody's");
 }
 
 async fn damaged_tickets_cost_no_job(db: Db) {
@@ -104,6 +209,8 @@ async fn tickets_without_jobs_harm_nothing(db: Db) {
     assert_eq!(system.database().number("select count(*) from attempt").await, 1);
 }
 
+/// On PostgreSQL a look at the queue costs more with each ticket that waits. So a submission adds none when a thousand do:
+/// the backlog waits in our own table. Used ones are removed.
 async fn tickets_are_bounded_and_cleared_away(db: Db) {
     let mut system = System::builder()
         .database(db)
@@ -138,6 +245,8 @@ async fn tickets_are_bounded_and_cleared_away(db: Db) {
     .await;
 }
 
+/// A wake-up that comes while the library looks at the queue is lost. The worker repeats each one (`queues.rs` has the test
+/// of that), and if all are lost the sweeper wakes a slot.
 async fn a_lost_wake_up_costs_a_moment(db: Db) {
     let system = System::builder().database(db).sandbox(false).start().await;
     let client = system.client();
@@ -185,6 +294,8 @@ async fn a_lost_wake_up_costs_a_moment(db: Db) {
     }
 }
 
+/// Any error of the database ends the library's worker, which drops every handler that runs. Runs aren't handlers: they go
+/// on, in the slots that they have, while the next worker of the library starts.
 async fn a_restart_of_the_queues_worker_drops_no_run(db: Db) {
     let system = System::builder()
         .database(db)

@@ -18,7 +18,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as TaskContext, Poll, ready};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -243,19 +243,11 @@ async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
         Pool::Postgres(pool) => monitor!(ctx, slots, pool, PostgresStorage, apalis_postgres),
     };
     let workers = monitor.context();
-    let mut changes = ctx.wakeups.slots();
-    let ring = async {
-        let mut pauses = [].iter();
-        loop {
-            let pause = pauses.next().copied().unwrap_or(SLOW_POLL);
-            if let Ok(Ok(())) = tokio::time::timeout(pause, changes.changed()).await {
-                pauses = RING_AGAIN.iter();
-            }
-            for worker in workers.workers() {
-                let _ = workers.wake_worker(worker.name());
-            }
+    let ringing = ring(ctx.wakeups.slots(), || {
+        for worker in workers.workers() {
+            let _ = workers.wake_worker(worker.name());
         }
-    };
+    });
     let draining = ctx.draining.clone();
     let serving = monitor.run_with_signal(async move {
         draining.cancelled().await;
@@ -266,9 +258,51 @@ async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
             tracing::error!(ended = ?ended.err().map(|error| error.to_string()), "the queue's monitor ended; it starts anew");
             tokio::time::sleep(Duration::from_secs(1)).await;
         },
-        () = ring => {}
+        () = ringing => {}
         // The library's own statements wait without an end for a connection that fell silent.
         () = ctx.store.silence() => {}
         () = async { ctx.draining.cancelled().await; tokio::time::sleep(STOP).await } => {}
+    }
+}
+
+/// Wakes the library at each change and again soon after, and now and then without one, for ever.
+async fn ring(mut changes: watch::Receiver<()>, mut wake: impl FnMut()) {
+    let mut pauses = [].iter();
+    loop {
+        let pause = pauses.next().copied().unwrap_or(SLOW_POLL);
+        if let Ok(Ok(())) = tokio::time::timeout(pause, changes.changed()).await {
+            pauses = RING_AGAIN.iter();
+        }
+        wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::sleep;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wake_up_that_the_library_may_have_lost_is_repeated() {
+        let (bell, changes) = watch::channel(());
+        let (begin, mut rings) = (tokio::time::Instant::now(), Vec::new());
+        let course = async {
+            sleep(Duration::from_secs(1)).await;
+            bell.send_replace(());
+            // While that one is being repeated there is another.
+            sleep(Duration::from_millis(100)).await;
+            bell.send_replace(());
+            sleep(Duration::from_secs(12)).await;
+        };
+
+        tokio::select! {
+            () = ring(changes, || rings.push(begin.elapsed().as_millis())) => {}
+            () = course => {}
+        }
+
+        assert_eq!(
+            rings,
+            [1_000, 1_005, 1_030, 1_100, 1_105, 1_130, 1_330, 6_330, 11_330]
+        );
     }
 }
