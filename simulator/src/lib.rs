@@ -54,7 +54,11 @@ impl Simulator {
     ///
     /// Fails when the address can't be bound. Meant for a loopback address: whoever reaches it is answered.
     pub async fn start(address: SocketAddr) -> io::Result<Self> {
-        let listener = TcpListener::bind(address).await?;
+        Self::on(TcpListener::bind(address).await?)
+    }
+
+    /// The same on a socket that listens already.
+    pub fn on(listener: TcpListener) -> io::Result<Self> {
         let address = listener.local_addr()?;
         let server = Arc::new(Server::new());
         let stop = CancellationToken::new();

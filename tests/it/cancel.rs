@@ -88,7 +88,9 @@ async fn a_running_job_is_cancelled_and_paid_for(db: Db) {
 
     let (job, took) = cancel_when_ready(&client, &ready([Step::Hang])).await;
 
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(took < Duration::from_secs(6), "{took:?}");
+    // It wasn't made to end: it was asked to, and gave its result.
+    assert_eq!(job["result"]["subtype"], "error_during_execution", "{job:#}");
     assert_eq!(job["cost"], 0.25);
     let id = job["id"].as_str().unwrap();
     let types: Vec<String> = client
@@ -215,7 +217,7 @@ result
     let (_, took) = cancel_ready(&client, &id).await;
 
     // Two seconds after the answer, not five: it was cancelled, and isn't thanked for its result.
-    assert!(took < Duration::from_millis(4_500), "{took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
     assert_eq!(system.run_processes(), []);
 }
 
@@ -273,8 +275,9 @@ async fn a_run_ends_at_its_timeout(db: Db) {
     let message = daemonic().then(Step::Hang).prompt();
     let begin = Instant::now();
 
+    // Long enough for what it does before.
     let id = client
-        .accepted_body(&json!({ "message": message, "timeout_seconds": 1 }))
+        .accepted_body(&json!({ "message": message, "timeout_seconds": 5 }))
         .await;
 
     let job = client.finished(&id).await;
@@ -283,9 +286,13 @@ async fn a_run_ends_at_its_timeout(db: Db) {
         (&json!("failed"), &json!("timeout")),
         "{job:#}"
     );
-    assert!(job["error"].as_str().unwrap().contains("1 s"), "{}", job["error"]);
+    assert!(job["error"].as_str().unwrap().contains("5 s"), "{}", job["error"]);
     assert_eq!(job["cost"], 0.25);
-    assert!(begin.elapsed() > Duration::from_secs(1) && begin.elapsed() < Duration::from_secs(8));
+    let took = begin.elapsed();
+    assert!(
+        took > Duration::from_secs(5) && took < Duration::from_secs(5 + 6),
+        "{took:?}"
+    );
     assert_eq!(system.run_processes(), []);
     assert_eq!(client.all_events(&id).await.last().unwrap()["type"], "error");
 }
@@ -319,7 +326,8 @@ async fn a_run_that_never_speaks_is_ended(db: Db) {
 async fn a_run_that_falls_silent_is_ended(db: Db) {
     let system = System::builder()
         .database(db)
-        .env("JOB_IDLE_SECONDS", "1")
+        // Longer than it takes a busy machine to get from one line to the next.
+        .env("JOB_IDLE_SECONDS", "4")
         .start()
         .await;
     let client = system.client();
@@ -341,13 +349,14 @@ async fn a_run_that_falls_silent_is_ended(db: Db) {
 async fn an_open_tool_call_is_no_silence(db: Db) {
     let system = System::builder()
         .database(db)
-        .env("JOB_IDLE_SECONDS", "1")
+        .env("JOB_IDLE_SECONDS", "4")
         .start()
         .await;
     let client = system.client();
 
+    // A tool has three times as long.
     let id = client
-        .play(&steps([Step::Tool(2_500)]).answering("patience"))
+        .play(&steps([Step::Tool(6_000)]).answering("patience"))
         .await;
 
     let job = client.finished(&id).await;

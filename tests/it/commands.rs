@@ -221,6 +221,8 @@ async fn who_follows_a_job_outlives_a_restart_of_the_service() {
     })
     .await;
 
+    // Not to where it was: that port is free then for others.
+    passage.leads_to("");
     system.api(0).kill();
     // Each of them has tried in vain.
     eventually(PATIENCE, "four tries", async || {
@@ -318,7 +320,7 @@ async fn the_key_is_not_written_into_a_file() {
     let mut system = System::builder().up().start().await;
     system.client().jobs("").await.data(200);
 
-    let said = eventually(Duration::from_secs(5), "the welcome", async || {
+    let said = eventually(PATIENCE, "the welcome", async || {
         let written = system.written();
         written.contains("Stop with Ctrl-C").then_some(written)
     })

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::client::PATIENCE;
 use tests::database::Db;
 use tests::script::{Script, Step, answer, steps};
 use tests::system::System;
@@ -22,10 +23,11 @@ both!(
     a_worker_that_stops_hands_back_what_does_not_finish,
 );
 
-/// As short as the product allows, so that the tests are quick.
-const LEASE: &str = "2";
+/// Short, so that the tests are quick, and long enough that a machine which hesitates for three seconds loses none.
+const LEASE: &str = "5";
+const LEASE_LENGTH: Duration = Duration::from_secs(5);
 /// A lost lease is found within the lease's length and five seconds.
-const RECOVERY: Duration = Duration::from_secs(7);
+const RECOVERY: Duration = Duration::from_secs(10);
 
 /// Runs long at first, beside a daemon that it leaves behind, and is quick the second time; every run leaves its trace.
 fn twice(first: Step) -> Script {
@@ -155,10 +157,7 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
         "{job:#}"
     );
     assert_one_at_a_time(&system.lives(&id));
-    eventually(Duration::from_secs(5), "the end of the first run", async || {
-        system.run_processes().is_empty().then_some(())
-    })
-    .await;
+    system.no_run_process_within(Duration::from_secs(6)).await;
     assert_eq!(client.all_events(&id).await, events);
     assert_eq!(client.job(&id).await.data(200), &job);
     assert_eq!(
@@ -196,7 +195,9 @@ async fn a_worker_that_cannot_renew_ends_its_runs(db: Db) {
                 .unwrap();
         }
     }
-    system.no_run_process_within(Duration::from_secs(6)).await;
+    system
+        .no_run_process_within(LEASE_LENGTH + Duration::from_secs(4))
+        .await;
     drop((file, server));
 
     let job = client.finished(&id).await;
@@ -209,7 +210,7 @@ async fn a_worker_that_cannot_renew_ends_its_runs(db: Db) {
     assert_one_at_a_time(&lives);
     // Counted from its last renewal, which was before.
     let lived = Duration::from_nanos(lives[0].last.saturating_sub(begin));
-    assert!(lived < Duration::from_millis(2_500), "{lived:?}");
+    assert!(lived < LEASE_LENGTH + Duration::from_secs(3), "{lived:?}");
 }
 
 async fn a_killed_workers_runs_end_with_it(db: Db) {
@@ -311,11 +312,13 @@ async fn a_killed_api_loses_nothing_that_it_accepted(db: Db) {
                 Ok(answer) if answer.status == 202 => {
                     accepted.push((number, answer.json["data"]["id"].as_str().unwrap().to_owned()));
                 }
+                // SQLite has one writer, and the runs write too.
+                Ok(answer) if answer.status == 503 => {}
                 _ => return accepted,
             }
         }
     });
-    eventually(Duration::from_secs(20), "twenty jobs", async || {
+    eventually(PATIENCE, "twenty jobs", async || {
         (system.database().number("select count(*) from job").await >= 20).then_some(())
     })
     .await;

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tests::client::{Client, at_once};
+use tests::client::{Client, PATIENCE, at_once};
 use tests::database::Db;
-use tests::script::{Deaf, Script, Step, answer, steps};
+use tests::script::{Deaf, Script, Step, answer, steps, until_told};
 use tests::system::System;
 use tests::trace::assert_one_at_a_time;
 use tests::{both, eventually};
@@ -71,7 +71,7 @@ async fn assert_goes_on(system: &System, client: &Client, id: &str) {
 
 /// Waits until a worker has heard the signal.
 async fn drains(system: &mut System) {
-    eventually(Duration::from_secs(5), "a draining worker", async || {
+    eventually(PATIENCE, "a draining worker", async || {
         system.written().contains("drains").then_some(())
     })
     .await;
@@ -86,7 +86,7 @@ async fn a_draining_worker_takes_nothing_new(db: Db) {
         .await;
     let client = system.client();
     let running = client
-        .play(&steps([Step::Say("begun".to_owned()), Step::Sleep(2_000)]).answering("finished"))
+        .play(&steps([Step::Say("begun".to_owned()), until_told()]).answering("finished"))
         .await;
     client.event(&running, "assistant").await;
 
@@ -98,6 +98,7 @@ async fn a_draining_worker_takes_nothing_new(db: Db) {
         async move { client.play(&answer(&number.to_string())).await }
     }))
     .await;
+    system.tell_to_go_on(&running);
 
     assert_eq!(
         system.worker(0).ended(Duration::from_secs(10)).await.code(),
@@ -137,10 +138,10 @@ async fn a_second_signal_hands_back_at_once(db: Db) {
 
     // It listens to the interrupt; one that doesn't takes five seconds longer.
     assert_eq!(
-        system.worker(0).ended(Duration::from_secs(4)).await.code(),
+        system.worker(0).ended(Duration::from_secs(5)).await.code(),
         Some(0)
     );
-    assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert_eq!(system.run_processes(), []);
     assert_handed_back(&system, &client, &id).await;
     system.worker(0).start().await;
@@ -176,7 +177,8 @@ async fn all_runs_of_a_worker_are_handed_back(db: Db) {
     }))
     .await;
 
-    assert_eq!(system.worker(0).stop(Duration::from_secs(8)).await, Some(0));
+    // A second, six for the runs, and a little to store their ends.
+    assert_eq!(system.worker(0).stop(Duration::from_secs(11)).await, Some(0));
 
     assert_eq!(system.run_processes(), []);
     for id in &ids {
@@ -198,7 +200,7 @@ async fn one_process_for_all_hands_back_too(db: Db) {
     let client = system.client();
     let id = begin(&client).await;
 
-    assert_eq!(system.api(0).stop(Duration::from_secs(10)).await, Some(0));
+    assert_eq!(system.api(0).stop(Duration::from_secs(11)).await, Some(0));
 
     assert_eq!(system.run_processes(), []);
     system.api(0).start().await;

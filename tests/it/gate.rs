@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
+use tests::client::PATIENCE;
 use tests::database::Db;
-use tests::script::{Step, steps};
+use tests::script::{Step, steps, until_told};
 use tests::system::{KEYS, System};
 use tests::{both, eventually};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -138,8 +139,8 @@ async fn health_needs_no_key(db: Db) {
     let system = System::start(db).await;
     let client = system.client().without_key();
 
-    // A worker is known to the others a moment after it is ready.
-    let health = eventually(Duration::from_secs(5), "good health", async || {
+    // A database that takes long to answer is no good health.
+    let health = eventually(PATIENCE, "good health", async || {
         let health = client.get("/api/v1/health").await;
         (health.json["status"] == "ok").then_some(health)
     })
@@ -312,27 +313,25 @@ async fn a_process_drains_when_told_to_stop(db: Db) {
     client.event(&id, "assistant").await;
     let mut stream = client.stream(&id, None).await;
     stream.next().await.unwrap();
-    let poll = tokio::spawn({
-        let (client, path) = (client.clone(), format!("/api/v1/jobs/{id}?wait=50"));
-        async move { client.get(&path).await }
-    });
-    // The poll is open once the server has accepted its connection.
-    eventually(Duration::from_secs(5), "two connections", async || {
-        let established = std::fs::read_to_string("/proc/net/tcp").unwrap();
-        let port = client.base().rsplit(':').next().unwrap().parse::<u16>().unwrap();
-        let mine = established
-            .lines()
-            .filter(|line| line.contains(&format!(":{port:04X} ")) && line.contains(" 01 "));
-        (mine.count() >= 4).then_some(())
-    })
-    .await;
+    let address = client.base().trim_start_matches("http://").to_owned();
+    let mut poll = TcpStream::connect(&address).await.unwrap();
+    let head = format!(
+        "GET /api/v1/jobs/{id}?wait=50 HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\n\r\n",
+        KEYS[0]
+    );
+    poll.write_all(head.as_bytes()).await.unwrap();
+    is_read(&poll).await;
     let begin = Instant::now();
 
     system.api(0).signal(Signal::TERM);
 
     // Both end at once: the poll with what is true now, the stream with a word, so that the client resumes elsewhere.
-    let answer = poll.await.unwrap();
-    assert_eq!(answer.data(200)["status"], "running");
+    let mut answer = String::new();
+    poll.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").expect("an answer");
+    assert!(head.starts_with("HTTP/1.1 200"), "{answer}");
+    let job: Value = serde_json::from_str(body).unwrap();
+    assert_eq!(job["data"]["status"], "running", "{answer}");
     stream.rest().await;
     assert!(
         stream.comments.iter().any(|comment| comment == "bye"),
@@ -341,6 +340,33 @@ async fn a_process_drains_when_told_to_stop(db: Db) {
     );
     assert_eq!(system.api(0).ended(Duration::from_secs(10)).await.code(), Some(0));
     assert!(begin.elapsed() < Duration::from_secs(6), "{:?}", begin.elapsed());
+}
+
+/// Waits until the server has taken everything that was written to it: what it hasn't is closed when it stops.
+async fn is_read(stream: &TcpStream) {
+    let port = |address: std::net::SocketAddr| format!(":{:04X}", address.port());
+    let ours = port(stream.local_addr().unwrap());
+    let theirs = port(stream.peer_addr().unwrap());
+    eventually(PATIENCE, "a request that is read", async || {
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let rows = table
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let (mut sent, mut read) = (false, false);
+        for row in rows.filter(|row| row.len() > 9) {
+            // Bytes that wait to be acknowledged, and bytes that wait to be read.
+            let (sending, waiting) = row[4].split_once(':').unwrap_or_default();
+            let zero = |count: &str| count.bytes().all(|digit| digit == b'0');
+            if row[1].ends_with(&ours) && row[2].ends_with(&theirs) {
+                sent = zero(sending);
+            } else if row[1].ends_with(&theirs) && row[2].ends_with(&ours) {
+                // A connection without an inode isn't accepted yet.
+                read = zero(waiting) && row[9] != "0";
+            }
+        }
+        (sent && read).then_some(())
+    })
+    .await;
 }
 
 async fn a_process_that_stops_answers_what_it_has_begun(db: Db) {
@@ -356,11 +382,10 @@ async fn a_process_that_stops_answers_what_it_has_begun(db: Db) {
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
-    // An answer on another connection: by then the first one has been accepted.
-    client.jobs("").await.data(200);
+    is_read(&stream).await;
 
     system.api(0).signal(Signal::TERM);
-    eventually(Duration::from_secs(5), "the listener's end", async || {
+    eventually(PATIENCE, "the listener's end", async || {
         TcpStream::connect(&address).await.err()
     })
     .await;
@@ -382,13 +407,23 @@ async fn a_worker_that_stops_lets_its_run_finish(db: Db) {
     let mut system = System::start(db).await;
     let client = system.client();
     let id = client
-        .play(&steps([Step::Say("begun".to_owned()), Step::Sleep(1_000)]).answering("finished"))
+        .play(&steps([Step::Say("begun".to_owned()), until_told()]).answering("finished"))
         .await;
     client.event(&id, "assistant").await;
     let waiting = client.play(&steps([])).await;
     client.finished(&waiting).await;
 
-    assert_eq!(system.worker(0).stop(Duration::from_secs(15)).await, Some(0));
+    system.worker(0).signal(Signal::TERM);
+    eventually(PATIENCE, "a draining worker", async || {
+        system.written().contains("drains").then_some(())
+    })
+    .await;
+    system.tell_to_go_on(&id);
+
+    assert_eq!(
+        system.worker(0).ended(Duration::from_secs(15)).await.code(),
+        Some(0)
+    );
 
     let job = client.job(&id).await.data(200).clone();
     assert_eq!(

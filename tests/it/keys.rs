@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _};
-use tests::client::{Answer, Client};
+use tests::client::{Answer, Client, PATIENCE};
 use tests::database::{Database, Db};
-use tests::script::{Step, steps};
+use tests::script::{Step, steps, until_told};
 use tests::system::{KEYS, System, run};
 use tests::{both, eventually, once};
 
@@ -70,13 +70,13 @@ async fn the_use_of_a_key_is_noted_also_when_that_failed_first() {
     lock.execute(sqlx::raw_sql(sql)).await.unwrap();
 
     assert_eq!(key.jobs("").await.status, 200);
-    eventually(Duration::from_secs(20), "a note that failed", async || {
+    eventually(PATIENCE, "a note that failed", async || {
         system.written().contains("note the use of a key").then_some(())
     })
     .await;
     lock.close().await.unwrap();
 
-    eventually(Duration::from_secs(10), "the note of its use", async || {
+    eventually(PATIENCE, "the note of its use", async || {
         let shown = admin(&system).get(&format!("/api/v1/keys/{id}")).await;
         shown.data(200)["last_used_at"].is_string().then_some(())
     })
@@ -122,7 +122,7 @@ async fn a_key_lives_from_its_making_to_its_deletion(db: Db) {
         (&json!("ci"), &Value::Null)
     );
     // Its use is noted soon, not with each request.
-    eventually(Duration::from_secs(10), "the note of its use", async || {
+    eventually(PATIENCE, "the note of its use", async || {
         let key = admin.get(&path).await;
         key.data(200)["last_used_at"].is_string().then_some(())
     })
@@ -491,7 +491,7 @@ async fn a_keys_waiting_jobs_and_streams_are_bounded(db: Db) {
     key.get(&path).await.assert_problem(429, "too-many-streams");
     other.get(&path).await.assert_problem(429, "too-many-streams");
     drop(second);
-    eventually(Duration::from_secs(10), "a free place", async || {
+    eventually(PATIENCE, "a free place", async || {
         let third = key.stream(&jobs[1], None).await;
         (third.status == 200).then_some(())
     })
@@ -540,7 +540,8 @@ async fn a_key_runs_no_more_at_once_than_it_may(db: Db) {
 }
 
 async fn a_keys_own_budget_is_set_with_it(db: Db) {
-    let system = System::start(db).await;
+    let system = System::builder().database(db).stepped_clock().start().await;
+    system.step_clock_to_noon();
     let budget =
         json!({"limit_usd": 0.5, "period": "day", "alert_thresholds": [50], "on_exceeded": "reject"});
     let (id, key) = made(&system, &json!({"name": "k", "budget": budget})).await;
@@ -584,11 +585,12 @@ async fn rotation_under_load_fails_no_call(db: Db) {
     let (id, key) = made(&system, &json!({"name": "k"})).await;
     let path = format!("/api/v1/keys/{id}/rotate");
     let secret = Arc::new(std::sync::Mutex::new(key_of(&key)));
-    let (stop, calls) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let stop = Arc::new(AtomicBool::new(false));
+    let calls: [Arc<AtomicUsize>; 6] = Default::default();
     let callers: Vec<_> = (0..6)
         .map(|number| {
             let client = system.client_of(number % 2);
-            let (secret, stop, calls) = (secret.clone(), stop.clone(), calls.clone());
+            let (secret, stop, calls) = (secret.clone(), stop.clone(), calls[number].clone());
             tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     let mine = secret.lock().unwrap().clone();
@@ -600,16 +602,22 @@ async fn rotation_under_load_fails_no_call(db: Db) {
         })
         .collect();
 
-    // Whoever has the former secret goes on with it for a while; the new one opens everywhere at once.
+    let counts = || calls.each_ref().map(|calls| calls.load(Ordering::Relaxed));
+    // Whoever has the former secret goes on with it for a while; the new one opens everywhere at once. A second rotation
+    // ends the former, so it comes when everybody has the new one.
     for _ in 0..5 {
-        let before = calls.load(Ordering::Relaxed);
         let rotated = admin(&system).post(&path, &json!({"grace_seconds": 60})).await;
         let fresh = rotated.data(200)["key"].as_str().unwrap().to_owned();
         assert!(rotated.json["data"]["previous_valid_until"].is_string());
         assert_ne!(*secret.lock().unwrap(), fresh);
         *secret.lock().unwrap() = fresh;
-        eventually(Duration::from_secs(20), "more calls", async || {
-            (calls.load(Ordering::Relaxed) > before + 60).then_some(())
+        let before = counts();
+        eventually(PATIENCE, "more calls of each", async || {
+            let more = counts()
+                .iter()
+                .zip(before)
+                .all(|(now, before)| *now > before + 10);
+            more.then_some(())
         })
         .await;
     }
@@ -678,7 +686,7 @@ async fn the_jobs_of_a_revoked_key_go_on_unless_they_are_cancelled(db: Db) {
     let system = System::start(db).await;
     let (id, key) = made(&system, &json!({"name": "k"})).await;
     let job = key
-        .play(&steps([Step::Say("on".to_owned()), Step::Sleep(1_000)]).answering("to the end"))
+        .play(&steps([Step::Say("on".to_owned()), until_told()]).answering("to the end"))
         .await;
     key.event(&job, "assistant").await;
     let mut quiet = key.stream(&job, None).await;
@@ -688,6 +696,7 @@ async fn the_jobs_of_a_revoked_key_go_on_unless_they_are_cancelled(db: Db) {
         .post(&format!("/api/v1/keys/{id}/revoke"), &json!({}))
         .await
         .data(200);
+    system.tell_to_go_on(&job);
 
     assert_eq!(admin(&system).finished(&job).await["status"], "done");
 }
@@ -715,17 +724,23 @@ async fn a_long_wait_is_no_way_round_a_revocation(db: Db) {
 }
 
 async fn a_key_ends_when_it_expires(db: Db) {
-    let system = System::builder().database(db).workers(0).start().await;
-    let soon = sqlx_now() + 2_500_000;
-    let (id, key) = made(&system, &json!({"name": "k", "expires_at": rfc3339(soon)})).await;
-    assert_eq!(key.jobs("").await.status, 200);
+    let system = System::builder()
+        .database(db)
+        .workers(0)
+        .stepped_clock()
+        .start()
+        .await;
+    let hour = sqlx_now() + 3_600_000_000;
+    let (id, key) = made(&system, &json!({"name": "k", "expires_at": rfc3339(hour)})).await;
+    system.step_clock(3_500);
+    assert_eq!(key.jobs("").await.status, 200, "not before");
 
-    eventually(Duration::from_secs(8), "the end", async || {
+    system.step_clock(3_600);
+    eventually(REVOKED_WITHIN, "the end", async || {
         is_refused(&key).await.then_some(())
     })
     .await;
 
-    assert!(sqlx_now() >= soon, "not before");
     let shown = admin(&system).get(&format!("/api/v1/keys/{id}")).await;
     assert_eq!(shown.data(200)["status"], "expired");
     let path = format!("/api/v1/keys/{id}");
@@ -969,20 +984,21 @@ async fn every_change_and_refusal_is_noted(db: Db) {
         .await;
     assert_eq!(deleted.status, 204);
 
-    let rows = eventually(Duration::from_secs(10), "the counts of refusals", async || {
+    // They are counted for each quarter of an hour, one of which may have ended meanwhile.
+    let times = |rows: &[Value], object: &Value| -> i64 {
+        rows.iter()
+            .filter(|row| row["action"] == "auth.refused" && row["object_id"] == *object)
+            .map(|row| row["count"].as_i64().unwrap())
+            .sum()
+    };
+    let rows = eventually(PATIENCE, "the counts of refusals", async || {
         let answer = admin.get("/api/v1/audit?kind=admin").await;
         let rows = answer.data(200).as_array().unwrap().clone();
-        (rows.iter().filter(|row| row["action"] == "auth.refused").count() == 2).then_some(rows)
+        (times(&rows, &json!(id)) == 1).then_some(rows)
     })
     .await;
 
-    let times = |object: Value| {
-        let row = rows
-            .iter()
-            .find(|row| row["action"] == "auth.refused" && row["object_id"] == object);
-        row.unwrap()["count"].as_i64()
-    };
-    assert_eq!((times(Value::Null), times(json!(id))), (Some(5), Some(1)));
+    assert_eq!(times(&rows, &Value::Null), 5);
     let me = admin.get("/api/v1/keys/me").await.data(200)["id"].clone();
     let mut changes: Vec<_> = rows.iter().filter(|row| row["user_id"] == me).collect();
     changes.reverse();

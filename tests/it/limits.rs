@@ -6,7 +6,7 @@ use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::json;
 use sqlx::{Connection as _, Executor as _, SqliteConnection};
-use tests::client::{Answer, Client};
+use tests::client::{Answer, Client, PATIENCE};
 use tests::database::{Cluster, Database, Db};
 use tests::system::{KEYS, System};
 use tests::{both, eventually, once};
@@ -159,46 +159,44 @@ async fn the_headers_are_true_to_the_second(db: Db) {
     let system = System::builder()
         .database(db)
         .workers(0)
-        .env("RATE_LIMIT_REQUESTS", "3")
-        .env("RATE_LIMIT_WINDOW", "9")
+        // One more every eight seconds, which is longer than a busy machine takes for the next call.
+        .env("RATE_LIMIT_REQUESTS", "2")
+        .env("RATE_LIMIT_WINDOW", "16")
         .start()
         .await;
     let client = system.client();
+    let seconds = |answer: &Answer, header: &str| u64::try_from(number(answer, header)).unwrap();
     // `Remaining` calls pass, and not one more.
+    let begin = Instant::now();
     let first = submit(&client).await;
     for _ in 0..number(&first, "x-ratelimit-remaining") {
         assert_eq!(submit(&client).await.status, 202);
     }
-    let asked = Instant::now();
     let refused = submit(&client).await;
     refused.assert_problem(429, "rate-limited");
-    let after = u64::try_from(number(&refused, "retry-after")).unwrap();
-    assert_eq!(after, 3);
+    let (answered, after) = (Instant::now(), seconds(&refused, "retry-after"));
+    // The call comes eight seconds after the first one; the header rounds up.
+    assert!(after <= 8 && begin.elapsed() + Duration::from_secs(after) >= Duration::from_secs(8));
 
-    // A second before `Retry-After` is over there is no call; when it is over, there is one.
-    tokio::time::sleep_until((asked + Duration::from_secs(after - 1)).into()).await;
+    // Before `Retry-After` is over there is no call; when it is over, there is one.
+    tokio::time::sleep_until((answered + Duration::from_secs(after.saturating_sub(4))).into()).await;
     let early = submit(&client).await;
     early.assert_problem(429, "rate-limited");
-    assert!(number(&early, "retry-after") <= 2);
-    tokio::time::sleep_until(
-        (Instant::now().max(asked)
-            + Duration::from_secs(u64::try_from(number(&early, "retry-after")).unwrap()))
-        .into(),
-    )
-    .await;
+    let left = seconds(&early, "retry-after");
+    assert!(left <= 4.min(after), "{left}");
+    tokio::time::sleep(Duration::from_secs(left)).await;
     let then = submit(&client).await;
     assert_eq!(then.status, 202);
     assert_eq!(submit(&client).await.status, 429, "only one");
 
     // At `Reset` the whole limit is back.
-    let reset = number(&then, "x-ratelimit-reset");
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap();
-    let left = Duration::from_secs(u64::try_from(reset).unwrap()).saturating_sub(now);
-    assert!(left <= Duration::from_secs(10), "{left:?}");
+    let left = Duration::from_secs(seconds(&then, "x-ratelimit-reset")).saturating_sub(now);
+    assert!(left <= Duration::from_secs(17), "{left:?}");
     tokio::time::sleep(left + Duration::from_millis(5)).await;
-    for _ in 0..3 {
+    for _ in 0..2 {
         assert_eq!(submit(&client).await.status, 202);
     }
     assert_eq!(submit(&client).await.status, 429);
@@ -330,6 +328,7 @@ async fn trying_keys_is_slowed_down(db: Db) {
     let good = attacker.with_key(&secret);
     assert_eq!(from(&good, "192.0.2.1").await.status, 200);
 
+    let begin = Instant::now();
     let mut refused = Vec::new();
     for number in 0..30 {
         let guess = attacker.with_key(&format!("guess-{number}"));
@@ -338,16 +337,26 @@ async fn trying_keys_is_slowed_down(db: Db) {
 
     assert_eq!(refused[..20], [401; 20]);
     // One more every three seconds.
+    let more = usize::try_from(begin.elapsed().as_secs() / 3).unwrap();
     assert!(
-        refused[20..].iter().filter(|status| **status == 401).count() <= 4,
+        refused[20..].iter().filter(|status| **status == 401).count() <= more,
         "{refused:?}"
     );
-    let last = from(&attacker.with_key("guess"), "192.0.2.1").await;
+    let (last, short) = loop {
+        let asked = Instant::now();
+        let last = from(&attacker.with_key("guess"), "192.0.2.1").await;
+        let short = from(&attacker, "192.0.2.1").await;
+        // A machine that takes so long for both has given the address another try.
+        let closed = last.header("retry-after").parse().unwrap_or(0);
+        if asked.elapsed() + Duration::from_secs(1) < Duration::from_secs(closed) {
+            break (last, short);
+        }
+    };
     last.assert_problem(429, "rate-limited");
     assert!((1..=3).contains(&number(&last, "retry-after")));
     assert_eq!(last.json["violated-policies"], json!(["authentication"]));
     // From there a short key isn't even looked at; one that nobody can guess opens; elsewhere nothing has changed.
-    assert_eq!(from(&attacker, "192.0.2.1").await.status, 429);
+    assert_eq!(short.status, 429);
     assert_eq!(from(&good, "192.0.2.1").await.status, 200);
     assert_eq!(from(&attacker, "192.0.2.2").await.status, 200);
     assert_eq!(from(&attacker.with_key("guess"), "192.0.2.2").await.status, 401);
@@ -365,7 +374,8 @@ async fn reading_never_waits_for_the_writer_of_jobs() {
         client.job(&id).await.data(200);
     }
 
-    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    // Who waits for it waits for five seconds, each time.
+    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
     writer.execute("rollback").await.unwrap();
 }
 
@@ -390,7 +400,7 @@ async fn a_lost_database_opens_no_door() {
     }
     // Afterwards everything is as before.
     cluster.run().await.unwrap();
-    eventually(Duration::from_secs(20), "the database's return", async || {
+    eventually(PATIENCE, "the database's return", async || {
         (client.with_key(&secret).jobs("").await.status == 200).then_some(())
     })
     .await;

@@ -1,9 +1,7 @@
 //! What a run can end as: done, failed with a word for programs and a sentence for people, or tried again.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
-use tests::client::Client;
+use tests::client::{Client, PATIENCE};
 use tests::database::{Database, Db};
 use tests::script::{Script, Step, answer, steps};
 use tests::system::System;
@@ -469,7 +467,7 @@ async fn an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease(db: Db) {
     let id = client.play(&answer("stored")).await;
     let says = async |words: &str| {
         let look = async || system.written().contains(words).then_some(());
-        eventually(Duration::from_secs(20), words, look).await;
+        eventually(PATIENCE, words, look).await;
     };
     says("could not store the end of the run").await;
 
@@ -487,17 +485,17 @@ async fn an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease(db: Db) {
 
 async fn a_cli_that_ends_slowly_under_a_short_lease_is_done(db: Db) {
     let result = json!({ "type": "result", "subtype": "success", "is_error": false, "result": "slow" });
-    // Its output is over at once, its process a lease and a second later.
+    // Its output is over between two renewals, its process more than a lease after the first of them.
     let script = format!(
-        "case $1 in --version) echo '2.1.331 (Claude Code)'; exit ;; esac\nread -r line\necho '{result}'\nexec >&- 2>&-\n\
-         sleep 4"
+        "case $1 in --version) echo '2.1.331 (Claude Code)'; exit ;; esac\nread -r line\nsleep 3\necho '{result}'\n\
+         exec >&- 2>&-\nsleep 4.5"
     );
     let cli = tests::place::program("slow", &script);
     let system = System::builder()
         .database(db)
         .sandbox(false)
         .env("CLAUDE_CLI_PATH", cli.to_str().unwrap())
-        .env("LEASE_SECONDS", "3")
+        .env("LEASE_SECONDS", "5")
         .start()
         .await;
     let client = system.client();

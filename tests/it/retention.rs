@@ -22,8 +22,8 @@ both!(
 /// A day and an hour: longer than the retention of these systems.
 const LATER: i64 = 25 * 3_600;
 
-/// The sweeper looks each five seconds.
-const SOON: Duration = Duration::from_secs(25);
+/// The sweeper looks each five seconds, and several may share the machine.
+const SOON: Duration = Duration::from_mins(1);
 
 async fn start(db: Db, workers: usize) -> System {
     System::builder()
@@ -203,7 +203,11 @@ async fn is_done(system: &System, folders: &[PathBuf]) {
     assert_eq!(database.number(changed).await, 0);
     let left: Vec<&PathBuf> = folders.iter().filter(|folder| folder.exists()).collect();
     assert!(left.is_empty(), "{left:?}");
-    assert_eq!(left_behind(system), [""; 0]);
+    // Who comes late to a removal makes its place anew for a moment.
+    eventually(SOON, "an empty folder", async || {
+        left_behind(system).is_empty().then_some(())
+    })
+    .await;
 }
 
 async fn workers_share_a_backlog_and_go_on_working(db: Db) {
@@ -218,7 +222,7 @@ async fn workers_share_a_backlog_and_go_on_working(db: Db) {
     let begin = Instant::now();
     let id = client.play(&answer("meanwhile")).await;
     assert_eq!(client.finished(&id).await["status"], "done");
-    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
 
     is_done(&system, &folders).await;
     let written = system.written();
@@ -233,9 +237,10 @@ async fn a_removal_that_was_cut_short_is_finished(db: Db) {
     let mut system = start(db, 0).await;
     let folders = backlog(&system, 200, 40).await;
     let first = system.add_worker().await;
+    let there = || folders.iter().filter(|folder| folder.exists()).count();
     for _ in 0..3 {
-        let there = || folders.iter().filter(|folder| folder.exists()).count();
-        let before = there();
+        // A quick worker may have removed all of them by now.
+        let before = there().max(1);
         eventually(SOON, "a removal", async || (there() < before).then_some(())).await;
         system.worker(first).kill();
         system.worker(first).start().await;

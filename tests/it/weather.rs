@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 use sqlx::{Connection as _, Executor as _};
-use tests::client::{Client, Sse, Stream, at_once};
+use tests::client::{Client, PATIENCE, Sse, Stream, at_once};
 use tests::database::{Cluster, Database, Db};
 use tests::disk::Disk;
 use tests::proxy::Proxy;
@@ -162,22 +162,18 @@ async fn becomes_unready(client: &Client) {
 /// is complained about.
 async fn outages_were_told(system: &mut System, outages: usize) {
     for process in system.processes() {
-        let told = eventually(
-            Duration::from_secs(10),
-            "the end of the outage in the log",
-            async || {
-                let written = process.written();
-                let count = |words: &str| written.matches(words).count();
-                let told = count("the database can't be used");
-                (told == count("the database can be used again")).then_some(told)
-            },
-        )
+        let told = eventually(PATIENCE, "the end of the outage in the log", async || {
+            let written = process.written();
+            let count = |words: &str| written.matches(words).count();
+            let told = count("the database can't be used");
+            (told > 0 && told == count("the database can be used again")).then_some(told)
+        })
         .await;
         let written = process.written();
         let complaints = |line: &&str| line.contains("WARN") || line.contains("ERROR");
         let complaints: Vec<_> = written.lines().filter(complaints).collect();
         assert!(
-            (1..=outages).contains(&told) && complaints.len() == told,
+            told <= outages && complaints.len() == told,
             "{told} outages told of {outages}: {complaints:#?}"
         );
     }
@@ -190,7 +186,6 @@ async fn postgresql_is_restarted_under_load() {
         .on(database)
         .workers(2)
         .sandbox(false)
-        .env("LEASE_SECONDS", "10")
         .start()
         .await;
     let client = system.client();
@@ -199,12 +194,19 @@ async fn postgresql_is_restarted_under_load() {
     let stream = client.stream(&long[0], None).await;
     let enough = AtomicBool::new(false);
 
-    let ((ids, refusals), ()) = tokio::join!(keep_submitting(&client, &enough), async {
+    let ((ids, _), ()) = tokio::join!(keep_submitting(&client, &enough), async {
+        let jobs = async || system.database().number("select count(*) from job").await;
         for how in [Signal::INT, Signal::QUIT, Signal::INT] {
             becomes_ready(&client).await;
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            let before = jobs().await;
+            eventually(PATIENCE, "two more jobs", async || {
+                (jobs().await >= before + 2).then_some(())
+            })
+            .await;
             cluster.stop(how).await;
             becomes_unready(&client).await;
+            let refused = client.submit(&json!({ "message": "now?" })).await;
+            refused.assert_problem(503, "unavailable");
             cluster.run().await.unwrap();
         }
         let back = Instant::now();
@@ -213,11 +215,6 @@ async fn postgresql_is_restarted_under_load() {
         enough.store(true, Ordering::Relaxed);
     });
 
-    assert!(
-        refusals > 0 && ids.len() > 5,
-        "{refusals} refusals, {} jobs",
-        ids.len()
-    );
     is_untouched(&client, &long[0]).await;
     is_whole(stream).await;
     long.extend(ids);
@@ -249,6 +246,7 @@ async fn connections_are_cut_under_load() {
         enough.store(true, Ordering::Relaxed);
     });
 
+    every_cut_is_found_out(&client).await;
     is_untouched(&client, &long).await;
     is_whole(stream).await;
     ids.push(long);
@@ -260,6 +258,20 @@ async fn cut(system: &System) {
     let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity
                where datname = current_database() and pid <> pg_backend_pid()";
     system.database().number(cut).await;
+}
+
+/// A connection that was cut is found out when it is used, unless it lay idle for long: that one read is refused.
+async fn every_cut_is_found_out(client: &Client) {
+    // More at once than a process has connections.
+    eventually(PATIENCE, "reads that are all answered", async || {
+        let reads = at_once((0..20).map(|_| client.jobs("limit=1"))).await;
+        let refused = reads.iter().filter(|read| read.status != 200);
+        let refused: Vec<_> = refused
+            .inspect(|read| read.assert_problem(503, "unavailable"))
+            .collect();
+        refused.is_empty().then_some(())
+    })
+    .await;
 }
 
 /// A firewall forgets the connections, or a machine loses its power: no connection ends, and none brings anything.
@@ -342,7 +354,7 @@ async fn postgresql_becomes_read_only() {
     let refused = client.submit(&json!({ "message": "now?" })).await;
     refused.assert_problem(503, "unavailable");
     for process in system.processes() {
-        eventually(Duration::from_secs(10), "a told outage", async || {
+        eventually(PATIENCE, "a told outage", async || {
             process
                 .written()
                 .contains("the database can't be used")
@@ -353,6 +365,7 @@ async fn postgresql_becomes_read_only() {
     set_read_only(&system, "off").await;
 
     becomes_ready(&client).await;
+    every_cut_is_found_out(&client).await;
     let (id, _) = insist(&client, 0, &answer("again").prompt()).await;
     assert_eq!(client.finished(&id).await["result"]["content"], "again");
     is_untouched(&client, &long).await;
@@ -400,11 +413,7 @@ async fn submit_until_refused(client: &Client) -> (Vec<String>, usize) {
     let (mut stored, mut refused, mut in_a_row) = (Vec::new(), 0, 0);
     let begin = Instant::now();
     while in_a_row < 10 {
-        assert!(
-            begin.elapsed() < Duration::from_secs(30),
-            "{} were accepted",
-            stored.len()
-        );
+        assert!(begin.elapsed() < PATIENCE, "{} were accepted", stored.len());
         // Random digits, which a database can't make smaller.
         let noise = || uuid::Uuid::new_v4().simple().to_string();
         let message: String = (0..3_000).map(|_| noise()).collect();
@@ -434,7 +443,7 @@ async fn a_locked_sqlite_file_is_waited_for() {
     let ((id, refusals), released) = tokio::join!(insist(&client, 0, &prompt), async {
         // Reads go on: a reader never waits for the writer.
         assert_eq!(client.job(&long).await.data(200)["status"], "running");
-        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         becomes_unready(&client).await;
         tokio::time::sleep(Duration::from_millis(10_500).saturating_sub(begin.elapsed())).await;
         let unready = client.get("/readyz").await;
@@ -449,7 +458,7 @@ async fn a_locked_sqlite_file_is_waited_for() {
     });
 
     assert!(refusals > 0);
-    assert!(released < Duration::from_secs(3), "{released:?}");
+    assert!(released < Duration::from_secs(5), "{released:?}");
     assert_eq!(client.finished(&id).await["result"]["content"], "after the lock");
     is_untouched(&client, &long).await;
     outages_were_told(&mut system, 1).await;
@@ -549,7 +558,7 @@ async fn a_worker_without_room_begins_nothing_and_fails_nothing(db: Db) {
         for _ in 0..4 {
             ids.push(client.play(&answer("after")).await);
         }
-        eventually(Duration::from_secs(10), "a paused worker", async || {
+        eventually(PATIENCE, "a paused worker", async || {
             let said = pause().await;
             let said = said.as_str()?;
             assert!(said.contains("DATA_DIR") && said.contains(why), "{said}");
@@ -565,7 +574,11 @@ async fn a_worker_without_room_begins_nothing_and_fails_nothing(db: Db) {
         for id in &ids {
             assert_eq!(client.finished(id).await["status"], "done");
         }
-        assert_eq!(pause().await, Value::Null);
+        // A slot may be quicker than the word that the pause is over.
+        eventually(PATIENCE, "the end of the pause", async || {
+            pause().await.is_null().then_some(())
+        })
+        .await;
     }
 
     let failures = "select cast(sum(failures) as bigint) from job";
@@ -603,12 +616,12 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
         .workers(2)
         .sandbox(false)
         .stepped_clock()
-        .env("LEASE_SECONDS", "2")
+        .env("LEASE_SECONDS", "5")
         .env("LOG_LEVEL", "info,worker::queues=debug")
         .start()
         .await;
     let client = system.client();
-    let long = long_job(&client, 9_000).await;
+    let long = long_job(&client, 22_000).await;
     let stream = client.stream(&long, None).await;
 
     for offset in [3_600, 0, -3_600] {
@@ -620,7 +633,7 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
         }
         assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         // Longer than a lease, looked at by both workers.
-        tokio::time::sleep(Duration::from_millis(2_700).saturating_sub(begin.elapsed())).await;
+        tokio::time::sleep(Duration::from_millis(6_500).saturating_sub(begin.elapsed())).await;
     }
 
     is_untouched(&client, &long).await;

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, SqliteConnection};
 use tokio::sync::{Mutex, OnceCell};
 
@@ -163,7 +164,9 @@ impl Database {
 
     /// A connection to a SQLite database, for a test that locks it.
     pub async fn sqlite(&self) -> SqliteConnection {
-        SqliteConnection::connect(&self.url)
+        let options: SqliteConnectOptions = self.url.parse().expect("a URL of the kit's");
+        // A process may hold the lock for long while the machine is busy, and the test has nothing else to do.
+        SqliteConnection::connect_with(&options.busy_timeout(Duration::from_mins(1)))
             .await
             .expect("the SQLite file opens")
     }
@@ -285,7 +288,7 @@ impl Cluster {
                     "fsync=off",
                     "full_page_writes=off",
                     "synchronous_commit=on",
-                    "max_connections=300",
+                    "max_connections=600",
                     "shared_buffers=64MB",
                     "max_wal_size=256MB",
                 ]

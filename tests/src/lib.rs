@@ -12,6 +12,8 @@ pub mod script;
 pub mod system;
 pub mod trace;
 
+use std::cell::RefCell;
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
@@ -34,6 +36,7 @@ pub fn run_alone(limit: Duration, case: impl Future<Output = ()>) {
 }
 
 fn run_with(permits: u32, limit: Duration, case: impl Future<Output = ()>) {
+    let _repeats = RepeatsPanic::new();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -51,6 +54,40 @@ fn run_with(permits: u32, limit: Duration, case: impl Future<Output = ()>) {
             "the case is stuck after {limit:?}"
         );
     });
+}
+
+thread_local! {
+    /// What the last panic of this thread said, and where.
+    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Says at the end of a failed case once more what failed: its systems have shown their logs after the first time.
+struct RepeatsPanic;
+
+impl RepeatsPanic {
+    fn new() -> Self {
+        static HOOK: Once = Once::new();
+        HOOK.call_once(|| {
+            let tell = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                PANIC.set(panic.to_string());
+                tell(panic);
+            }));
+        });
+        Self
+    }
+}
+
+impl Drop for RepeatsPanic {
+    #[expect(
+        clippy::print_stderr,
+        reason = "the test harness shows it with the failed test only"
+    )]
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- what failed: {}", PANIC.take());
+        }
+    }
 }
 
 /// Makes two tests, `<name>::on_sqlite` and `<name>::on_postgres`, of each function that takes a

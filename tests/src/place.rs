@@ -4,6 +4,7 @@
 //! left is swept by the next run.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -69,11 +70,20 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
-/// A shell script as a program of this name, for a CLI that doesn't even start to be one.
+/// A shell script as a program of this name, for a CLI that doesn't even start to be one. Another process writes it: a
+/// file that this one has open, even in a child that another test is just forking, can't be started.
 pub fn program(name: &str, script: &str) -> PathBuf {
     let path = folder('c').join(name);
-    fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("a new file");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("the file is ours");
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(&path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("`install` of coreutils starts");
+    let mut input = install.stdin.take().expect("it is piped");
+    write!(input, "#!/bin/sh\n{script}\n").expect("it reads its input");
+    drop(input);
+    assert!(install.wait().expect("our own child").success());
     path
 }
 

@@ -44,6 +44,8 @@ pub enum Step {
     Sleep(u64),
     /// Silence for ever; only an interrupt or a signal ends it.
     Hang,
+    /// Silence until there is such a file, its path relative to the working directory; ends early when interrupted.
+    Until(String),
     /// A message of this price, in USD.
     Spend(f64),
     /// A call of the Bash tool that really runs, in a session of its own as the real tool does it.
@@ -99,6 +101,14 @@ pub enum Deaf {
     Stdin,
     /// The end of standard input: the process stays after its result.
     End,
+}
+
+/// The file that [`until_told`] waits for.
+pub const GO_ON: &str = "go-on";
+
+/// A step that holds its run until [`System::tell_to_go_on`](crate::system::System::tell_to_go_on).
+pub fn until_told() -> Step {
+    Step::Until(GO_ON.to_owned())
 }
 
 /// A script that answers this.

@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use crate::client::Client;
 use crate::database::{Database, Db};
 use crate::disk::Disk;
-use crate::{eventually, place, processes, trace};
+use crate::{eventually, place, processes, script, trace};
 
 /// The key that a system's client has unless told otherwise; the second key of every system; its administrator's.
 pub const KEYS: [&str; 3] = ["kit-key-one-f4b1c2", "kit-key-two-a83e90", "kit-key-admin-77d0e5"];
@@ -338,9 +338,23 @@ impl System {
         fs::rename(new, self.folder.join(CLOCK)).expect("a file of ours");
     }
 
+    /// Steps it to the middle of a day (UTC), so that no day, week or month ends within the test; by how many seconds.
+    pub fn step_clock_to_noon(&self) -> i64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let seconds = now.expect("a clock that is set").as_secs() % 86_400;
+        let step = 43_200 - i64::try_from(seconds).expect("seconds of a day");
+        self.step_clock(step);
+        step
+    }
+
     /// The working directory of a job without a session.
     pub fn workspace(&self, job: &str) -> PathBuf {
         self.folder.join("data/jobs").join(job).join("workspace")
+    }
+
+    /// Lets the run of a job go on that waits at [`until_told`](crate::script::until_told). It has begun by then.
+    pub fn tell_to_go_on(&self, job: &str) {
+        fs::write(self.workspace(job).join(script::GO_ON), "").expect("a workspace");
     }
 
     /// The lives of a job's runs, as its traced scripts wrote them.

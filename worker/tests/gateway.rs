@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, UnixStream};
 use tokio::sync::mpsc;
 use worker::config::Anthropic;
 use worker::gateway::credentials::Credentials;
@@ -64,7 +64,7 @@ impl Api {
     async fn received_until(&mut self, end: &str) -> String {
         let mut all = String::new();
         while !all.contains(end) {
-            let part = tokio::time::timeout(Duration::from_secs(5), self.received.recv()).await;
+            let part = tokio::time::timeout(Duration::from_secs(30), self.received.recv()).await;
             let part = part
                 .unwrap_or_else(|_| panic!("no {end:?} came in: {all}"))
                 .expect("the connection ended");
@@ -112,7 +112,7 @@ async fn read_until(stream: &mut UnixStream, end: &str) -> String {
     let mut all = String::new();
     let mut buffer = vec![0; 4096];
     while !all.contains(end) {
-        let read = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut buffer)).await;
+        let read = tokio::time::timeout(Duration::from_secs(30), stream.read(&mut buffer)).await;
         let read = read.unwrap_or_else(|_| panic!("no {end:?} came: {all}")).unwrap();
         assert_ne!(read, 0, "the answer ended before {end:?}: {all}");
         all.push_str(&String::from_utf8_lossy(&buffer[..read]));
@@ -280,7 +280,7 @@ async fn a_run_that_hangs_up_ends_its_request() {
 
     drop(stream);
 
-    let ended = tokio::time::timeout(Duration::from_secs(5), api.received.recv()).await;
+    let ended = tokio::time::timeout(Duration::from_secs(30), api.received.recv()).await;
     assert_eq!(ended.expect("the request goes on"), None);
 }
 
@@ -294,7 +294,7 @@ async fn a_dropped_gateway_ends_its_requests_and_its_socket() {
     drop(client.gateway);
 
     let mut rest = Vec::new();
-    tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest))
+    tokio::time::timeout(Duration::from_secs(30), stream.read_to_end(&mut rest))
         .await
         .unwrap()
         .unwrap();
@@ -333,13 +333,11 @@ async fn a_failure_is_remembered_until_a_request_succeeds() {
 
 #[tokio::test]
 async fn an_api_that_isnt_there_is_a_bad_gateway_with_a_reason() {
-    let port = TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
-    let client = Client::start(&format!("http://127.0.0.1:{port}"), api_key());
+    // Nobody listens on it, and nobody else can.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
+    let client = Client::start(&format!("http://{address}"), api_key());
     let since = Instant::now();
 
     let mut stream = client.send(&request(&format!("x-api-key: {TOKEN}"), "{}")).await;
@@ -357,7 +355,7 @@ async fn an_api_that_isnt_there_is_a_bad_gateway_with_a_reason() {
     } = client.gateway.last_failure().unwrap();
     assert_eq!((status, error_type.as_deref()), (502, Some(UNREACHABLE)));
     assert!(message.contains("refused"), "{message}");
-    assert!(since.elapsed() < Duration::from_secs(2));
+    assert!(since.elapsed() < Duration::from_secs(8));
 }
 
 #[tokio::test]

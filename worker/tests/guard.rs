@@ -55,6 +55,9 @@ enum Sandboxed {
     No,
 }
 
+/// A time that a test waits for, and within which a busy machine starts a run.
+const SHORT: Duration = Duration::from_secs(5);
+
 const BOTH: [Sandboxed; 2] = [Sandboxed::Yes, Sandboxed::No];
 
 async fn isolation(sandboxed: Sandboxed, runtime: &Runtime) -> Isolation {
@@ -284,7 +287,8 @@ async fn an_order_to_end_leaves_nothing() {
             (Some(9), EndedBy::Worker),
             "{sandboxed:?}"
         );
-        assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+        // Sooner than the worker loses its patience with a guard that doesn't obey.
+        assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
     }
 }
 
@@ -348,12 +352,12 @@ async fn a_dropped_run_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_without_beats_is_ended_and_one_with_beats_is_not() {
-    for sandboxed in BOTH {
+    let case = async |sandboxed| {
         let mut stand = stand(sandboxed).await;
-        stand.launch.beat_within = Duration::from_secs(2);
+        stand.launch.beat_within = SHORT;
         let process = stand.started().await;
         for _ in 0..6 {
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(SHORT / 5).await;
             process.renewed_at(Instant::now());
         }
         assert!(!stand.alive().is_empty());
@@ -363,12 +367,13 @@ async fn a_run_without_beats_is_ended_and_one_with_beats_is_not() {
 
         stand.assert_nothing_left();
         assert_eq!(exit.ended_by, EndedBy::Beat, "{sandboxed:?}");
+        let took = last.elapsed();
         assert!(
-            (1900..4000).contains(&last.elapsed().as_millis()),
-            "{:?}",
-            last.elapsed()
+            took + Duration::from_millis(100) > SHORT && took < SHORT + Duration::from_secs(4),
+            "{took:?}"
         );
-    }
+    };
+    tokio::join!(case(Sandboxed::Yes), case(Sandboxed::No));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -387,16 +392,17 @@ async fn a_renewal_counts_from_when_it_was_asked_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_deadline_ends_a_run() {
-    for sandboxed in BOTH {
+    let case = async |sandboxed| {
         let mut stand = stand(sandboxed).await;
-        stand.launch.deadline = Duration::from_secs(1);
+        stand.launch.deadline = SHORT;
         let process = stand.started().await;
 
         let exit = ended(process).await;
 
         stand.assert_nothing_left();
         assert_eq!(exit.ended_by, EndedBy::Deadline, "{sandboxed:?}");
-    }
+    };
+    tokio::join!(case(Sandboxed::Yes), case(Sandboxed::No));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -549,7 +555,7 @@ async fn a_stopped_guard_doesnt_save_the_run_from_the_worker() {
 
         stand.assert_nothing_left();
         assert_eq!(exit.ended_by, EndedBy::Worker, "{sandboxed:?}");
-        assert!(since.elapsed() < Duration::from_secs(6), "{:?}", since.elapsed());
+        assert!(since.elapsed() < Duration::from_secs(8), "{:?}", since.elapsed());
     }
 }
 
@@ -568,7 +574,7 @@ async fn a_stopped_guard_doesnt_keep_the_worker_when_the_cli_has_ended() {
 
     stand.assert_nothing_left();
     assert_eq!((exit.code, exit.ended_by), (None, EndedBy::Worker));
-    assert!(since.elapsed() < Duration::from_secs(8), "{:?}", since.elapsed());
+    assert!(since.elapsed() < Duration::from_secs(11), "{:?}", since.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -620,13 +626,13 @@ async fn whoever_comes_next_ends_what_a_stopped_guard_of_a_stopped_worker_guards
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guard_that_wakes_up_reads_its_beats_before_it_judges() {
     let mut stand = stand(Sandboxed::No).await;
-    stand.launch.beat_within = Duration::from_secs(1);
+    stand.launch.beat_within = SHORT;
     let process = stand.started().await;
     let guard = stand.guard_pid();
 
     kill_process(guard, Signal::STOP).unwrap();
     for _ in 0..6 {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::sleep(SHORT / 5).await;
         process.renewed_at(Instant::now());
     }
     kill_process(guard, Signal::CONT).unwrap();
@@ -728,8 +734,7 @@ async fn much_output_is_kept_for_a_reader_that_comes_late() {
     let stand = stand_with(Sandboxed::Yes, script, &[]).await;
     let mut process = stand.start().await;
     process.close_stdin();
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    stand.assert_nothing_left();
+    stand.assert_nothing_left_within(Duration::from_mins(1)).await;
 
     let mut lines = 0;
     while let Some(line) = process.next_line().await {
@@ -866,25 +871,28 @@ async fn a_killed_worker_takes_its_runs_with_it() {
 
         worker.process.kill().await.unwrap();
 
-        stand.assert_nothing_left_within(Duration::from_secs(3)).await;
+        stand.assert_nothing_left_within(Duration::from_secs(6)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_runs_of_a_stopped_worker_end_while_it_is_stopped() {
-    for sandboxed in BOTH {
-        let (worker, stand) = Worker::start(sandboxed, 2, "bare").await;
+    let case = async |sandboxed| {
+        let (worker, stand) = Worker::start(sandboxed, SHORT.as_secs(), "bare").await;
         let since = Instant::now();
 
         worker.signal(Signal::STOP);
 
-        stand.assert_nothing_left_within(Duration::from_secs(5)).await;
+        stand
+            .assert_nothing_left_within(SHORT + Duration::from_secs(4))
+            .await;
         assert!(
             since.elapsed() > Duration::from_millis(1500),
             "{:?}",
             since.elapsed()
         );
-    }
+    };
+    tokio::join!(case(Sandboxed::Yes), case(Sandboxed::No));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -41,7 +41,7 @@ struct Hub {
 pub struct JobWakeup {
     hub: Arc<Hub>,
     job_id: JobId,
-    changes: watch::Receiver<()>,
+    pub(super) changes: watch::Receiver<()>,
 }
 
 impl JobWakeup {

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -558,6 +558,7 @@ impl Cli {
             Step::Say(text) => self.say(&text, None),
             Step::Sleep(millis) => self.wait(Duration::from_millis(millis), false).await,
             Step::Hang => self.wait(Duration::from_secs(1_000_000), false).await,
+            Step::Until(file) => self.wait_for(&PathBuf::from(file)).await,
             Step::Spend(usd) => self.say("Thinking.", Some(usd)),
             Step::Shell(command) => self.shell(&command).await,
             Step::Write { file, content } => {
@@ -654,6 +655,16 @@ impl Cli {
                 }
             }
         }
+    }
+
+    async fn wait_for(&mut self, file: &Path) -> Flow {
+        while !file.exists() {
+            match self.wait(Duration::from_millis(10), false).await {
+                Flow::GoOn => {}
+                other => return other,
+            }
+        }
+        Flow::GoOn
     }
 
     async fn shell(&mut self, command: &str) -> Flow {

@@ -17,8 +17,8 @@ use tokio_util::sync::CancellationToken;
 );
 ::tests::once!(a_listener_whose_connection_fell_silent_makes_another);
 
-/// Longer than a wake-up takes, and shorter than the look that everyone takes by himself.
-const SOON: Duration = Duration::from_millis(1500);
+/// Longer than a wake-up ever takes.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn listen(store: &Store) -> Wakeups {
     Wakeups::listen(store, Duration::from_millis(10), CancellationToken::new())
@@ -29,8 +29,11 @@ async fn say(world: &World, lease: &Lease) {
     world.store.record(lease, &[event], None, NOW).await.unwrap();
 }
 
+/// By what was committed, and not by the look that everyone takes by himself.
 async fn woken(wakeup: &mut JobWakeup) -> bool {
-    tokio::time::timeout(SOON, wakeup.changed()).await.is_ok()
+    tokio::time::timeout(PATIENCE, wakeup.changes.changed())
+        .await
+        .is_ok()
 }
 
 /// Says something again and again until the listener hears it.
@@ -38,13 +41,13 @@ async fn until_heard(world: &World, lease: &Lease, wakeup: &mut JobWakeup) {
     let begin = Instant::now();
     loop {
         say(world, lease).await;
-        if tokio::time::timeout(Duration::from_millis(100), wakeup.changed())
+        if tokio::time::timeout(Duration::from_millis(100), wakeup.changes.changed())
             .await
             .is_ok()
         {
             return;
         }
-        assert!(begin.elapsed() < Duration::from_secs(40), "nothing was heard");
+        assert!(begin.elapsed() < Duration::from_mins(1), "nothing was heard");
     }
 }
 
@@ -73,7 +76,7 @@ async fn a_commit_wakes_who_waits_in_another_process(db: Db) {
     let mut slots = wakeups.slots();
     slots.mark_unchanged();
     world.submit(job(&key)).await;
-    let rung = tokio::time::timeout(SOON, slots.changed()).await;
+    let rung = tokio::time::timeout(PATIENCE, slots.changed()).await;
     assert!(rung.is_ok(), "a ticket");
 }
 
@@ -87,13 +90,13 @@ async fn who_waits_for_another_job_is_not_woken(db: Db) {
     let (mut own, mut others) = (wakeups.job(stored.job_id), wakeups.job(other.job_id));
     until_heard(&world, &lease, &mut own).await;
     // The beginning of the listening wakes everybody once.
-    let _ = tokio::time::timeout(Duration::from_millis(1), others.changed()).await;
+    let _ = tokio::time::timeout(Duration::from_millis(1), others.changes.changed()).await;
 
     let mut own = wakeups.job(stored.job_id);
     say(&world, &lease).await;
     assert!(woken(&mut own).await);
 
-    let quiet = tokio::time::timeout(Duration::from_millis(50), others.changed()).await;
+    let quiet = tokio::time::timeout(Duration::from_millis(50), others.changes.changed()).await;
     assert!(quiet.is_err());
 }
 
@@ -123,7 +126,7 @@ async fn listening_outlives_its_connection(db: Db) {
     let mut slots = wakeups.slots();
     slots.mark_unchanged();
     world.submit(job(&key)).await;
-    assert!(tokio::time::timeout(SOON, slots.changed()).await.is_ok());
+    assert!(tokio::time::timeout(PATIENCE, slots.changed()).await.is_ok());
 }
 
 async fn a_listener_whose_connection_fell_silent_makes_another() {

@@ -75,7 +75,8 @@ async fn probes_at_once_find_out_together(db: Db) {
             other.close().await.unwrap();
         }
     }
-    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    // One after the other they would take eight.
+    assert!(begin.elapsed() < Duration::from_secs(7), "{:?}", begin.elapsed());
     world.store.answers().await;
     assert!(world.store.is_usable().await);
 }
