@@ -1,6 +1,5 @@
 //! Money: never more than the limit, whoever dies; told, set, adjusted and waited for.
 
-use std::path::Path;
 use std::time::Duration;
 
 use chrono::{DateTime, Datelike as _, Months, NaiveDate, NaiveTime, Utc};
@@ -8,7 +7,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tests::client::{Answer, Client, PATIENCE, at_once};
 use tests::database::Db;
-use tests::script::{Script, Step, answer, steps};
+use tests::script::{Script, Step, answer, steps, until};
 use tests::system::{KEYS, System};
 use tests::{both, eventually, run_alone};
 
@@ -85,11 +84,6 @@ async fn budget(client: &Client, path: &str) -> Value {
 /// A job that may cost `cap` dollars.
 fn capped(script: &Script, cap: f64) -> Value {
     json!({ "message": script.prompt(), "max_cost_usd": cap })
-}
-
-/// A step that waits for this file, which all unsandboxed runs see.
-fn until(file: &Path) -> Step {
-    Step::Until(file.to_str().unwrap().to_owned())
 }
 
 /// Submits so many of them, a few at a time, and again what found the database too busy: SQLite has one writer.
@@ -764,10 +758,7 @@ async fn thresholds_are_told(db: Db) {
         format!("the budget of {key} has reached 100 %: $1.00 of $1.00 spent"),
     ] {
         // It is logged after the commit that tells the alert.
-        let written = eventually(PATIENCE, &line, async || {
-            Some(system.written()).filter(|written| written.contains(&line))
-        })
-        .await;
+        let written = system.writes(&line).await;
         assert_eq!(written.matches(&line).count(), 1, "{line}");
     }
 }

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tests::client::{Client, PATIENCE};
 use tests::database::{Database, Db};
-use tests::script::{Step, answer, steps};
+use tests::script::{Step, answer, steps, until_told};
 use tests::system::{Finished, KEYS, System, command, real_claude, real_cli_permit, run};
 use tests::{eventually, once, place, processes};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader, Lines, copy_bidirectional};
@@ -194,10 +194,7 @@ async fn a_refusal_is_told_in_a_sentence() {
 async fn who_follows_a_job_outlives_a_restart_of_the_service() {
     let mut system = System::builder().env("LOG_LEVEL", "info,api=debug").start().await;
     let passage = Passage::to(system.client().base()).await;
-    let script = steps([
-        Step::Say("before".to_owned()),
-        Step::Shell("until test -e go; do sleep 0.1; done".to_owned()),
-    ]);
+    let script = steps([Step::Say("before".to_owned()), until_told()]);
     let id = system.client().play(&script.answering("after")).await;
     system.client().event(&id, "assistant").await;
     let follow = |name: &str| {
@@ -216,10 +213,7 @@ async fn who_follows_a_job_outlives_a_restart_of_the_service() {
     line_with(&mut lines, "before").await;
     // So has `wait`: it has been told that the job runs.
     let asked = format!("http.path=\"/api/v1/jobs/{id}\"");
-    eventually(PATIENCE, "an answer for wait", async || {
-        system.written().contains(&asked).then_some(())
-    })
-    .await;
+    system.writes(&asked).await;
 
     // Not to where it was: that port is free then for others.
     passage.leads_to("");
@@ -231,7 +225,7 @@ async fn who_follows_a_job_outlives_a_restart_of_the_service() {
     .await;
     system.api(0).start().await;
     passage.leads_to(&system.api(0).url());
-    std::fs::write(system.workspace(&id).join("go"), "").unwrap();
+    system.tell_to_go_on(&id);
 
     line_with(&mut lines, "done").await;
     assert_eq!(logs.wait().await.unwrap().code(), Some(0));
@@ -320,11 +314,7 @@ async fn the_key_is_not_written_into_a_file() {
     let mut system = System::builder().up().start().await;
     system.client().jobs("").await.data(200);
 
-    let said = eventually(PATIENCE, "the welcome", async || {
-        let written = system.written();
-        written.contains("Stop with Ctrl-C").then_some(written)
-    })
-    .await;
+    let said = system.writes("Stop with Ctrl-C").await;
 
     assert!(said.contains("the first of API_KEYS"), "{said}");
     assert!(!KEYS.iter().any(|key| said.contains(key)), "{said}");

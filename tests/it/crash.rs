@@ -24,10 +24,9 @@ both!(
 );
 
 /// Short, so that the tests are quick, and long enough that a machine which hesitates for three seconds loses none.
-const LEASE: &str = "5";
-const LEASE_LENGTH: Duration = Duration::from_secs(5);
+const LEASE: Duration = Duration::from_secs(5);
 /// A lost lease is found within the lease's length and five seconds.
-const RECOVERY: Duration = Duration::from_secs(10);
+const RECOVERY: Duration = LEASE.saturating_add(Duration::from_secs(5));
 
 /// Runs long at first, beside a daemon that it leaves behind, and is quick the second time; every run leaves its trace.
 fn twice(first: Step) -> Script {
@@ -43,7 +42,7 @@ async fn a_killed_workers_job_is_done_by_another(db: Db) {
     let mut system = System::builder()
         .database(db)
         .workers(2)
-        .env("LEASE_SECONDS", LEASE)
+        .env("LEASE_SECONDS", &LEASE.as_secs().to_string())
         .start()
         .await;
     let client = system.client();
@@ -93,7 +92,7 @@ async fn a_killed_workers_job_is_done_by_another(db: Db) {
 async fn a_killed_workers_job_resumes_its_session(db: Db) {
     let mut system = System::builder()
         .database(db)
-        .env("LEASE_SECONDS", LEASE)
+        .env("LEASE_SECONDS", &LEASE.as_secs().to_string())
         .start()
         .await;
     let client = system.client();
@@ -135,7 +134,7 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
     let mut system = System::builder()
         .database(db)
         .workers(2)
-        .env("LEASE_SECONDS", LEASE)
+        .env("LEASE_SECONDS", &LEASE.as_secs().to_string())
         .start()
         .await;
     let client = system.client();
@@ -171,7 +170,7 @@ async fn a_worker_that_cannot_renew_ends_its_runs(db: Db) {
         .database(db)
         .workers(2)
         .sandbox(false)
-        .env("LEASE_SECONDS", LEASE)
+        .env("LEASE_SECONDS", &LEASE.as_secs().to_string())
         .start()
         .await;
     let client = system.client();
@@ -195,9 +194,7 @@ async fn a_worker_that_cannot_renew_ends_its_runs(db: Db) {
                 .unwrap();
         }
     }
-    system
-        .no_run_process_within(LEASE_LENGTH + Duration::from_secs(4))
-        .await;
+    system.no_run_process_within(LEASE + Duration::from_secs(4)).await;
     drop((file, server));
 
     let job = client.finished(&id).await;
@@ -210,7 +207,7 @@ async fn a_worker_that_cannot_renew_ends_its_runs(db: Db) {
     assert_one_at_a_time(&lives);
     // Counted from its last renewal, which was before.
     let lived = Duration::from_nanos(lives[0].last.saturating_sub(begin));
-    assert!(lived < LEASE_LENGTH + Duration::from_secs(3), "{lived:?}");
+    assert!(lived < LEASE + Duration::from_secs(3), "{lived:?}");
 }
 
 async fn a_killed_workers_runs_end_with_it(db: Db) {
@@ -244,7 +241,7 @@ async fn runs_end_with_their_worker(db: Db, sandbox: bool) {
 async fn a_job_that_kills_its_worker_every_time_ends(db: Db) {
     let mut system = System::builder()
         .database(db)
-        .env("LEASE_SECONDS", LEASE)
+        .env("LEASE_SECONDS", &LEASE.as_secs().to_string())
         .start()
         .await;
     let client = system.client();
@@ -273,7 +270,7 @@ async fn a_job_that_kills_its_worker_every_time_ends(db: Db) {
 async fn a_job_may_ask_to_fail_with_its_worker(db: Db) {
     let mut system = System::builder()
         .database(db)
-        .env("LEASE_SECONDS", LEASE)
+        .env("LEASE_SECONDS", &LEASE.as_secs().to_string())
         .start()
         .await;
     let client = system.client();

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tests::client::{Client, PATIENCE, at_once};
+use tests::both;
+use tests::client::{Client, at_once};
 use tests::database::Db;
 use tests::script::{Deaf, Script, Step, answer, steps, until_told};
 use tests::system::System;
 use tests::trace::assert_one_at_a_time;
-use tests::{both, eventually};
 
 both!(
     a_draining_worker_takes_nothing_new,
@@ -69,14 +69,6 @@ async fn assert_goes_on(system: &System, client: &Client, id: &str) {
     assert_one_at_a_time(&system.lives(id));
 }
 
-/// Waits until a worker has heard the signal.
-async fn drains(system: &mut System) {
-    eventually(PATIENCE, "a draining worker", async || {
-        system.written().contains("drains").then_some(())
-    })
-    .await;
-}
-
 async fn a_draining_worker_takes_nothing_new(db: Db) {
     let mut system = System::builder()
         .database(db)
@@ -91,7 +83,7 @@ async fn a_draining_worker_takes_nothing_new(db: Db) {
     client.event(&running, "assistant").await;
 
     system.worker(0).signal(Signal::TERM);
-    drains(&mut system).await;
+    system.writes("the worker drains").await;
     // One of its slots is free.
     let waiting = at_once((0..3).map(|number| {
         let client = client.clone();
@@ -131,7 +123,7 @@ async fn a_second_signal_hands_back_at_once(db: Db) {
     let id = begin(&client).await;
 
     system.worker(0).signal(Signal::TERM);
-    drains(&mut system).await;
+    system.writes("the worker drains").await;
     assert_eq!(client.job(&id).await.data(200)["status"], "running");
     let since = Instant::now();
     system.worker(0).signal(Signal::TERM);

@@ -414,10 +414,7 @@ async fn a_worker_that_stops_lets_its_run_finish(db: Db) {
     client.finished(&waiting).await;
 
     system.worker(0).signal(Signal::TERM);
-    eventually(PATIENCE, "a draining worker", async || {
-        system.written().contains("drains").then_some(())
-    })
-    .await;
+    system.writes("the worker drains").await;
     system.tell_to_go_on(&id);
 
     assert_eq!(

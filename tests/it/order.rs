@@ -1,11 +1,13 @@
 //! Which job runs when: order within a group, priority, turns of the keys, caps, due times.
 
+use std::path::Path;
+
 use chrono::{SecondsFormat, TimeDelta, Utc};
 use serde_json::{Value, json};
 use tests::both;
 use tests::client::{Client, at_once};
 use tests::database::Db;
-use tests::script::{Script, Step, steps};
+use tests::script::{Script, Step, steps, until};
 use tests::system::{KEYS, System};
 use tests::trace::{Life, assert_one_at_a_time};
 
@@ -27,6 +29,11 @@ fn briefly(tag: &str) -> Script {
     steps([Step::Sleep(150)]).traced(tag)
 }
 
+/// The same, but not before there is this file.
+fn briefly_after(file: &Path, tag: &str) -> Script {
+    steps([until(file), Step::Sleep(150)]).traced(tag)
+}
+
 async fn jobs_of_a_session_run_one_at_a_time_in_order(db: Db) {
     let system = System::builder()
         .database(db)
@@ -41,10 +48,7 @@ async fn jobs_of_a_session_run_one_at_a_time_in_order(db: Db) {
 
     let mut ids = Vec::new();
     for number in 0..8 {
-        let mut script = briefly(&format!("{number}"));
-        script
-            .steps
-            .insert(0, Step::Until(go.to_str().unwrap().to_owned()));
+        let script = briefly_after(&go, &number.to_string());
         let body = json!({ "message": script.prompt(), "session": "one" });
         ids.push(clients[number % 2].accepted_body(&body).await);
     }
@@ -239,10 +243,7 @@ async fn a_key_never_runs_more_than_its_share(db: Db) {
 
     let go = system.folder().join("go");
     let ids = at_once((0..10).map(|number| {
-        let (client, mut script) = (client.clone(), briefly(&number.to_string()));
-        script
-            .steps
-            .insert(0, Step::Until(go.to_str().unwrap().to_owned()));
+        let (client, script) = (client.clone(), briefly_after(&go, &number.to_string()));
         async move { client.play(&script).await }
     }))
     .await;

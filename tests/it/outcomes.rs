@@ -1,11 +1,11 @@
 //! What a run can end as: done, failed with a word for programs and a sentence for people, or tried again.
 
 use serde_json::{Value, json};
-use tests::client::{Client, PATIENCE};
+use tests::both;
+use tests::client::Client;
 use tests::database::{Database, Db};
 use tests::script::{Script, Step, answer, steps};
 use tests::system::System;
-use tests::{both, eventually};
 
 both!(
     a_failed_run_says_how,
@@ -465,17 +465,13 @@ async fn an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease(db: Db) {
     let (client, database) = (system.client(), system.database());
     refuse(database, "update of ended_at on attempt").await;
     let id = client.play(&answer("stored")).await;
-    let says = async |words: &str| {
-        let look = async || system.written().contains(words).then_some(());
-        eventually(PATIENCE, words, look).await;
-    };
-    says("could not store the end of the run").await;
+    system.writes("could not store the end of the run").await;
 
     // As if the connection had been lost after a commit.
     let stored = "update job set status = 'done', completed_at = 1, lease_owner = null";
     database.execute(stored).await;
 
-    says(&format!("job {id} is done")).await;
+    system.writes(&format!("job {id} is done")).await;
     assert!(
         !system.written().contains("the lease was lost"),
         "{}",

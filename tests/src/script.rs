@@ -2,6 +2,8 @@
 //! itself, exactly as it came. The simulator and the real CLI are for what a model would do; this is for what the real CLI is
 //! too slow or too well behaved for.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -103,12 +105,17 @@ pub enum Deaf {
     End,
 }
 
+/// A step that holds its run until there is this file. Runs without a sandbox see it wherever it is.
+pub fn until(file: impl AsRef<Path>) -> Step {
+    Step::Until(file.as_ref().to_string_lossy().into_owned())
+}
+
 /// The file that [`until_told`] waits for.
 pub const GO_ON: &str = "go-on";
 
 /// A step that holds its run until [`System::tell_to_go_on`](crate::system::System::tell_to_go_on).
 pub fn until_told() -> Step {
-    Step::Until(GO_ON.to_owned())
+    until(GO_ON)
 }
 
 /// A script that answers this.

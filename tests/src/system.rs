@@ -12,7 +12,7 @@ use simulator::Simulator;
 use sqlx::Connection as _;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use crate::client::Client;
+use crate::client::{Client, PATIENCE};
 use crate::database::{Database, Db};
 use crate::disk::Disk;
 use crate::{eventually, place, processes, script, trace};
@@ -369,6 +369,14 @@ impl System {
             .chain(&self.workers)
             .map(Process::written)
             .collect()
+    }
+
+    /// Waits until the processes have written these words; everything that they wrote by then.
+    pub async fn writes(&self, words: &str) -> String {
+        eventually(PATIENCE, words, async || {
+            Some(self.written()).filter(|written| written.contains(words))
+        })
+        .await
     }
 
     /// The processes of runs: all that belong to this system but for those that the kit itself started.

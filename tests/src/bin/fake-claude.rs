@@ -558,7 +558,7 @@ impl Cli {
             Step::Say(text) => self.say(&text, None),
             Step::Sleep(millis) => self.wait(Duration::from_millis(millis), false).await,
             Step::Hang => self.wait(Duration::from_secs(1_000_000), false).await,
-            Step::Until(file) => self.wait_for(&PathBuf::from(file)).await,
+            Step::Until(file) => self.wait_for(Path::new(&file)).await,
             Step::Spend(usd) => self.say("Thinking.", Some(usd)),
             Step::Shell(command) => self.shell(&command).await,
             Step::Write { file, content } => {
