@@ -8,7 +8,7 @@ use shared::clock::{self, Timestamp};
 use shared::id::KeyId;
 use shared::key::Scope as Right;
 use shared::money::MicroUsd;
-use shared::storage::{AdjustBudget, DeleteBudget, PutBudget, Remembered};
+use shared::storage::{AdjustBudget, DeleteBudget, IdempotencyOutcome, PutBudget};
 use warp::reply::Response;
 
 use crate::audit;
@@ -101,7 +101,7 @@ pub async fn adjust(
     let status = tx.budget(&scope, now).await?.ok_or(Problem::NoSuch("Budget"))?;
     if let Some(repeat) = repeat {
         let record = repeat.record(None, StatusCode::OK, show(&status).to_string());
-        if let Remembered::Before(first) = tx.remember(&record, repeat.expired_before).await? {
+        if let IdempotencyOutcome::Replay(first) = tx.remember(&record, repeat.expired_before).await? {
             tx.rollback().await?;
             repeat.check(&first)?;
             return answer_again(request, &first.body);

@@ -117,7 +117,7 @@ create table attempt (
   spend text,                         -- what it has cost so far, while it runs
   started_at bigint not null,
   ended_at bigint,
-  ending text,                        -- done, failed, cancelled, retry, lost, handed_back
+  ending text,                        -- done, failed, cancelled, retry, lost, released
   error_code text,
   cost bigint not null default 0,
   turns bigint not null default 0,

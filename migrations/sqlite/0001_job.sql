@@ -117,7 +117,7 @@ create table attempt (
   spend text,                         -- what it has cost so far, while it runs
   started_at integer not null,
   ended_at integer,
-  ending text,                        -- done, failed, cancelled, retry, lost, handed_back
+  ending text,                        -- done, failed, cancelled, retry, lost, released
   error_code text,
   cost integer not null default 0,
   turns integer not null default 0,

@@ -187,7 +187,7 @@ async fn claim(store: &Store, claimant: &Claimant, now: Timestamp) -> Lease {
     loop {
         match store.claim(claimant, now).await.unwrap() {
             Claim::Run(lease) => return *lease,
-            Claim::Again => {}
+            Claim::TryAgain => {}
             Claim::Nothing => panic!("a job is ready"),
         }
     }

@@ -399,7 +399,7 @@ pub enum Ending {
     /// Cancelled, as was asked for.
     Cancelled,
     /// Another attempt may do better.
-    Again {
+    Retry {
         /// For programs, should this have been the last attempt.
         code: String,
         /// For people.
@@ -412,5 +412,5 @@ pub enum Ending {
         counts: bool,
     },
     /// The worker stops: queued again at once, no failure.
-    HandedBack,
+    Released,
 }

@@ -15,7 +15,7 @@ use tests::trace::assert_one_at_a_time;
 both!(
     a_draining_worker_takes_nothing_new,
     a_second_signal_hands_back_at_once,
-    all_runs_of_a_worker_are_handed_back,
+    all_runs_of_a_worker_are_released,
     one_process_for_all_hands_back_too,
 );
 
@@ -37,7 +37,7 @@ async fn begin(client: &Client) -> String {
 }
 
 /// Handed back: it waits as if nothing had happened, but for what it has cost.
-async fn assert_handed_back(system: &System, client: &Client, id: &str) {
+async fn assert_released(system: &System, client: &Client, id: &str) {
     let job = client.job(id).await.data(200).clone();
     assert_eq!(
         (&job["status"], &job["attempt"], &job["hold"], &job["cost"]),
@@ -47,7 +47,7 @@ async fn assert_handed_back(system: &System, client: &Client, id: &str) {
     let failures = format!("select failures from job where job_id = '{id}'");
     assert_eq!(system.database().number(&failures).await, 0);
     let endings = format!("select ending from attempt where job_id = '{id}'");
-    assert_eq!(system.database().texts(&endings).await, ["handed_back"]);
+    assert_eq!(system.database().texts(&endings).await, ["released"]);
     let events = client.all_events(id).await;
     let last = &events.last().unwrap()["data"];
     assert_eq!(
@@ -135,12 +135,12 @@ async fn a_second_signal_hands_back_at_once(db: Db) {
     );
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert_eq!(system.run_processes(), []);
-    assert_handed_back(&system, &client, &id).await;
+    assert_released(&system, &client, &id).await;
     system.worker(0).start().await;
     assert_goes_on(&system, &client, &id).await;
 }
 
-async fn all_runs_of_a_worker_are_handed_back(db: Db) {
+async fn all_runs_of_a_worker_are_released(db: Db) {
     let mut system = System::builder()
         .database(db)
         .sandbox(false)
@@ -174,7 +174,7 @@ async fn all_runs_of_a_worker_are_handed_back(db: Db) {
 
     assert_eq!(system.run_processes(), []);
     for id in &ids {
-        assert_handed_back(&system, &client, id).await;
+        assert_released(&system, &client, id).await;
     }
     system.add_worker().await;
     for id in &ids {

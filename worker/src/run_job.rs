@@ -25,7 +25,7 @@ use serde_json::json;
 use shared::clock::{self, Timestamp};
 use shared::event::{EventType, NewEvent};
 use shared::job::{Ending, Hold, Lease, Report, Spend};
-use shared::storage::{Claim, Signal};
+use shared::storage::{Claim, RunDirective};
 use shared::telemetry::chain;
 use silence::Silence;
 use std::sync::Arc;
@@ -58,7 +58,7 @@ pub async fn claim_and_run_until_none(ctx: Arc<Context>, claiming: oneshot::Send
                 run(&ctx, Arc::new(*lease)).instrument(span).await;
                 ctx.leases.remove(run_of);
             }
-            Claim::Again => {}
+            Claim::TryAgain => {}
             Claim::Nothing => return,
         }
     }
@@ -79,7 +79,7 @@ async fn claim(ctx: &Context) -> Claim {
                 warn!(error = %chain(&error), "could not claim");
             }
             if error.is_undecided() {
-                hand_back_unknown(ctx).await;
+                release_unknown(ctx).await;
             }
             // The sweeper pushes another ticket when the database is back.
             Claim::Nothing
@@ -89,14 +89,14 @@ async fn claim(ctx: &Context) -> Claim {
 
 /// When a connection is lost nobody knows whether the commit came first. A job that was claimed all the same would
 /// count as lost with its worker, although no process of it ever ran.
-async fn hand_back_unknown(ctx: &Context) {
+async fn release_unknown(ctx: &Context) {
     loop {
         tokio::select! {
             () = ctx.store.answers() => {}
             () = ctx.draining.cancelled() => {}
         }
         let (worker_id, known) = (ctx.claimant.worker_id, ctx.leases.all());
-        match ctx.store.hand_back_unknown(worker_id, &known, clock::now()).await {
+        match ctx.store.release_unknown(worker_id, &known, clock::now()).await {
             Ok(0) => return,
             Ok(jobs) => return warn!(jobs, "handed back what was claimed without an answer"),
             Err(error) => {
@@ -163,7 +163,10 @@ async fn did_not_start(
     lease: &Lease,
     recorder: Recorder,
 ) -> Option<Report> {
-    let (held, lost) = (holds(ctx, &recorder), recorder.standing().signal == Signal::Lost);
+    let (held, lost) = (
+        holds(ctx, &recorder),
+        recorder.lease_state().signal == RunDirective::Lost,
+    );
     recorder.close().await;
     if lost {
         warn!("the lease was lost before the run could start");
@@ -205,8 +208,8 @@ impl NotStarted {
     fn ending(self, pause_ends: Timestamp) -> Ending {
         match self {
             // Nothing was started, so nothing has failed. Whoever has taken the job meanwhile isn't disturbed.
-            Self::TooLate => Ending::HandedBack,
-            Self::NoRoom | Self::Failed => Ending::Again {
+            Self::TooLate => Ending::Released,
+            Self::NoRoom | Self::Failed => Ending::Retry {
                 code: ErrorCode::Internal.as_str().to_owned(),
                 message: "The worker could not start the Claude CLI; its log says why.".to_owned(),
                 run_after: pause_ends,
@@ -305,7 +308,7 @@ impl<'a> Run<'a> {
             no_new_privileges: command.no_new_privileges,
         };
         let process = guard
-            .start(launch, || recorder.standing().held_at.into_std())
+            .start(launch, || recorder.lease_state().held_at.into_std())
             .await?;
         Ok(Self {
             ctx,
@@ -337,7 +340,7 @@ impl<'a> Run<'a> {
         let (first_output, idle) = (self.ctx.config.first_output, self.ctx.config.idle);
         loop {
             let (silent_until, too_silent) = silence.ends(first_output, idle);
-            let lease_ends = recorder.standing().held_at + self.ctx.config.lease;
+            let lease_ends = recorder.lease_state().held_at + self.ctx.config.lease;
             let act = tokio::select! {
                 line = self.process.next_line() => {
                     let Some(line) = line else { break };
@@ -356,12 +359,12 @@ impl<'a> Run<'a> {
                     }
                     act
                 }
-                standing = recorder.changed() => {
-                    self.process.renewed_at(standing.held_at.into_std());
-                    match standing.signal {
-                        Signal::Lost => ladder.kill(Stopped::LeaseLost, Instant::now()),
-                        Signal::Cancel(_) => ladder.interrupt(Stopped::Cancelled, Instant::now()),
-                        Signal::Continue => None,
+                lease_state = recorder.changed() => {
+                    self.process.renewed_at(lease_state.held_at.into_std());
+                    match lease_state.signal {
+                        RunDirective::Lost => ladder.kill(Stopped::LeaseLost, Instant::now()),
+                        RunDirective::Cancel(_) => ladder.interrupt(Stopped::Cancelled, Instant::now()),
+                        RunDirective::Continue => None,
                     }
                 }
                 () = self.ctx.handing_back.cancelled(), if ladder.is_untouched() => {
@@ -517,7 +520,7 @@ async fn end_of(process: Process, patience: Duration, recorder: &mut Recorder) -
     loop {
         tokio::select! {
             exit = &mut end => return exit,
-            standing = recorder.changed() => beats.renewed_at(standing.held_at.into_std()),
+            lease_state = recorder.changed() => beats.renewed_at(lease_state.held_at.into_std()),
         }
     }
 }
@@ -526,7 +529,7 @@ async fn end_of(process: Process, patience: Duration, recorder: &mut Recorder) -
 /// that began it has ended.
 async fn note_account(ctx: &Context, verdict: &Verdict) {
     let pauses = match verdict {
-        Verdict::Again {
+        Verdict::Retry {
             when: outcome::When::At(at),
             message,
             ..
@@ -548,8 +551,8 @@ async fn note_account(ctx: &Context, verdict: &Verdict) {
             pauses
         }
         // These say nothing about the account.
-        Verdict::Cancelled | Verdict::HandedBack | Verdict::Lost => false,
-        Verdict::Done | Verdict::Failed { .. } | Verdict::Again { .. } => {
+        Verdict::Cancelled | Verdict::Released | Verdict::Lost => false,
+        Verdict::Done | Verdict::Failed { .. } | Verdict::Retry { .. } => {
             ctx.pause.accepted();
             false
         }
@@ -623,9 +626,9 @@ mod tests {
 
     #[test]
     fn a_run_that_came_too_late_to_start_is_no_failure() {
-        assert_eq!(NotStarted::TooLate.ending(Timestamp(7)), Ending::HandedBack);
+        assert_eq!(NotStarted::TooLate.ending(Timestamp(7)), Ending::Released);
         for (why, counts) in [(NotStarted::NoRoom, false), (NotStarted::Failed, true)] {
-            let Ending::Again {
+            let Ending::Retry {
                 run_after,
                 counts: does,
                 ..

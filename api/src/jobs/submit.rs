@@ -7,7 +7,7 @@ use shared::clock::{self, Timestamp};
 use shared::id::JobId;
 use shared::job::{Job, JobKind, NewJob, OnWorkerLost, RunOptions};
 use shared::session::Session;
-use shared::storage::{IdempotencyRecord, Remembered};
+use shared::storage::{IdempotencyOutcome, IdempotencyRecord};
 use std::time::Duration;
 use warp::reply::Response;
 
@@ -104,7 +104,7 @@ async fn store(
     if let Some(repeat) = repeat {
         // The answer to keep: the job as it was accepted, without the prompt, which has its own row.
         let record = repeat.record(Some(job.job_id), StatusCode::ACCEPTED, members.without_message()?);
-        if let Remembered::Before(first) = tx.remember(&record, repeat.expired_before).await? {
+        if let IdempotencyOutcome::Replay(first) = tx.remember(&record, repeat.expired_before).await? {
             tx.rollback().await?;
             repeat.check(&first)?;
             return Ok(Stored::Before(first));

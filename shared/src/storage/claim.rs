@@ -30,7 +30,7 @@ pub enum Claim {
     /// A job to run; it is this worker's now.
     Run(Box<Lease>),
     /// A job that could not run was ended, or a hint was wrong: look again.
-    Again,
+    TryAgain,
     /// Nothing to do.
     Nothing,
 }
@@ -78,7 +78,7 @@ impl Store {
         let Some(job) = tx.head_of(&key_id).await?.filter(|job| job.priority >= top) else {
             tx.give_back_turn(&key_id).await?;
             tx.commit().await?;
-            return Ok(Claim::Again);
+            return Ok(Claim::TryAgain);
         };
         // The locks may have taken a while, in which an earlier attempt ended: this one began after it.
         let now = now.plus(asked.elapsed());
@@ -87,7 +87,7 @@ impl Store {
         if job.deadline_at.is_some_and(|at| at <= now) {
             tx.rollback().await?;
             self.cancel_job(job.job_id, CancelReason::Deadline, now).await?;
-            return Ok(Claim::Again);
+            return Ok(Claim::TryAgain);
         }
         let budgets = tx.lock_budgets(&key_id, now).await?;
         let claim = match budget::allow(&budgets, job.max_cost, claimant.least_reserve) {
@@ -95,12 +95,12 @@ impl Store {
             Allowance::Wait { everybody } => {
                 tx.hold_for_budget(&key_id, everybody).await?;
                 tx.give_back_turn(&key_id).await?;
-                Claim::Again
+                Claim::TryAgain
             }
             Allowance::Exceeded { .. } => {
                 tx.rollback().await?;
                 self.fail_unaffordable(&job, claimant.least_reserve, now).await?;
-                return Ok(Claim::Again);
+                return Ok(Claim::TryAgain);
             }
         };
         tx.commit().await?;

@@ -28,11 +28,11 @@ pub struct IdempotencyRecord {
 
 /// Whether a request is the first with its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Remembered {
+pub enum IdempotencyOutcome {
     /// It is; the record is part of this transaction.
-    First,
+    New,
     /// It isn't; this is the record of the first. Nothing was written.
-    Before(Box<IdempotencyRecord>),
+    Replay(Box<IdempotencyRecord>),
 }
 
 impl Tx {
@@ -41,7 +41,7 @@ impl Tx {
         &mut self,
         record: &IdempotencyRecord,
         expired_before: Timestamp,
-    ) -> Result<Remembered> {
+    ) -> Result<IdempotencyOutcome> {
         let rows = execute!(
             self,
             "remember an idempotency key",
@@ -62,7 +62,7 @@ impl Tx {
             expired_before
         )?;
         if rows > 0 {
-            return Ok(Remembered::First);
+            return Ok(IdempotencyOutcome::New);
         }
         let before = fetch!(
             self,
@@ -73,7 +73,7 @@ impl Tx {
             &record.route,
             &record.idempotency_key
         )?;
-        Ok(Remembered::Before(Box::new(before)))
+        Ok(IdempotencyOutcome::Replay(Box::new(before)))
     }
 }
 

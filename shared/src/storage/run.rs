@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// What a worker learns when it writes about its run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Signal {
+pub enum RunDirective {
     /// Go on.
     Continue,
     /// Somebody wants it cancelled.
@@ -41,11 +41,11 @@ impl Store {
         events: &[NewEvent],
         spend: Option<&Spend>,
         now: Timestamp,
-    ) -> Result<Signal> {
+    ) -> Result<RunDirective> {
         let mut tx = self.begin().await?;
         let signal = tx.record(lease, None, events, spend, now).await?;
         tx.commit().await?;
-        Ok(signal.unwrap_or(Signal::Lost))
+        Ok(signal.unwrap_or(RunDirective::Lost))
     }
 
     /// The same after a try whose outcome isn't known and which may be under way still: writes only if the lease was
@@ -57,7 +57,7 @@ impl Store {
         events: &[NewEvent],
         spend: Option<&Spend>,
         now: Timestamp,
-    ) -> Result<Option<Signal>> {
+    ) -> Result<Option<RunDirective>> {
         let mut tx = self.begin().await?;
         let signal = tx.record(lease, Some(renewals), events, spend, now).await?;
         tx.commit().await?;
@@ -65,7 +65,7 @@ impl Store {
     }
 
     /// Says that `dropped` events of the run weren't kept: their numbers are used up, and a `gap` event follows them.
-    pub async fn record_gap(&self, lease: &Lease, dropped: i64, now: Timestamp) -> Result<Signal> {
+    pub async fn record_gap(&self, lease: &Lease, dropped: i64, now: Timestamp) -> Result<RunDirective> {
         let mut tx = self.begin().await?;
         let row = fetch!(
             tx,
@@ -78,16 +78,16 @@ impl Store {
             dropped
         )?;
         let Some((seq,)) = row else {
-            return Ok(Signal::Lost);
+            return Ok(RunDirective::Lost);
         };
         let gap = NewEvent::new(EventType::Gap, json!({ "from": seq - dropped, "to": seq - 1 }));
         tx.append_events(lease.job.job_id, seq - 1, &[gap], now).await?;
         tx.commit().await?;
-        Ok(Signal::Continue)
+        Ok(RunDirective::Continue)
     }
 
     /// Whether a run should go on, without writing anything.
-    pub async fn signal(&self, lease: &Lease) -> Result<Signal> {
+    pub async fn signal(&self, lease: &Lease) -> Result<RunDirective> {
         let row = read!(
             self,
             "look at a run",
@@ -98,9 +98,9 @@ impl Store {
             lease.job.attempt
         )?;
         Ok(match row {
-            None => Signal::Lost,
-            Some((Some(reason),)) => Signal::Cancel(reason),
-            Some((None,)) => Signal::Continue,
+            None => RunDirective::Lost,
+            Some((Some(reason),)) => RunDirective::Cancel(reason),
+            Some((None,)) => RunDirective::Continue,
         })
     }
 
@@ -135,7 +135,7 @@ impl Store {
     /// Hands back jobs that this worker has claimed without knowing: a connection can be lost after the commit. `known`
     /// are its live leases, as job and attempt; its other runs never began. Gives how many there were. The caller makes
     /// no claim meanwhile.
-    pub async fn hand_back_unknown(
+    pub async fn release_unknown(
         &self,
         worker_id: WorkerId,
         known: &HashSet<(JobId, i64)>,
@@ -155,18 +155,18 @@ impl Store {
         let unknown = claimed
             .into_iter()
             .filter(|job| !known.contains(&(job.job_id, job.attempt)));
-        let mut handed_back = 0;
+        let mut released = 0;
         for job in unknown {
             let mut tx = self.begin().await?;
             tx.lock_session(job.session_id).await?;
             tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
             if let Some(job) = tx.lock_running(job.job_id, job.attempt).await? {
                 tx.end_run(&job, &never_began(), Told::ByWorker, now).await?;
-                handed_back += 1;
+                released += 1;
             }
             tx.commit().await?;
         }
-        Ok(handed_back)
+        Ok(released)
     }
 
     /// Takes the lease of a run that hasn't been renewed since `renewals` was read, and decides what becomes of the
@@ -200,7 +200,7 @@ impl Tx {
         events: &[NewEvent],
         spend: Option<&Spend>,
         now: Timestamp,
-    ) -> Result<Option<Signal>> {
+    ) -> Result<Option<RunDirective>> {
         let job = &lease.job;
         let count = i64::try_from(events.len()).unwrap_or(i64::MAX);
         let cost = spend.map(|spend| job.cost + spend.total());
@@ -237,7 +237,7 @@ impl Tx {
                 spend.total()
             )?;
         }
-        Ok(Some(cancel.map_or(Signal::Continue, Signal::Cancel)))
+        Ok(Some(cancel.map_or(RunDirective::Continue, RunDirective::Cancel)))
     }
 
     /// The session's row is written at the end of a run, but locked before the group: whoever makes a session and
@@ -291,7 +291,7 @@ impl Tx {
         let (code, message) = ("worker_lost".to_owned(), lost_message(job));
         let ending = match job.on_worker_lost {
             _ if job.cancel_requested_at.is_some() => Ending::Cancelled,
-            OnWorkerLost::Resume => Ending::Again {
+            OnWorkerLost::Resume => Ending::Retry {
                 code,
                 message,
                 run_after: now,
@@ -464,14 +464,14 @@ impl Next {
         match &report.ending {
             Ending::Done => next,
             Ending::Failed { code, message } => failed(job.failures, code, message),
-            Ending::Again { .. } | Ending::HandedBack if unwanted => Self::cancelled(job),
+            Ending::Retry { .. } | Ending::Released if unwanted => Self::cancelled(job),
             Ending::Cancelled => Self::cancelled(job),
-            Ending::HandedBack => Self {
+            Ending::Released => Self {
                 status: JobStatus::Queued,
-                attempt_ending: "handed_back",
+                attempt_ending: "released",
                 ..next
             },
-            Ending::Again {
+            Ending::Retry {
                 code,
                 message,
                 run_after,
@@ -543,7 +543,7 @@ impl Next {
             JobStatus::Queued | JobStatus::Running => {
                 let mut events = Vec::new();
                 let mut queued = json!({ "status": self.status, "attempt": job.attempt });
-                if let Ending::Again { code, .. } = &report.ending {
+                if let Ending::Retry { code, .. } = &report.ending {
                     let delay = self.run_after.map_or(0, |at| at.since(now).as_millis());
                     let data = json!({ "attempt": job.attempt + 1, "delay_ms": delay, "error_code": code });
                     events.push(NewEvent::new(EventType::Retry, data));
@@ -560,7 +560,7 @@ impl Next {
 
 fn never_began() -> Report {
     Report {
-        ending: Ending::HandedBack,
+        ending: Ending::Released,
         result: None,
         spend: Spend::default(),
         duration: Duration::ZERO,

@@ -90,7 +90,7 @@ impl World {
         loop {
             match self.store.claim(&claimant(), now).await.unwrap() {
                 Claim::Run(lease) => return Some(*lease),
-                Claim::Again => {}
+                Claim::TryAgain => {}
                 Claim::Nothing => return None,
             }
         }
@@ -300,7 +300,7 @@ fn failed() -> Ending {
 
 /// Another attempt at this time, after a failure that counts.
 fn again(run_after: Timestamp) -> Ending {
-    Ending::Again {
+    Ending::Retry {
         code: "overloaded".to_owned(),
         message: "The API was overloaded.".to_owned(),
         run_after,

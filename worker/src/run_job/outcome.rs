@@ -133,7 +133,7 @@ pub enum Verdict {
         message: String,
     },
     /// Another attempt may do better.
-    Again {
+    Retry {
         /// For programs, should this have been the last attempt.
         code: ErrorCode,
         /// For people, likewise.
@@ -146,7 +146,7 @@ pub enum Verdict {
     /// It was cancelled, as was asked for.
     Cancelled,
     /// Queued again at once, since only the worker stops. Counts nothing.
-    HandedBack,
+    Released,
     /// Not this worker's to say any more: nothing may be written.
     Lost,
 }
@@ -172,7 +172,7 @@ impl Verdict {
                 code: code.as_str().to_owned(),
                 message,
             },
-            Self::Again {
+            Self::Retry {
                 code,
                 message,
                 when,
@@ -185,7 +185,7 @@ impl Verdict {
                     ),
                     When::At(at) => (at, Hold::UsageLimit),
                 };
-                Ending::Again {
+                Ending::Retry {
                     code: code.as_str().to_owned(),
                     message,
                     run_after,
@@ -194,7 +194,7 @@ impl Verdict {
                 }
             }
             Self::Cancelled => Ending::Cancelled,
-            Self::HandedBack => Ending::HandedBack,
+            Self::Released => Ending::Released,
             Self::Lost => return None,
         })
     }
@@ -205,7 +205,7 @@ impl Verdict {
 
     /// Another attempt after the usual pause.
     fn again(code: ErrorCode, message: String) -> Self {
-        Self::Again {
+        Self::Retry {
             code,
             message,
             when: When::Backoff { not_before: None },
@@ -236,7 +236,7 @@ pub fn judge(ended: &Ended) -> Verdict {
         ),
         _ if complete => Verdict::Done,
         Some(Stopped::Cancelled) => Verdict::Cancelled,
-        Some(Stopped::Shutdown) => Verdict::HandedBack,
+        Some(Stopped::Shutdown) => Verdict::Released,
         Some(Stopped::Timeout { deadline, after }) => {
             Verdict::failed(ErrorCode::Timeout, timeout(deadline, after, ended))
         }

@@ -6,7 +6,7 @@
 use shared::clock;
 use shared::event::NewEvent;
 use shared::job::{Lease, Spend};
-use shared::storage::{Signal, Store, Wakeups};
+use shared::storage::{RunDirective, Store, Wakeups};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -33,9 +33,9 @@ const REFUSALS: u32 = 5;
 
 /// What the recorder knows about the lease.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Standing {
+pub(super) struct LeaseState {
     /// Whether to go on.
-    pub(super) signal: Signal,
+    pub(super) signal: RunDirective,
     /// The lease was held at this moment: when the last successful renewal was *sent*.
     pub(super) held_at: Instant,
 }
@@ -44,7 +44,7 @@ pub(super) struct Standing {
 #[derive(Debug)]
 pub(super) struct Recorder {
     notes: mpsc::UnboundedSender<Note>,
-    standing: watch::Receiver<Standing>,
+    lease_state: watch::Receiver<LeaseState>,
     task: JoinHandle<()>,
     kept: usize,
     bytes: usize,
@@ -62,8 +62,8 @@ impl Recorder {
     /// Starts recording the run of this lease, which is renewed each `renew_every`, and more often when events come.
     pub(super) fn start(store: Store, wakeups: &Wakeups, lease: Arc<Lease>, renew_every: Duration) -> Self {
         let (notes, inbox) = mpsc::unbounded_channel();
-        let (tell, standing) = watch::channel(Standing {
-            signal: Signal::Continue,
+        let (tell, lease_state) = watch::channel(LeaseState {
+            signal: RunDirective::Continue,
             held_at: lease.held_at.into(),
         });
         let changes = wakeups.job(lease.job.job_id);
@@ -82,7 +82,7 @@ impl Recorder {
         let task = tokio::spawn(writer.write(changes));
         Self {
             notes,
-            standing,
+            lease_state,
             task,
             kept: 0,
             bytes: 0,
@@ -109,26 +109,26 @@ impl Recorder {
     }
 
     /// Waits for news about the lease.
-    pub(super) async fn changed(&mut self) -> Standing {
-        if self.standing.changed().await.is_err() {
+    pub(super) async fn changed(&mut self) -> LeaseState {
+        if self.lease_state.changed().await.is_err() {
             // The writer ends only after a loss, or by `close`, which takes the recorder.
             std::future::pending::<()>().await;
         }
-        *self.standing.borrow_and_update()
+        *self.lease_state.borrow_and_update()
     }
 
     /// What is known about the lease.
-    pub(super) fn standing(&self) -> Standing {
-        *self.standing.borrow()
+    pub(super) fn lease_state(&self) -> LeaseState {
+        *self.lease_state.borrow()
     }
 
     /// Whether nobody else can hold the job by then, for whoever asks later: a lease lasts `lease` from its last
     /// renewal.
     pub(super) fn holds(&self, lease: Duration) -> impl Fn() -> bool + Send + use<> {
-        let standing = self.standing.clone();
+        let lease_state = self.lease_state.clone();
         move || {
-            let standing = *standing.borrow();
-            standing.signal != Signal::Lost && standing.held_at.elapsed() < lease
+            let lease_state = *lease_state.borrow();
+            lease_state.signal != RunDirective::Lost && lease_state.held_at.elapsed() < lease
         }
     }
 
@@ -149,7 +149,7 @@ struct Writer {
     store: Store,
     lease: Arc<Lease>,
     inbox: mpsc::UnboundedReceiver<Note>,
-    tell: watch::Sender<Standing>,
+    tell: watch::Sender<LeaseState>,
     renew_every: Duration,
     events: Vec<NewEvent>,
     spend: Option<Spend>,
@@ -181,12 +181,12 @@ impl Writer {
                 () = tokio::time::sleep_until(due) => {}
                 () = changes.changed() => {
                     match self.store.signal(&self.lease).await {
-                        Ok(Signal::Continue) => {}
+                        Ok(RunDirective::Continue) => {}
                         Ok(signal) => self.say(signal, None),
                         // The next renewal will tell.
                         Err(_) => {}
                     }
-                    if self.tell.borrow().signal == Signal::Lost {
+                    if self.tell.borrow().signal == RunDirective::Lost {
                         return;
                     }
                     continue;
@@ -196,7 +196,7 @@ impl Writer {
             match self.flush().await {
                 Ok(signal) => {
                     self.say(signal, Some(asked));
-                    if signal == Signal::Lost {
+                    if signal == RunDirective::Lost {
                         return;
                     }
                     renew_at = asked + self.renew_every;
@@ -218,7 +218,7 @@ impl Writer {
         let mut refused = 0;
         while !(self.events.is_empty() && self.dropped == 0) {
             match self.flush().await {
-                Ok(Signal::Lost) => return self.say(Signal::Lost, None),
+                Ok(RunDirective::Lost) => return self.say(RunDirective::Lost, None),
                 Ok(_) => {}
                 Err(error) => {
                     if !self.store.note(&error) {
@@ -254,12 +254,12 @@ impl Writer {
         }
     }
 
-    async fn flush(&mut self) -> shared::storage::Result<Signal> {
+    async fn flush(&mut self) -> shared::storage::Result<RunDirective> {
         // When a connection is lost nobody knows whether the commit came first, or still comes. Each renewal is counted
         // with what it stores, so the count tells; and the same events are tried again, so that they are stored once.
         while let Some(tried) = self.tried {
             let Some(renewals) = self.store.renewals(&self.lease).await? else {
-                return Ok(Signal::Lost);
+                return Ok(RunDirective::Lost);
             };
             let (events, spend) = (&self.events[..tried], self.spend.as_ref());
             if renewals > self.renewals
@@ -281,7 +281,7 @@ impl Writer {
             .await?;
         self.stored(count);
         self.spend = None;
-        if self.dropped > 0 && signal != Signal::Lost {
+        if self.dropped > 0 && signal != RunDirective::Lost {
             self.store.record_gap(&self.lease, self.dropped, now).await?;
             self.dropped = 0;
         }
@@ -295,10 +295,10 @@ impl Writer {
         self.tried = None;
     }
 
-    fn say(&self, signal: Signal, held_at: Option<Instant>) {
-        self.tell.send_modify(|standing| {
-            standing.signal = signal;
-            standing.held_at = held_at.unwrap_or(standing.held_at);
+    fn say(&self, signal: RunDirective, held_at: Option<Instant>) {
+        self.tell.send_modify(|lease_state| {
+            lease_state.signal = signal;
+            lease_state.held_at = held_at.unwrap_or(lease_state.held_at);
         });
     }
 }

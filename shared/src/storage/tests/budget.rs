@@ -774,7 +774,7 @@ async fn a_settlement_and_a_raise_at_once_leave_nothing_waiting(db: Db) {
             loop {
                 match others[2].claim(&claimant(), NOW).await.unwrap() {
                     Claim::Run(lease) => return Some(*lease),
-                    Claim::Again => {}
+                    Claim::TryAgain => {}
                     Claim::Nothing => return None,
                 }
             }
@@ -833,7 +833,7 @@ async fn budgets_that_change_all_the_time_lose_nothing(db: Db) {
                         };
                         store.finish(&lease, &report, NOW).await.unwrap();
                     }
-                    Claim::Again => {}
+                    Claim::TryAgain => {}
                     Claim::Nothing => {
                         idle += 1;
                         tokio::time::sleep(Duration::from_millis(2)).await;

@@ -17,7 +17,7 @@ use std::time::Duration;
     a_hint_that_is_too_high_costs_one_empty_try,
     a_hint_that_is_too_high_lets_no_lower_job_go_first,
     what_a_job_does_not_say_is_decided_by_its_first_claim,
-    a_claim_without_an_answer_is_handed_back,
+    a_claim_without_an_answer_is_released,
     a_raised_cap_wakes_a_slot,
     jobs_behind_many_wrong_hints_are_seen,
     claims_at_once_take_different_jobs
@@ -218,7 +218,7 @@ async fn a_hint_that_is_too_high_costs_one_empty_try(db: Db) {
     );
 
     let first = world.store.claim(&claimant(), NOW).await.unwrap();
-    assert!(matches!(first, Claim::Again), "{first:?}");
+    assert!(matches!(first, Claim::TryAgain), "{first:?}");
     world.claim_job(&stored).await;
     assert_eq!(world.faults().await, [""; 0]);
 }
@@ -233,7 +233,7 @@ async fn a_hint_that_is_too_high_lets_no_lower_job_go_first(db: Db) {
     world.cancel(&gone).await;
 
     let first = world.store.claim(&claimant(), NOW).await.unwrap();
-    assert!(matches!(first, Claim::Again), "{first:?}");
+    assert!(matches!(first, Claim::TryAgain), "{first:?}");
     for job in [&high, &low] {
         world.claim_job(job).await;
     }
@@ -268,7 +268,7 @@ async fn what_a_job_does_not_say_is_decided_by_its_first_claim(db: Db) {
 
     let lease = world.claim_job(&stored).await;
     assert_eq!(settings(&lease.job), effective);
-    world.finish(&lease, Ending::HandedBack).await;
+    world.finish(&lease, Ending::Released).await;
     let mut other = claimant();
     other.defaults.model = "opus".to_owned();
     let Claim::Run(lease) = world.store.claim(&other, NOW).await.unwrap() else {
@@ -279,7 +279,7 @@ async fn what_a_job_does_not_say_is_decided_by_its_first_claim(db: Db) {
     assert_eq!(settings(&world.job(stored.job_id).await), effective);
 }
 
-async fn a_claim_without_an_answer_is_handed_back(db: Db) {
+async fn a_claim_without_an_answer_is_released(db: Db) {
     let world = World::new(db).await;
     let key = world.key("a", 9).await;
     let once = || NewJob {
@@ -300,8 +300,8 @@ async fn a_claim_without_an_answer_is_handed_back(db: Db) {
     assert_eq!(claim().await.0, unknown.job_id);
     world.claim_job(&of_another).await;
     let hand_back = async || {
-        let handed_back = world.store.hand_back_unknown(me.worker_id, &known, NOW).await;
-        handed_back.unwrap()
+        let released = world.store.release_unknown(me.worker_id, &known, NOW).await;
+        released.unwrap()
     };
 
     assert_eq!(hand_back().await, 1);
@@ -365,7 +365,7 @@ async fn claims_at_once_take_different_jobs(db: Db) {
                 loop {
                     match store.claim(&claimant(), NOW).await.unwrap() {
                         Claim::Run(lease) => leases.push(*lease),
-                        Claim::Again => {}
+                        Claim::TryAgain => {}
                         Claim::Nothing => return leases,
                     }
                 }

@@ -123,7 +123,7 @@ async fn a_retry_keeps_its_place(db: Db) {
     let world = World::new(db).await;
     let key = world.key("a", 10).await;
     let [head, second, _] = three(&world, &key).await;
-    for ending in [again(NOW), Ending::HandedBack] {
+    for ending in [again(NOW), Ending::Released] {
         let lease = world.claim_job(&head).await;
         world.finish(&lease, ending).await;
     }

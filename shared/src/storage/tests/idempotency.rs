@@ -3,7 +3,7 @@
 use super::{NOW, World, at, job};
 use crate::clock::Timestamp;
 use crate::id::KeyId;
-use crate::storage::{IdempotencyRecord, Remembered, Store};
+use crate::storage::{IdempotencyOutcome, IdempotencyRecord, Store};
 use ::tests::database::Db;
 
 ::tests::both!(
@@ -35,7 +35,7 @@ async fn submit(store: &Store, record: &IdempotencyRecord, expired_before: Times
     };
     let mut tx = store.begin().await.unwrap();
     tx.insert_job(&wanted).await.unwrap();
-    let first = tx.remember(&record, expired_before).await.unwrap() == Remembered::First;
+    let first = tx.remember(&record, expired_before).await.unwrap() == IdempotencyOutcome::New;
     if first {
         tx.commit().await.unwrap();
     } else {
@@ -70,7 +70,7 @@ async fn the_second_request_gets_the_answer_of_the_first(db: Db) {
     assert_eq!((kept.body, kept.status), ("{}".to_owned(), 202));
     assert!(world.store.job(kept.job_id.unwrap()).await.unwrap().is_some());
     let mut tx = world.store.begin().await.unwrap();
-    let Remembered::Before(before) = tx.remember(&first, at(0)).await.unwrap() else {
+    let IdempotencyOutcome::Replay(before) = tx.remember(&first, at(0)).await.unwrap() else {
         panic!("it was remembered");
     };
     assert_eq!(before.job_id, kept.job_id);

@@ -7,7 +7,7 @@ use crate::event::{EventType, NewEvent};
 use crate::id::{JobId, KeyId};
 use crate::job::{CancelReason, Ending, Lease, NewJob, OnWorkerLost, Report};
 use crate::money::MicroUsd;
-use crate::storage::{CancelOutcome, Claim, Finish, Signal, Store};
+use crate::storage::{CancelOutcome, Claim, Finish, RunDirective, Store};
 use crate::telemetry::chain;
 use ::tests::database::Db;
 use serde_json::json;
@@ -161,7 +161,7 @@ async fn claim(store: Store, log: Arc<Log>, seed: u64) {
     let mut runs = 0;
     while log.goes_on() {
         match fine(store.claim(&claimant, clock::now()).await) {
-            Claim::Again => {}
+            Claim::TryAgain => {}
             Claim::Nothing => dice.pause(6).await,
             Claim::Run(lease) => {
                 log.begin(&lease);
@@ -182,7 +182,7 @@ async fn run(store: &Store, lease: &Lease, log: &Log, dice: &mut Dice) {
     let mut ending = match dice.roll(10) {
         0 => failed(),
         1 => again(dice.soon(30)),
-        2 => Ending::HandedBack,
+        2 => Ending::Released,
         _ => Ending::Done,
     };
     if dice.roll(2) == 0 {
@@ -193,9 +193,9 @@ async fn run(store: &Store, lease: &Lease, log: &Log, dice: &mut Dice) {
                 .record(lease, &[event.clone(), event], Some(&so_far), clock::now())
                 .await,
         ) {
-            Signal::Continue => {}
-            Signal::Cancel(_) => ending = Ending::Cancelled,
-            Signal::Lost => return,
+            RunDirective::Continue => {}
+            RunDirective::Cancel(_) => ending = Ending::Cancelled,
+            RunDirective::Lost => return,
         }
         dice.pause(10).await;
     }

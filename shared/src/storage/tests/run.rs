@@ -6,7 +6,7 @@ use crate::job::{
     CancelReason, Ending, Hold, Job, JobStatus, Lease, NewJob, OnWorkerLost, Report, Resume, Spend,
 };
 use crate::money::MicroUsd;
-use crate::storage::{CancelOutcome, Finish, Signal};
+use crate::storage::{CancelOutcome, Finish, RunDirective};
 use ::tests::database::Db;
 use serde_json::json;
 
@@ -19,7 +19,7 @@ use serde_json::json;
     a_failure_that_may_pass_is_tried_again_later,
     failures_that_do_not_pass_end_the_job,
     a_usage_limit_holds_the_job_and_counts_no_failure,
-    a_job_handed_back_is_queued_again_and_counts_no_failure,
+    a_job_released_is_queued_again_and_counts_no_failure,
     a_lease_is_taken_only_when_it_stood_still,
     a_job_that_loses_its_worker_every_time_ends,
     a_job_may_ask_to_fail_with_its_worker,
@@ -60,14 +60,17 @@ async fn a_run_that_lost_its_lease_writes_nothing(db: Db) {
         .record(&old, &[event()], Some(&spend(1)), NOW)
         .await
         .unwrap();
-    assert_eq!(signal, Signal::Lost);
-    assert_eq!(world.store.signal(&old).await.unwrap(), Signal::Lost);
-    assert_eq!(world.store.record_gap(&old, 3, NOW).await.unwrap(), Signal::Lost);
+    assert_eq!(signal, RunDirective::Lost);
+    assert_eq!(world.store.signal(&old).await.unwrap(), RunDirective::Lost);
+    assert_eq!(
+        world.store.record_gap(&old, 3, NOW).await.unwrap(),
+        RunDirective::Lost
+    );
     for ending in [
         Ending::Done,
         failed(),
         Ending::Cancelled,
-        Ending::HandedBack,
+        Ending::Released,
         again(NOW),
     ] {
         assert_eq!(world.finish(&old, ending).await, Finish::Lost);
@@ -120,12 +123,12 @@ async fn a_running_job_is_asked_to_end(db: Db) {
     let key = world.key("a", 1).await;
     let stored = world.submit(job(&key)).await;
     let lease = world.claim_job(&stored).await;
-    assert_eq!(world.store.signal(&lease).await.unwrap(), Signal::Continue);
+    assert_eq!(world.store.signal(&lease).await.unwrap(), RunDirective::Continue);
 
     assert_eq!(world.cancel(&stored).await, CancelOutcome::Requested);
     assert_eq!(world.cancel(&stored).await, CancelOutcome::AlreadyRequested);
 
-    let asked = Signal::Cancel(CancelReason::User);
+    let asked = RunDirective::Cancel(CancelReason::User);
     assert_eq!(world.store.signal(&lease).await.unwrap(), asked);
     assert_eq!(world.store.record(&lease, &[], None, NOW).await.unwrap(), asked);
     let running = world.job(stored.job_id).await;
@@ -178,7 +181,7 @@ async fn a_cancelled_run_keeps_its_cost_and_its_partial_result(db: Db) {
 async fn a_job_nobody_wants_any_more_gets_no_other_attempt(db: Db) {
     let world = World::new(db).await;
     let key = world.key("a", 1).await;
-    for ending in [again(at(60)), Ending::HandedBack] {
+    for ending in [again(at(60)), Ending::Released] {
         let stored = world.submit(job(&key)).await;
         let lease = world.claim_job(&stored).await;
         world.cancel(&stored).await;
@@ -289,7 +292,7 @@ async fn a_usage_limit_holds_the_job_and_counts_no_failure(db: Db) {
         .await;
     for _ in 0..3 {
         let lease = world.claim_job(&stored).await;
-        let ending = Ending::Again {
+        let ending = Ending::Retry {
             code: "usage_limit".to_owned(),
             message: "The account has met its limit.".to_owned(),
             run_after: at(3600),
@@ -309,7 +312,7 @@ async fn a_usage_limit_holds_the_job_and_counts_no_failure(db: Db) {
     assert_eq!(world.faults().await, [""; 0]);
 }
 
-async fn a_job_handed_back_is_queued_again_and_counts_no_failure(db: Db) {
+async fn a_job_released_is_queued_again_and_counts_no_failure(db: Db) {
     let world = World::new(db).await;
     let key = world.key("a", 1).await;
     let stored = world
@@ -325,7 +328,7 @@ async fn a_job_handed_back_is_queued_again_and_counts_no_failure(db: Db) {
         let tickets = world.tickets().await;
 
         assert_eq!(
-            world.finish(&lease, Ending::HandedBack).await,
+            world.finish(&lease, Ending::Released).await,
             Finish::Became(JobStatus::Queued)
         );
 
@@ -333,7 +336,7 @@ async fn a_job_handed_back_is_queued_again_and_counts_no_failure(db: Db) {
     }
     assert_eq!(
         world
-            .number("select count(*) from attempt where ending = 'handed_back'")
+            .number("select count(*) from attempt where ending = 'released'")
             .await,
         3
     );
@@ -517,7 +520,7 @@ async fn events_are_stored_once_when_the_first_try_still_commits(db: Db) {
     // Nobody waits for this one any more; its commit is on its way.
     let mut first = world.store.begin().await.unwrap();
     let signal = first.record(&lease, None, &events, None, NOW).await.unwrap();
-    assert_eq!(signal, Some(Signal::Continue));
+    assert_eq!(signal, Some(RunDirective::Continue));
 
     let second = other.record_again(&lease, 0, &events, None, NOW);
     let (second, ()) = tokio::join!(second, async {
@@ -529,7 +532,7 @@ async fn events_are_stored_once_when_the_first_try_still_commits(db: Db) {
     assert_eq!(other.renewals(&lease).await.unwrap(), Some(1));
     assert_eq!(world.events(&stored).await.len(), before + 1);
     let next = other.record_again(&lease, 1, &events, None, NOW).await.unwrap();
-    assert_eq!(next, Some(Signal::Continue));
+    assert_eq!(next, Some(RunDirective::Continue));
     assert_eq!(world.faults().await, [""; 0]);
 }
 

@@ -153,7 +153,7 @@ async fn a_job_resumes_what_its_session_left(db: Db) {
     assert_eq!(lease.resume, std::slice::from_ref(&of_session));
 
     // Cut off: its own attempt comes first. The session goes on from its last job that ended.
-    world.finish(&lease, Ending::HandedBack).await;
+    world.finish(&lease, Ending::Released).await;
     let again = world.claim_job(&second).await;
     let own = Resume {
         claude_session_id: lease.job.claude_session_id.unwrap(),

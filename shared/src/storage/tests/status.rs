@@ -15,7 +15,7 @@ enum Change {
     FinishFailed,
     FinishCancelled,
     FinishAgain,
-    FinishHandedBack,
+    FinishReleased,
     TakeLost,
     Cancel,
     EndWaitingFailed,
@@ -28,7 +28,7 @@ const CHANGES: [Change; 10] = [
     Change::FinishFailed,
     Change::FinishCancelled,
     Change::FinishAgain,
-    Change::FinishHandedBack,
+    Change::FinishReleased,
     Change::TakeLost,
     Change::Cancel,
     Change::EndWaitingFailed,
@@ -44,7 +44,7 @@ impl Change {
             Self::FinishDone => (Running, Done),
             Self::FinishFailed => (Running, Failed),
             Self::FinishCancelled => (Running, Cancelled),
-            Self::FinishAgain | Self::FinishHandedBack | Self::TakeLost => (Running, Queued),
+            Self::FinishAgain | Self::FinishReleased | Self::TakeLost => (Running, Queued),
             Self::Cancel | Self::EndWaitingCancelled => (Queued, Cancelled),
             Self::EndWaitingFailed => (Queued, Failed),
         }
@@ -91,7 +91,7 @@ impl Change {
             Self::FinishFailed => failed(),
             Self::FinishCancelled => Ending::Cancelled,
             Self::FinishAgain => again(NOW),
-            Self::FinishHandedBack => Ending::HandedBack,
+            Self::FinishReleased => Ending::Released,
         };
         world.finish(&lease, ending).await;
     }

@@ -5,7 +5,7 @@ use crate::event::{EventType, NewEvent};
 use crate::id::JobId;
 use crate::job::{Ending, JobStatus, NewJob, RunOptions, TokenUsage};
 use crate::money::MicroUsd;
-use crate::storage::{Finish, Signal};
+use crate::storage::{Finish, RunDirective};
 use ::tests::database::Db;
 use serde_json::json;
 
@@ -50,7 +50,7 @@ async fn a_job_is_accepted_claimed_recorded_and_done(db: Db) {
         .record(&lease, &[said], Some(&spend(70_000)), at(1))
         .await
         .unwrap();
-    assert_eq!(signal, Signal::Continue);
+    assert_eq!(signal, RunDirective::Continue);
     let running = world.job(stored.job_id).await;
     assert_eq!(running.cost, MicroUsd(70_000));
     assert!(running.version > lease.job.version);

@@ -174,13 +174,13 @@ pub(super) fn verdict(result: &ResultLine, ended: &Ended) -> Verdict {
     let code = facts.code();
     let message = message(code, &facts);
     match code {
-        ErrorCode::UsageLimit => Verdict::Again {
+        ErrorCode::UsageLimit => Verdict::Retry {
             code,
             message,
             when: When::At(facts.reset(ended.now)),
             counts: false,
         },
-        ErrorCode::Overloaded | ErrorCode::RateLimited | ErrorCode::ApiUnavailable => Verdict::Again {
+        ErrorCode::Overloaded | ErrorCode::RateLimited | ErrorCode::ApiUnavailable => Verdict::Retry {
             code,
             message,
             when: When::Backoff {

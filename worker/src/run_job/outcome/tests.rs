@@ -1,7 +1,7 @@
 use super::*;
 use crate::claude::message::fixtures::{self, Fixture};
 use crate::gateway::failure::{NO_CREDENTIAL, UNREACHABLE};
-use Kind::{Again, Done, Failed, Waits};
+use Kind::{Done, Failed, Retry, Waits};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ enum Kind {
     Done,
     Failed(ErrorCode),
     /// After the usual pause, counted.
-    Again(ErrorCode),
+    Retry(ErrorCode),
     /// Until a time, not counted.
     Waits(ErrorCode),
 }
@@ -23,13 +23,13 @@ fn kind(verdict: &Verdict) -> Kind {
     match verdict {
         Verdict::Done => Done,
         Verdict::Failed { code, .. } => Failed(*code),
-        Verdict::Again {
+        Verdict::Retry {
             code,
             when: When::Backoff { .. },
             counts: true,
             ..
-        } => Again(*code),
-        Verdict::Again {
+        } => Retry(*code),
+        Verdict::Retry {
             code,
             when: When::At(_),
             counts: false,
@@ -41,7 +41,7 @@ fn kind(verdict: &Verdict) -> Kind {
 
 fn message(verdict: &Verdict) -> &str {
     match verdict {
-        Verdict::Failed { message, .. } | Verdict::Again { message, .. } => message,
+        Verdict::Failed { message, .. } | Verdict::Retry { message, .. } => message,
         _ => "",
     }
 }
@@ -139,36 +139,36 @@ fn each_recorded_run_gets_its_verdict() {
         ("e403", Failed(AuthError), "no permission"),
         ("e403-revoked", Failed(AuthError), "a revoked login"),
         ("e404", Failed(ModelNotFound), "no such model"),
-        ("e408", Again(ApiUnavailable), "a timeout at the API"),
-        ("e409", Again(ApiUnavailable), "a conflict at the API passes"),
+        ("e408", Retry(ApiUnavailable), "a timeout at the API"),
+        ("e409", Retry(ApiUnavailable), "a conflict at the API passes"),
         ("e413", Failed(RequestTooLarge), "it won't get smaller by itself"),
-        ("e429", Again(RateLimited), "limited for seconds"),
+        ("e429", Retry(RateLimited), "limited for seconds"),
         (
             "e429-long",
-            Again(RateLimited),
+            Retry(RateLimited),
             "limited for an hour, which only the gateway knows",
         ),
         ("e429-once", Done, "the CLI got over it"),
         (
             "e429-plain",
-            Again(RateLimited),
+            Retry(RateLimited),
             "limited, nobody says for how long",
         ),
         (
             "e429-token",
-            Again(RateLimited),
+            Retry(RateLimited),
             "rejected without a reset time: not the account's usage limit",
         ),
         ("usage-limit", Waits(UsageLimit), "the five-hour limit"),
         ("usage-limit-week", Waits(UsageLimit), "the weekly limit"),
         ("usage-warning", Done, "a warning is no rejection"),
-        ("e500", Again(ApiUnavailable), "a server error passes"),
-        ("e500-final", Again(ApiUnavailable), "not at once, but later"),
+        ("e500", Retry(ApiUnavailable), "a server error passes"),
+        ("e500-final", Retry(ApiUnavailable), "not at once, but later"),
         ("e500-once", Done, "the CLI got over it"),
-        ("e502", Again(ApiUnavailable), "a proxy's error page"),
-        ("e503", Again(ApiUnavailable), "unavailable"),
-        ("e504", Again(ApiUnavailable), "a gateway timeout"),
-        ("e529", Again(Overloaded), "overloaded"),
+        ("e502", Retry(ApiUnavailable), "a proxy's error page"),
+        ("e503", Retry(ApiUnavailable), "unavailable"),
+        ("e504", Retry(ApiUnavailable), "a gateway timeout"),
+        ("e529", Retry(Overloaded), "overloaded"),
         ("e529-twice", Done, "the CLI got over it"),
         (
             "html",
@@ -177,14 +177,14 @@ fn each_recorded_run_gets_its_verdict() {
         ),
         ("stream-error", Done, "the CLI asked again without a stream"),
         ("reset-once", Done, "the CLI got over it"),
-        ("reset", Again(ApiUnavailable), "connections break"),
-        ("refused", Again(ApiUnavailable), "the network comes back"),
+        ("reset", Retry(ApiUnavailable), "connections break"),
+        ("refused", Retry(ApiUnavailable), "the network comes back"),
         (
             "no-socket",
-            Again(ApiUnavailable),
+            Retry(ApiUnavailable),
             "the gateway comes back with the next run",
         ),
-        ("no-answer", Again(ApiUnavailable), "a mute server"),
+        ("no-answer", Retry(ApiUnavailable), "a mute server"),
         ("no-login", Failed(AuthError), "no credential appears by itself"),
         ("refusal", Failed(Refusal), "the model would refuse again"),
         (
@@ -213,32 +213,32 @@ fn each_recorded_run_gets_its_verdict() {
         ),
         (
             "resume-unknown",
-            Again(SessionNotFound),
+            Retry(SessionNotFound),
             "the next attempt starts anew",
         ),
         (
             "interrupt-streaming",
-            Again(ClaudeKilled),
+            Retry(ClaudeKilled),
             "nobody here asked for it",
         ),
-        ("interrupt-tool", Again(ClaudeKilled), "nobody here asked for it"),
+        ("interrupt-tool", Retry(ClaudeKilled), "nobody here asked for it"),
         (
             "sigint-streaming",
-            Again(ClaudeKilled),
+            Retry(ClaudeKilled),
             "exit code 0 is no success",
         ),
         (
             "sigterm-streaming",
-            Again(ClaudeKilled),
+            Retry(ClaudeKilled),
             "no result line; exit code 143",
         ),
         (
             "sigterm-tool",
-            Again(ClaudeKilled),
+            Retry(ClaudeKilled),
             "no result line; exit code 143",
         ),
-        ("sigkill-streaming", Again(ClaudeKilled), "no result line"),
-        ("sigkill-tool", Again(ClaudeKilled), "no result line"),
+        ("sigkill-streaming", Retry(ClaudeKilled), "no result line"),
+        ("sigkill-tool", Retry(ClaudeKilled), "no result line"),
         (
             "empty",
             Failed(ClaudeError),
@@ -311,7 +311,7 @@ fn a_usage_limit_waits_until_its_reset() {
     ] {
         // As if the transcript were of the hour before.
         let now = Timestamp((seconds - 3_600) * 1_000_000);
-        let Verdict::Again { when, .. } = judge(&Ended {
+        let Verdict::Retry { when, .. } = judge(&Ended {
             now,
             ..ended(&fixtures::named(name))
         }) else {
@@ -376,7 +376,7 @@ fn a_reset_that_is_past_or_unknown_or_absurd_is_bounded() {
                 "This request would exceed your account's rate limit.",
             )
         });
-        let Verdict::Again { when, counts, .. } = judge(&ended) else {
+        let Verdict::Retry { when, counts, .. } = judge(&ended) else {
             panic!("{reason}")
         };
         assert_eq!((when, counts), (When::At(at), false), "{reason}");
@@ -405,7 +405,7 @@ fn what_the_gateway_saw_comes_first() {
             "bounded",
         ),
     ] {
-        let Verdict::Again { when, .. } = judge(&Ended { observed, ..plain() }) else {
+        let Verdict::Retry { when, .. } = judge(&Ended { observed, ..plain() }) else {
             panic!("{reason}")
         };
         assert_eq!(when, When::Backoff { not_before }, "{reason}");
@@ -425,7 +425,7 @@ fn causes_without_a_transcript() {
                 observed: seen(529, "overloaded_error", "Overloaded"),
                 ..with_api_error(None, "API Error")
             },
-            Again(Overloaded),
+            Retry(Overloaded),
             "the CLI left out the status",
         ),
         (
@@ -433,7 +433,7 @@ fn causes_without_a_transcript() {
                 None,
                 "API Error: Repeated 529 Overloaded errors. The API is at capacity",
             ),
-            Again(Overloaded),
+            Retry(Overloaded),
             "an older CLI, and no gateway",
         ),
         (
@@ -441,7 +441,7 @@ fn causes_without_a_transcript() {
                 observed: seen(502, UNREACHABLE, "connection refused"),
                 ..with_api_error(Some(502), "API Error: 502")
             },
-            Again(ApiUnavailable),
+            Retry(ApiUnavailable),
             "the gateway reached nothing",
         ),
         (
@@ -489,7 +489,7 @@ fn causes_without_a_transcript() {
         ),
         (
             with_api_error(Some(520), "API Error: 520"),
-            Again(ApiUnavailable),
+            Retry(ApiUnavailable),
             "another 5xx",
         ),
         (
@@ -502,7 +502,7 @@ fn causes_without_a_transcript() {
                 last_assistant_error: Some("rate_limit".to_owned()),
                 ..with_api_error(None, "")
             },
-            Again(RateLimited),
+            Retry(RateLimited),
             "only the assistant line says what it was",
         ),
         (
@@ -531,7 +531,7 @@ fn causes_without_a_transcript() {
                 exit: Some(1),
                 ..Ended::new(false, NOW)
             },
-            Again(ClaudeError),
+            Retry(ClaudeError),
             "the next attempt has another id",
         ),
         (
@@ -572,7 +572,7 @@ fn a_run_broken_off_while_its_credential_was_refused_fails_for_that() {
     });
 
     assert_eq!(kind(&refused), Failed(ErrorCode::AuthError));
-    assert_eq!(kind(&overloaded), Again(ErrorCode::ClaudeKilled));
+    assert_eq!(kind(&overloaded), Retry(ErrorCode::ClaudeKilled));
     assert_eq!(kind(&interrupted), Failed(ErrorCode::AuthError));
 }
 
@@ -621,7 +621,7 @@ fn the_worker_knows_best_why_it_ended_a_run() {
 
     for run in [interrupted(), without_result()] {
         assert_eq!(stopped(Stopped::Cancelled, run.clone()), Verdict::Cancelled);
-        assert_eq!(stopped(Stopped::Shutdown, run.clone()), Verdict::HandedBack);
+        assert_eq!(stopped(Stopped::Shutdown, run.clone()), Verdict::Released);
         assert_eq!(stopped(Stopped::LeaseLost, run.clone()), Verdict::Lost);
         assert_eq!(kind(&stopped(timeout, run.clone())), Failed(ErrorCode::Timeout));
         assert_eq!(
@@ -630,7 +630,7 @@ fn the_worker_knows_best_why_it_ended_a_run() {
         );
         assert_eq!(
             kind(&stopped(Stopped::GuardLost, run)),
-            Again(ErrorCode::ClaudeKilled)
+            Retry(ErrorCode::ClaudeKilled)
         );
     }
     for reason in [
@@ -679,7 +679,7 @@ fn a_timeout_says_how_long_and_what_the_api_did() {
 #[test]
 fn storage_gets_the_later_of_pause_and_wish() {
     let pause_ends = NOW.plus(Duration::from_secs(10));
-    let again = |when| Verdict::Again {
+    let again = |when| Verdict::Retry {
         code: ErrorCode::RateLimited,
         message: "m".to_owned(),
         when,
@@ -711,7 +711,7 @@ fn storage_gets_the_later_of_pause_and_wish() {
         ),
         (When::At(NOW), NOW, Hold::UsageLimit, "a reset is exact"),
     ] {
-        let Some(Ending::Again {
+        let Some(Ending::Retry {
             run_after,
             hold,
             counts,
@@ -728,7 +728,7 @@ fn storage_gets_the_later_of_pause_and_wish() {
         );
     }
     assert_eq!(Verdict::Lost.into_ending(NOW), None);
-    assert_eq!(Verdict::HandedBack.into_ending(NOW), Some(Ending::HandedBack));
+    assert_eq!(Verdict::Released.into_ending(NOW), Some(Ending::Released));
 }
 
 #[test]
