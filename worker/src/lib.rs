@@ -12,6 +12,7 @@ mod presence;
 mod queues;
 mod room;
 pub mod run_job;
+pub mod spend;
 mod sweep;
 pub mod workspace;
 

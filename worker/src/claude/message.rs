@@ -5,13 +5,12 @@
 
 mod repair;
 mod result;
-mod usage;
 
+use crate::spend::Usage;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
 pub use result::{ModelUsage, ResultLine};
-pub use usage::Usage;
 
 /// What one line of stdout says.
 #[derive(Clone, Debug, PartialEq)]
@@ -307,23 +306,6 @@ fn model_name(name: &str) -> String {
         .map(|letter| if letter.is_control() { '\u{fffd}' } else { letter })
         .take(200)
         .collect()
-}
-
-/// A larger counter is none that a run could reach, and sums of such would end beyond 64 bits.
-const MAX_COUNT: u64 = 1_000_000_000_000;
-
-/// A counter; anything that isn't one is 0. Numbers with a fraction lose it.
-fn count(number: &Value) -> u64 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a cast of a float saturates"
-    )]
-    number
-        .as_u64()
-        .or_else(|| number.as_f64().map(|number| number as u64))
-        .unwrap_or(0)
-        .min(MAX_COUNT)
 }
 
 /// An HTTP status.

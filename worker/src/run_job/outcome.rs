@@ -5,8 +5,6 @@
 
 mod api;
 mod code;
-pub mod cost;
-pub mod price;
 mod sentence;
 
 use crate::claude::message::{ApiRetry, Message, RateLimit, ResultLine};
@@ -17,7 +15,6 @@ use shared::job::{Ending, Hold};
 use std::time::Duration;
 
 pub use code::ErrorCode;
-pub use cost::Meter;
 
 /// Exit codes by which a shell or the CLI itself says that a signal ended it: HUP, KILL, TERM.
 const KILLED: [i32; 3] = [129, 137, 143];

@@ -1,6 +1,7 @@
 //! The `result` line.
 
-use super::{Usage, count, items, model_name, status, text};
+use super::{items, model_name, status, text};
+use crate::spend::{Usage, count};
 use serde_json::Value;
 use shared::money::MicroUsd;
 use std::collections::BTreeMap;

@@ -1,5 +1,6 @@
 use super::*;
 use crate::claude::message::fixtures::{self, Fixture};
+use crate::spend::MAX_COUNT;
 use proptest::prelude::*;
 use serde_json::json;
 use shared::money::MicroUsd;

@@ -1,7 +1,8 @@
 //! What a run cost: read from the CLI's result lines, or rebuilt from what was seen when there is none.
 
 use super::price;
-use crate::claude::message::{Message, ModelUsage, RequestUsage, Usage};
+use super::usage::Usage;
+use crate::claude::message::{Message, ModelUsage, RequestUsage};
 use shared::job::{ModelCost, Spend};
 use shared::money::MicroUsd;
 use std::collections::{BTreeMap, HashMap};

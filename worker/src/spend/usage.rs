@@ -1,6 +1,5 @@
 //! Tokens, split as they are priced.
 
-use super::{MAX_COUNT, count};
 use serde_json::Value;
 use shared::job::TokenUsage;
 use std::ops::AddAssign;
@@ -39,7 +38,7 @@ impl Usage {
     }
 
     /// Reads a member of the CLI's `modelUsage` object; what isn't there is 0.
-    pub(super) fn read_camel_case(usage: &Value) -> Self {
+    pub fn read_camel_case(usage: &Value) -> Self {
         Self {
             input: count(&usage["inputTokens"]),
             output: count(&usage["outputTokens"]),
@@ -90,6 +89,23 @@ impl AddAssign for Usage {
     fn add_assign(&mut self, other: Self) {
         *self = self.pairwise(other, u64::saturating_add);
     }
+}
+
+/// A larger counter is none that a run could reach, and sums of such would end beyond 64 bits.
+pub const MAX_COUNT: u64 = 1_000_000_000_000;
+
+/// A counter; anything that isn't one is 0. Numbers with a fraction lose it.
+pub fn count(number: &Value) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a cast of a float saturates"
+    )]
+    number
+        .as_u64()
+        .or_else(|| number.as_f64().map(|number| number as u64))
+        .unwrap_or(0)
+        .min(MAX_COUNT)
 }
 
 /// The same tokens as clients see them.

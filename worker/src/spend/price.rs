@@ -1,7 +1,7 @@
 //! The price table for runs whose cost the CLI didn't live to say. Pure, integer, and never used when the CLI gave
 //! a cost of its own.
 
-use crate::claude::message::Usage;
+use super::usage::Usage;
 use shared::money::MicroUsd;
 
 /// Names the table; stored with every estimate. Change it with any price.
