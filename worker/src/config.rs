@@ -1,11 +1,15 @@
 //! What a worker is told by its environment.
 
-use crate::gateway::Address;
+mod anthropic;
+
 use shared::env::{Error, Vars};
 use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
 use shared::money::MicroUsd;
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub(crate) use anthropic::unusable;
+pub use anthropic::{Address, Anthropic};
 
 /// The settings of a worker.
 #[derive(Clone, Debug)]
@@ -85,29 +89,6 @@ pub struct Claude {
     pub allowed_tools: Vec<String>,
     /// `CLAUDE_DISALLOWED_TOOLS`, nothing. WebFetch needs a network that the sandbox doesn't have, and is added there.
     pub disallowed_tools: Vec<String>,
-}
-
-/// How the worker reaches the model. Secrets are not shown.
-#[derive(Clone, Default)]
-pub struct Anthropic {
-    /// `ANTHROPIC_API_KEY`.
-    pub api_key: Option<String>,
-    /// `CLAUDE_CODE_OAUTH_TOKEN`, made by `claude setup-token`.
-    pub oauth_token: Option<String>,
-    /// `ANTHROPIC_AUTH_TOKEN`, for gateways that want a bearer token.
-    pub auth_token: Option<String>,
-    /// Where the CLI keeps the login of this user. `CLAUDE_CONFIG_DIR`, default `~/.claude`.
-    pub config_dir: Option<PathBuf>,
-    /// Where requests are sent. `ANTHROPIC_BASE_URL`, `https://api.anthropic.com`.
-    pub base_url: Address,
-}
-
-impl std::fmt::Debug for Anthropic {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Anthropic")
-            .field("base_url", &self.base_url)
-            .finish_non_exhaustive()
-    }
 }
 
 /// Variables of the Python service that have no effect here, and what to do instead.
@@ -221,34 +202,6 @@ impl Claude {
             disallowed_tools,
         })
     }
-}
-
-impl Anthropic {
-    fn from_vars(vars: &Vars) -> Result<Self, Error> {
-        let base_url = Address::parse(&vars.or("ANTHROPIC_BASE_URL", "https://api.anthropic.com")?)?;
-        let home = vars
-            .unlisted("HOME")
-            .map(|home| PathBuf::from(home).join(".claude"));
-        Ok(Self {
-            api_key: credential(vars, "ANTHROPIC_API_KEY")?,
-            oauth_token: credential(vars, "CLAUDE_CODE_OAUTH_TOKEN")?,
-            auth_token: credential(vars, "ANTHROPIC_AUTH_TOKEN")?,
-            config_dir: vars.text("CLAUDE_CONFIG_DIR")?.map(PathBuf::from).or(home),
-            base_url,
-        })
-    }
-}
-
-fn credential(vars: &Vars, name: &'static str) -> Result<Option<String>, Error> {
-    let text = vars.text(name)?;
-    if text
-        .as_ref()
-        .is_some_and(|text| !text.bytes().all(|byte| byte.is_ascii_graphic()))
-    {
-        let problem = "has a character that no header can carry";
-        return Err(Error::new(name, problem, "visible ASCII characters only"));
-    }
-    Ok(text)
 }
 
 fn number(vars: &Vars, name: &'static str, default: u32, low: u32, high: u32) -> Result<u32, Error> {

@@ -31,7 +31,7 @@ use credentials::Credentials;
 use failure::{ApiFailure, NO_CREDENTIAL, UNREACHABLE};
 use secret::Secret;
 
-pub use upstream::{Address, Upstream};
+pub use upstream::Upstream;
 
 /// Connections of one run at once. The CLI opens one or two.
 const MAX_CONNECTIONS: usize = 64;

@@ -13,10 +13,10 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, UnixStream};
 use tokio::sync::mpsc;
-use worker::config::Anthropic;
+use worker::config::{Address, Anthropic};
 use worker::gateway::credentials::Credentials;
 use worker::gateway::failure::{ApiFailure, NO_CREDENTIAL, UNREACHABLE};
-use worker::gateway::{Address, Gateway, Upstream};
+use worker::gateway::{Gateway, Upstream};
 
 const TOKEN: &str = "run-0123456789";
 

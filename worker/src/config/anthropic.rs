@@ -1,0 +1,164 @@
+//! How the worker reaches the model: the credential and the address.
+
+use shared::env::{Error, Vars};
+use std::path::PathBuf;
+
+/// How the worker reaches the model. Secrets are not shown.
+#[derive(Clone, Default)]
+pub struct Anthropic {
+    /// `ANTHROPIC_API_KEY`.
+    pub api_key: Option<String>,
+    /// `CLAUDE_CODE_OAUTH_TOKEN`, made by `claude setup-token`.
+    pub oauth_token: Option<String>,
+    /// `ANTHROPIC_AUTH_TOKEN`, for gateways that want a bearer token.
+    pub auth_token: Option<String>,
+    /// Where the CLI keeps the login of this user. `CLAUDE_CONFIG_DIR`, default `~/.claude`.
+    pub config_dir: Option<PathBuf>,
+    /// Where requests are sent. `ANTHROPIC_BASE_URL`, `https://api.anthropic.com`.
+    pub base_url: Address,
+}
+
+impl std::fmt::Debug for Anthropic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Anthropic")
+            .field("base_url", &self.base_url)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Anthropic {
+    /// Reads the credentials and the address. The error names the variable that can't be used.
+    pub(super) fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        let base_url = Address::parse(&vars.or("ANTHROPIC_BASE_URL", "https://api.anthropic.com")?)?;
+        let home = vars
+            .unlisted("HOME")
+            .map(|home| PathBuf::from(home).join(".claude"));
+        Ok(Self {
+            api_key: credential(vars, "ANTHROPIC_API_KEY")?,
+            oauth_token: credential(vars, "CLAUDE_CODE_OAUTH_TOKEN")?,
+            auth_token: credential(vars, "ANTHROPIC_AUTH_TOKEN")?,
+            config_dir: vars.text("CLAUDE_CONFIG_DIR")?.map(PathBuf::from).or(home),
+            base_url,
+        })
+    }
+}
+
+fn credential(vars: &Vars, name: &'static str) -> Result<Option<String>, Error> {
+    let text = vars.text(name)?;
+    if text
+        .as_ref()
+        .is_some_and(|text| !text.bytes().all(|byte| byte.is_ascii_graphic()))
+    {
+        let problem = "has a character that no header can carry";
+        return Err(Error::new(name, problem, "visible ASCII characters only"));
+    }
+    Ok(text)
+}
+
+/// What is accepted as an address.
+const ACCEPTED: &str = "https://HOST[:PORT][/PATH], or http:// on loopback";
+
+/// The address can't be used, for this reason.
+pub(crate) fn unusable(problem: impl Into<String>) -> Error {
+    Error::new("ANTHROPIC_BASE_URL", problem, ACCEPTED)
+}
+
+/// An address that the credential and the prompts may be sent to: encrypted, or on this machine.
+#[derive(Clone, Debug)]
+pub struct Address {
+    /// Without a slash at its end.
+    pub(crate) base: String,
+    /// The part of it that may be shown.
+    pub(crate) shown: String,
+    /// Whether it is HTTPS.
+    pub(crate) encrypted: bool,
+    /// Whether it is on this machine.
+    pub(crate) loopback: bool,
+}
+
+impl Default for Address {
+    /// The real one.
+    fn default() -> Self {
+        Self {
+            base: "https://api.anthropic.com".to_owned(),
+            shown: "api.anthropic.com".to_owned(),
+            encrypted: true,
+            loopback: false,
+        }
+    }
+}
+
+impl Address {
+    /// Reads an address, with or without a path. The error names `ANTHROPIC_BASE_URL`.
+    pub fn parse(base: &str) -> Result<Self, Error> {
+        let url: reqwest::Url = base.parse().map_err(|_| unusable("isn't a URL"))?;
+        let host = url
+            .host_str()
+            .filter(|_| matches!(url.scheme(), "http" | "https"));
+        let host = host.ok_or_else(|| unusable("isn't the URL of a web server"))?;
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(unusable("has a part after its path"));
+        }
+        let address = Self {
+            base: base.trim_end_matches('/').to_owned(),
+            shown: url
+                .port()
+                .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}")),
+            encrypted: url.scheme() == "https",
+            loopback: is_loopback(host),
+        };
+        if !address.encrypted && !address.loopback {
+            return Err(unusable("would send the credential unencrypted over a network"));
+        }
+        Ok(address)
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    host == "localhost"
+        || host
+            .trim_matches(['[', ']'])
+            .parse()
+            .is_ok_and(|address: std::net::IpAddr| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_may_have_a_path() {
+        let address = Address::parse("http://127.0.0.1:8431/s/name/").unwrap();
+
+        assert_eq!(address.base, "http://127.0.0.1:8431/s/name");
+    }
+
+    #[test]
+    fn other_addresses_are_refused_by_the_variables_name() {
+        for address in [
+            "",
+            "api.anthropic.com",
+            "ftp://x",
+            "unix:/run/x",
+            "https://x/?a=1",
+            "https://x/#a",
+            "http://api.anthropic.com",
+            "http://10.0.0.1:8080",
+            "http://localhost.example",
+        ] {
+            let error = Address::parse(address).unwrap_err();
+            assert!(
+                error.to_string().contains("ANTHROPIC_BASE_URL"),
+                "{address}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn loopback_is_known_in_each_spelling() {
+        for host in ["localhost", "127.0.0.1", "127.8.8.8", "[::1]"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        assert!(!is_loopback("10.0.0.1") && !is_loopback("localhost.example"));
+    }
+}
