@@ -6,8 +6,8 @@
 //! and only then does it report and end. It decides nothing about jobs and reads none of the CLI's output.
 
 pub mod cgroup;
-pub mod former;
-pub(crate) mod order;
+pub mod orphans;
+pub(crate) mod protocol;
 pub(crate) mod tree;
 
 use std::io::{self, Write as _};
@@ -24,26 +24,26 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 
 use cgroup::Cgroup;
-use order::{EndedBy, Moment, Order, Report, ToGuard};
+use protocol::{EndedBy, GuardCommand, MonotonicTime, Report, StartCommand};
 
-pub use former::{end_earlier_runs, end_former_runs, marker};
+pub use orphans::{kill_orphans, kill_stale_runs, marker};
 
 /// The first argument that turns any program of this project into a guard.
 pub const ARGUMENT: &str = "guard";
 
-/// How long the guard waits for its order: the worker sends it at once.
-const ORDER_WITHIN: Duration = Duration::from_secs(30);
+/// How long the guard waits for its start command: the worker sends it at once.
+const START_COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often the memory of the tree is added up, when it has a limit.
-const MEMORY_LOOK: Duration = Duration::from_secs(1);
+const MEMORY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a run without a beat is given to read one that is waiting already.
-const LAST_BEAT: Duration = Duration::from_millis(20);
+const LAST_BEAT_TIMEOUT: Duration = Duration::from_millis(20);
 
 /// When a run is moved into its control group. The kernel lets whoever starts a process wait for tens of milliseconds
 /// while another is moved, so it isn't done while the run starts; and no run does anything yet that the guard alone
 /// couldn't end.
-const GROUP_AFTER: Duration = Duration::from_millis(100);
+const CGROUP_DELAY: Duration = Duration::from_millis(100);
 
 /// Added to the out-of-memory score of a run, so that a machine without memory loses a run and not its worker.
 const OOM_SCORE: &str = "500";
@@ -85,18 +85,18 @@ fn guard(socket: &Path) -> io::Result<()> {
             let mut signals = Signals::listen()?;
             let (read, mut reports) = UnixStream::connect(socket).await?.into_split();
             let mut lines = BufReader::new(read).lines();
-            let first = tokio::time::timeout(ORDER_WITHIN, lines.next_line()).await??;
-            // No order: the worker went away before the run began.
+            let first = tokio::time::timeout(START_COMMAND_TIMEOUT, lines.next_line()).await??;
+            // No command: the worker went away before the run began.
             let Some(first) = first else { return Ok(()) };
-            let order: Order = serde_json::from_str(&first)?;
+            let command: StartCommand = serde_json::from_str(&first)?;
 
-            let beat_within = Duration::from_millis(order.beat_within_ms);
-            if order.held_at.age() >= beat_within {
+            let beat_within = Duration::from_millis(command.beat_within_ms);
+            if command.held_at.age() >= beat_within {
                 return send(&mut reports, &Report::too_late()).await;
             }
-            let main = match start(&order) {
+            let main = match start(&command) {
                 Ok(main) => main,
-                Err(error) => return send(&mut reports, &Report::not_started(&error, &order)).await,
+                Err(error) => return send(&mut reports, &Report::not_started(&error, &command)).await,
             };
             send(&mut reports, &Report::Started).await.ok();
             let run = Run {
@@ -105,7 +105,7 @@ fn guard(socket: &Path) -> io::Result<()> {
                 worker,
                 cgroup: None,
             };
-            let ended = run.watch(&order, &mut lines, &mut signals).await;
+            let ended = run.watch(&command, &mut lines, &mut signals).await;
             // A worker that is gone reads no report; the tree is ended all the same.
             send(&mut reports, &ended).await.ok();
             Ok(())
@@ -114,18 +114,18 @@ fn guard(socket: &Path) -> io::Result<()> {
 
 /// Starts the main process of the run on the guard's own standard streams and lets go of these.
 #[expect(clippy::disallowed_methods, reason = "the one program that a guard starts")]
-fn start(order: &Order) -> io::Result<i32> {
-    let mut command = Command::new(&order.program);
+fn start(run: &StartCommand) -> io::Result<i32> {
+    let mut command = Command::new(&run.program);
     command
-        .args(&order.args)
+        .args(&run.args)
         .env_clear()
-        .envs(order.env.iter().map(|(name, value)| (name, value)));
-    command.current_dir(&order.cwd);
+        .envs(run.env.iter().map(|(name, value)| (name, value)));
+    command.current_dir(&run.cwd);
     command
         .stdin(Stdio::inherit())
         .stdout(Stdio::inherit())
         .stderr(Stdio::inherit());
-    if order.no_new_privileges {
+    if run.no_new_privileges {
         rustix::thread::set_no_new_privs(true)?;
     }
     // The run inherits the score at its start; the guard then takes its own back.
@@ -182,41 +182,41 @@ impl Run {
     /// Returns when no process of the run is left.
     async fn watch(
         mut self,
-        order: &Order,
+        command: &StartCommand,
         lines: &mut Lines<BufReader<OwnedReadHalf>>,
         signals: &mut Signals,
     ) -> Report {
-        let by = self.wait_for_a_reason(order, lines, signals).await;
-        self.end_tree().await;
+        let by = self.wait_for_end(command, lines, signals).await;
+        self.kill_tree().await;
         let code = self.status.and_then(|status| status.code());
         let signal = self.status.and_then(|status| status.signal());
         Report::Ended { code, signal, by }
     }
 
-    async fn wait_for_a_reason(
+    async fn wait_for_end(
         &mut self,
-        order: &Order,
+        command: &StartCommand,
         lines: &mut Lines<BufReader<OwnedReadHalf>>,
         signals: &mut Signals,
     ) -> EndedBy {
-        let deadline = tokio::time::sleep(Duration::from_millis(order.deadline_ms));
+        let deadline = tokio::time::sleep(Duration::from_millis(command.deadline_ms));
         tokio::pin!(deadline);
-        let mut memory_looks = tokio::time::interval(MEMORY_LOOK);
-        memory_looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut group = order.cgroup.as_deref();
-        let group_is_due = tokio::time::sleep(GROUP_AFTER);
+        let mut memory_checks = tokio::time::interval(MEMORY_CHECK_INTERVAL);
+        memory_checks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut group = command.cgroup.as_deref();
+        let group_is_due = tokio::time::sleep(CGROUP_DELAY);
         tokio::pin!(group_is_due);
-        let mut beat = order.held_at;
+        let mut beat = command.held_at;
         loop {
             // The main process may have ended before the signal was listened to.
             self.reap();
             if self.status.is_some() {
                 return EndedBy::Exited;
             }
-            let beat_left = Duration::from_millis(order.beat_within_ms).saturating_sub(beat.age());
+            let beat_left = Duration::from_millis(command.beat_within_ms).saturating_sub(beat.age());
             let reason = tokio::select! {
                 biased;
-                line = lines.next_line() => heard(line, &mut beat),
+                line = lines.next_line() => receive(line, &mut beat),
                 _ = signals.child.recv() => None,
                 _ = signals.terminate.recv() => Some(EndedBy::GuardLost),
                 _ = signals.interrupt.recv() => Some(EndedBy::GuardLost),
@@ -231,13 +231,13 @@ impl Run {
                     }
                     None
                 }
-                _ = memory_looks.tick(), if order.memory_limit.is_some() => {
-                    order.memory_limit.is_some_and(|limit| tree::memory(own_pid()) > limit).then_some(EndedBy::Memory)
+                _ = memory_checks.tick(), if command.memory_limit.is_some() => {
+                    command.memory_limit.is_some_and(|limit| tree::memory(own_pid()) > limit).then_some(EndedBy::Memory)
                 }
                 // After this process was itself stopped for a while, beats may be waiting to be read.
                 () = tokio::time::sleep(beat_left) => {
-                    match tokio::time::timeout(LAST_BEAT, lines.next_line()).await {
-                        Ok(line) => heard(line, &mut beat),
+                    match tokio::time::timeout(LAST_BEAT_TIMEOUT, lines.next_line()).await {
+                        Ok(line) => receive(line, &mut beat),
                         Err(_) => Some(EndedBy::Beat),
                     }
                 }
@@ -250,7 +250,7 @@ impl Run {
 
     /// Kills until the kernel says that this process has no child: then it has no descendant either, since every
     /// orphan among them becomes its child.
-    async fn end_tree(&mut self) {
+    async fn kill_tree(&mut self) {
         let mut pause = Duration::from_millis(1);
         // Most runs leave nothing behind.
         while self.reap() != Left::Nothing {
@@ -284,15 +284,15 @@ impl Run {
 }
 
 /// Takes one line of the worker: a beat is noted, anything else is a reason to end.
-fn heard(line: io::Result<Option<String>>, beat: &mut Moment) -> Option<EndedBy> {
+fn receive(line: io::Result<Option<String>>, beat: &mut MonotonicTime) -> Option<EndedBy> {
     match line.ok().flatten().map(|line| serde_json::from_str(&line)) {
         // The age of a beat is that of its sending: one that lay in the socket proves nothing about now.
-        Some(Ok(ToGuard::Beat { at })) => {
+        Some(Ok(GuardCommand::Beat { at })) => {
             *beat = at;
             None
         }
-        // An order to end, the end of the worker, or words that this guard doesn't know.
-        Some(Ok(ToGuard::Kill) | Err(_)) | None => Some(EndedBy::Worker),
+        // A kill command, the end of the worker, or a command that this guard doesn't know.
+        Some(Ok(GuardCommand::Kill) | Err(_)) | None => Some(EndedBy::Worker),
     }
 }
 

@@ -69,7 +69,7 @@ pub async fn run(
     // Absolute, since a run starts in a folder of its own.
     config.data_dir = shared::data_dir::bind(&config.data_dir, &store.instance_id().await?)?;
     // What a worker that was killed left behind on this machine writes into workspaces that others will get.
-    let ended = tokio::task::spawn_blocking(guard::end_former_runs)
+    let ended = tokio::task::spawn_blocking(guard::kill_orphans)
         .await
         .unwrap_or(0);
     if ended > 0 {

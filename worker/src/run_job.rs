@@ -10,7 +10,7 @@ mod transcript;
 
 use crate::claude::command::{self, RunSpec};
 use crate::claude::message::{Block, Message};
-use crate::claude::process::{self, EndedBy, Exit, Launch, Process, Waiting};
+use crate::claude::process::{self, EndedBy, Exit, Launch, PendingGuard, Process};
 use crate::claude::sandbox::Places;
 use crate::context::Context;
 use crate::gateway::Gateway;
@@ -150,8 +150,8 @@ fn holds(ctx: &Context, recorder: &Recorder) -> bool {
 /// A run that lost its lease has ended by now, unless its worker and its guard are both stopped, or were killed in the
 /// same moment; then this worker is the one who can end it, if it's on the same machine. Only while it holds the lease
 /// itself: after that, what it would find may be its successor.
-async fn end_earlier_runs(marker: String, holds: impl Fn() -> bool + Send + 'static) {
-    let ended = tokio::task::spawn_blocking(move || crate::guard::end_earlier_runs(&marker, holds)).await;
+async fn kill_stale_runs(marker: String, holds: impl Fn() -> bool + Send + 'static) {
+    let ended = tokio::task::spawn_blocking(move || crate::guard::kill_stale_runs(&marker, holds)).await;
     if let Ok(processes @ 1..) = ended {
         warn!(processes, "ended what an earlier run had left in the same place");
     }
@@ -250,10 +250,10 @@ impl<'a> Run<'a> {
         };
         let marker = crate::guard::marker(&format!("{place}.{}.{}", job.job_id, job.attempt));
         if job.attempt > 1 || job.session_id.is_some() {
-            end_earlier_runs(marker.clone(), recorder.holds(ctx.config.lease)).await;
+            kill_stale_runs(marker.clone(), recorder.holds(ctx.config.lease)).await;
         }
         let sockets = ctx.runtime.run()?;
-        let guard = Waiting::call(&marker, sockets.path())?;
+        let guard = PendingGuard::spawn(&marker, sockets.path())?;
         folders.create().await?;
         let resume = transcript::find(&folders, &lease).await?;
         let spec = spec(ctx, &lease, resume.as_ref())?;
@@ -308,9 +308,7 @@ impl<'a> Run<'a> {
             memory_limit: ctx.config.run_memory,
             no_new_privileges: command.no_new_privileges,
         };
-        let process = guard
-            .start(launch, || recorder.lease_state().held_at.into_std())
-            .await?;
+        let process = Process::start(guard, launch, || recorder.lease_state().held_at.into_std()).await?;
         Ok(Self {
             ctx,
             lease,

@@ -103,7 +103,7 @@ async fn watch_leases(ctx: &Context) {
 
 async fn take(ctx: &Context, lost: Vec<RunningLease>) {
     // A guard that was killed together with its worker has ended nothing.
-    let ended = tokio::task::spawn_blocking(guard::end_former_runs).await;
+    let ended = tokio::task::spawn_blocking(guard::kill_orphans).await;
     if let Ok(processes @ 1..) = ended {
         warn!(processes, "ended what a lost worker's runs had left");
     }

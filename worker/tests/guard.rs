@@ -18,7 +18,7 @@ use std::{env, fs};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
-use worker::claude::process::{self, EndedBy, Exit, Launch, Process, Waiting};
+use worker::claude::process::{self, EndedBy, Exit, Launch, PendingGuard, Process};
 use worker::claude::sandbox::{self, Isolation, Places};
 use worker::guard;
 use worker::workspace::{RunDir, Runtime};
@@ -155,11 +155,11 @@ impl Stand {
     }
 
     async fn start_held_at(&self, held_at: impl Fn() -> Instant) -> io::Result<Process> {
-        self.call().start(self.launch.clone(), held_at).await
+        Process::start(self.guard(), self.launch.clone(), held_at).await
     }
 
-    fn call(&self) -> Waiting {
-        Waiting::under(Path::new(GUARD), &self.launch.marker, &self.launch.runtime_dir).unwrap()
+    fn guard(&self) -> PendingGuard {
+        PendingGuard::spawn_as(Path::new(GUARD), &self.launch.marker, &self.launch.runtime_dir).unwrap()
     }
 
     /// Starts it and waits until its daemons are there.
@@ -607,15 +607,15 @@ async fn whoever_comes_next_ends_what_a_stopped_guard_of_a_stopped_worker_guards
         let process = stand.started().await;
         kill_process(stand.guard_pid(), Signal::STOP).unwrap();
 
-        assert_eq!(guard::end_earlier_runs(&elsewhere, || true), 0);
+        assert_eq!(guard::kill_stale_runs(&elsewhere, || true), 0);
         assert!(!stand.alive().is_empty());
         // A zombie that wakes up in the middle of its start finds its successor's run.
-        assert_eq!(guard::end_earlier_runs(&next, || false), 0);
+        assert_eq!(guard::kill_stale_runs(&next, || false), 0);
         let asked = AtomicUsize::new(0);
         let until_it_is_lost = || asked.fetch_add(1, Ordering::Relaxed) < 2;
-        assert_eq!(guard::end_earlier_runs(&next, until_it_is_lost), 0);
+        assert_eq!(guard::kill_stale_runs(&next, until_it_is_lost), 0);
         stand.daemons_there().await;
-        assert!(guard::end_earlier_runs(&next, || true) >= 5);
+        assert!(guard::kill_stale_runs(&next, || true) >= 5);
 
         stand.assert_nothing_left();
         // The worker, when it wakes, learns that its guard is gone.
@@ -717,7 +717,7 @@ async fn a_guard_without_an_order_ends_by_itself() {
             .any(|(_, command)| command.contains(socket.to_str().unwrap()))
     };
 
-    let waiting = stand.call();
+    let waiting = stand.guard();
     assert!(is_there());
     drop(waiting);
 
@@ -910,7 +910,7 @@ async fn what_a_worker_and_its_guard_left_is_ended_at_the_next_start() {
     stopped.process.kill().await.unwrap();
     // Not asserted that they still live: another worker that starts on this machine may have come first.
 
-    tokio::task::spawn_blocking(guard::end_former_runs).await.unwrap();
+    tokio::task::spawn_blocking(guard::kill_orphans).await.unwrap();
 
     left.assert_nothing_left();
     held.assert_nothing_left();

@@ -4,7 +4,7 @@
 //! anything, reading anything outside, or reaching another run. Don't drop one alone.
 
 use super::message::Init;
-use crate::guard::former::RUN_VARIABLE;
+use crate::guard::orphans::RUN_VARIABLE;
 use serde_json::{Value, json};
 use shared::money::MicroUsd;
 use std::path::{Path, PathBuf};

@@ -15,11 +15,11 @@ use super::tree::Process;
 const PREFIX: &str = "claude-queue.";
 
 /// How long ended processes may take to leave their group.
-const PATIENCE: Duration = Duration::from_secs(1);
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether a run has started more processes while its others were moved. Each round leaves only
 /// what was started within the one before, and the guard finds those as well.
-const ROUNDS: usize = 20;
+const MAX_ROUNDS: usize = 20;
 
 /// The group that this process is in, when groups can be made in it.
 pub fn own() -> Option<PathBuf> {
@@ -72,7 +72,7 @@ impl Cgroup {
     /// is born there.
     pub(crate) fn gather(&self, family: impl Fn() -> Vec<Process>) {
         let list = self.0.join("cgroup.procs");
-        for _ in 0..ROUNDS {
+        for _ in 0..MAX_ROUNDS {
             let inside = fs::read_to_string(&list).unwrap_or_default();
             let inside: HashSet<i32> = inside.lines().filter_map(|pid| pid.parse().ok()).collect();
             let mut outside = family();
@@ -107,7 +107,7 @@ pub(crate) fn end(group: &Path) {
 fn end_while(group: &Path, may_kill: impl Fn() -> bool) {
     let since = Instant::now();
     // Refused while a process is in it, and when there is none.
-    while may_kill() && group.is_dir() && fs::remove_dir(group).is_err() && since.elapsed() < PATIENCE {
+    while may_kill() && group.is_dir() && fs::remove_dir(group).is_err() && since.elapsed() < KILL_TIMEOUT {
         let _ = fs::write(group.join("cgroup.kill"), "1");
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -115,7 +115,7 @@ fn end_while(group: &Path, may_kill: impl Fn() -> bool) {
 
 /// Ends what is in the groups of the runs with these markers beside the group of this process' own runs, as long as it
 /// may.
-pub(crate) fn end_where(wanted: impl Fn(&str) -> bool, may_kill: impl Fn() -> bool) {
+pub(crate) fn kill_where(wanted: impl Fn(&str) -> bool, may_kill: impl Fn() -> bool) {
     if !may_kill() {
         return;
     }

@@ -18,11 +18,11 @@ pub const RUN_VARIABLE: &str = "CLAUDE_QUEUE_RUN";
 pub(crate) const GUARD_VARIABLE: &str = "CLAUDE_QUEUE_GUARD";
 
 /// How long a scan goes on while it still finds something that it hasn't killed.
-const PATIENCE: Duration = Duration::from_secs(10);
+const SCAN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long killed processes may take to go. Only one in the middle of a system call that can't be interrupted lasts
 /// longer; it does nothing more but that call, and nobody waits for it.
-const LAST_CALL: Duration = Duration::from_secs(1);
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The marker of a run of this worker: `<pid>.<start time>.<pid namespace>.<run>`. `run` is the caller's name for it,
 /// `<place>.<name>`: the place is what no two runs may be in at once, and the whole is unique in this process.
@@ -32,22 +32,22 @@ pub fn marker(run: &str) -> String {
     format!("{pid}.{started}.{}.{run}", pid_namespace())
 }
 
-/// Ends what runs of workers that no longer live have left on this machine, guards included, and returns how many
+/// Kills what runs of workers that no longer live have left on this machine, guards included, and returns how many
 /// processes that were. Runs of workers that live, and of workers in other PID namespaces, which can't be told from
 /// here, are left alone. Blocks for some milliseconds, at most for ten seconds.
-pub fn end_former_runs() -> usize {
+pub fn kill_orphans() -> usize {
     let namespace = pid_namespace();
-    end_where(|marker| worker_is_gone(marker, &namespace), || true)
+    kill_where(|marker| worker_is_gone(marker, &namespace), || true)
 }
 
-/// Ends what is left on this machine of other runs in the same place as the run of this marker, guards included, and
+/// Kills what is left on this machine of other runs in the same place as the run of this marker, guards included, and
 /// returns how many processes that were. Whoever holds the lease of a place may do so: a run that is still there has
 /// lost its own, and its guard is stopped or dead. `holds` says whether that is so, and is asked before each kill: a
 /// caller that was stopped for long in the middle would end the run of its successor. Blocks for some milliseconds, at
 /// most for ten seconds.
-pub fn end_earlier_runs(marker: &str, holds: impl Fn() -> bool) -> usize {
+pub fn kill_stale_runs(marker: &str, holds: impl Fn() -> bool) -> usize {
     let Some(place) = place(marker) else { return 0 };
-    end_where(
+    kill_where(
         |other| other != marker && self::place(other) == Some(place),
         holds,
     )
@@ -59,24 +59,25 @@ fn place(marker: &str) -> Option<&str> {
     run.split_once('.').map(|(place, _)| place)
 }
 
-/// Ends every process that carries this marker; blocks for some milliseconds, at most for ten seconds.
-pub(crate) fn end_marked(marker: &str) -> usize {
-    end_where(|other| other == marker, || true)
+/// Kills every process that carries this marker; blocks for some milliseconds, at most for ten seconds.
+pub(crate) fn kill_marked(marker: &str) -> usize {
+    kill_where(|other| other == marker, || true)
 }
 
-fn end_where(wanted: impl Fn(&str) -> bool, may_kill: impl Fn() -> bool) -> usize {
-    cgroup::end_where(&wanted, &may_kill);
-    end_found(|| living(&wanted), &may_kill)
+fn kill_where(wanted: impl Fn(&str) -> bool, may_kill: impl Fn() -> bool) -> usize {
+    cgroup::kill_where(&wanted, &may_kill);
+    kill_found(|| living(&wanted), &may_kill)
 }
 
 /// Kills what `look` finds until it finds nothing, or nothing that could still be killed; how many processes that were.
-fn end_found(look: impl Fn() -> Vec<Process>, may_kill: impl Fn() -> bool) -> usize {
+fn kill_found(look: impl Fn() -> Vec<Process>, may_kill: impl Fn() -> bool) -> usize {
     let since = Instant::now();
     let mut last_new = since;
     let mut seen = Vec::new();
     let mut empty_looks = 0;
     // Twice: a process in the middle of an exec shows no environment for a moment.
-    while empty_looks < 2 && since.elapsed() < PATIENCE && last_new.elapsed() < LAST_CALL && may_kill() {
+    while empty_looks < 2 && since.elapsed() < SCAN_TIMEOUT && last_new.elapsed() < KILL_TIMEOUT && may_kill()
+    {
         let found = look();
         for process in &found {
             if !may_kill() {
@@ -205,9 +206,9 @@ mod tests {
         };
         let since = Instant::now();
 
-        assert_eq!(end_found(|| vec![ghost], || true), 1);
+        assert_eq!(kill_found(|| vec![ghost], || true), 1);
 
-        assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
+        assert!(since.elapsed() < SCAN_TIMEOUT / 2, "{:?}", since.elapsed());
     }
 
     #[test]
@@ -218,7 +219,7 @@ mod tests {
             Vec::new()
         };
 
-        assert_eq!(end_found(look, || false), 0);
+        assert_eq!(kill_found(look, || false), 0);
 
         assert!(!looked.get());
     }

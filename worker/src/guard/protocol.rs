@@ -1,4 +1,4 @@
-//! What worker and guard say to each other over their socket: one JSON text a line.
+//! The protocol between worker and guard over their socket: one JSON text a line.
 
 use std::io;
 use std::path::PathBuf;
@@ -11,19 +11,19 @@ use serde::{Deserialize, Serialize};
 /// The error of a start that came too late.
 pub(crate) const TOO_LATE: Errno = Errno::TIME;
 
-/// A moment of the machine's monotonic clock, which all its processes share, in nanoseconds.
+/// A time of the machine's monotonic clock, which all its processes share, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct Moment(u64);
+pub(crate) struct MonotonicTime(u64);
 
-impl Moment {
-    /// This moment.
+impl MonotonicTime {
+    /// Now.
     pub(crate) fn now() -> Self {
         let time = clock_gettime(ClockId::Monotonic);
         let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
         Self(seconds * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0))
     }
 
-    /// The same moment as `instant`, which other processes can't read, or an earlier one: what passes between the looks
+    /// The same time as `instant`, which other processes can't read, or an earlier one: what passes between the looks
     /// at the two clocks must not lengthen a lease.
     pub(crate) fn of(instant: Instant) -> Self {
         let now = Self::now();
@@ -39,7 +39,7 @@ impl Moment {
 
 /// The first line to the guard: what to start and when to end it.
 #[derive(Serialize, Deserialize)]
-pub(crate) struct Order {
+pub(crate) struct StartCommand {
     pub(crate) program: PathBuf,
     pub(crate) args: Vec<String>,
     /// The whole environment of the run.
@@ -56,16 +56,16 @@ pub(crate) struct Order {
     /// No program of the run may gain another user's rights, so none can get out of the guard's reach.
     pub(crate) no_new_privileges: bool,
     /// When the lease was taken: the first beat. Nothing is started when it's too old already.
-    pub(crate) held_at: Moment,
+    pub(crate) held_at: MonotonicTime,
 }
 
 /// Each further line to the guard.
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum ToGuard {
+pub(crate) enum GuardCommand {
     /// The worker held the job's lease at this moment.
     Beat {
-        at: Moment,
+        at: MonotonicTime,
     },
     Kill,
 }
@@ -89,8 +89,8 @@ pub(crate) enum Report {
 }
 
 impl Report {
-    pub(crate) fn not_started(error: &io::Error, order: &Order) -> Self {
-        let (program, cwd) = (order.program.display(), order.cwd.display());
+    pub(crate) fn not_started(error: &io::Error, command: &StartCommand) -> Self {
+        let (program, cwd) = (command.program.display(), command.cwd.display());
         Self::NotStarted {
             os_error: error.raw_os_error(),
             message: format!("could not start {program} in {cwd}: {error}"),
@@ -129,23 +129,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_is_the_same_for_an_instant_and_the_raw_clock() {
-        let before = Moment::now();
+    fn a_time_is_the_same_for_an_instant_and_the_raw_clock() {
+        let before = MonotonicTime::now();
         let instant = Instant::now();
-        let after = Moment::now();
+        let after = MonotonicTime::now();
 
-        let moment = Moment::of(instant);
+        let time = MonotonicTime::of(instant);
 
-        let took = Moment::now().0 - after.0;
-        assert!(moment <= after && moment.0 + took >= before.0);
+        let took = MonotonicTime::now().0 - after.0;
+        assert!(time <= after && time.0 + took >= before.0);
     }
 
     #[test]
-    fn a_beat_keeps_its_moment_on_the_way() {
-        let at = Moment::now();
-        let line = serde_json::to_string(&ToGuard::Beat { at }).unwrap();
+    fn a_beat_keeps_its_time_on_the_way() {
+        let at = MonotonicTime::now();
+        let line = serde_json::to_string(&GuardCommand::Beat { at }).unwrap();
 
-        let ToGuard::Beat { at: read } = serde_json::from_str(&line).unwrap() else {
+        let GuardCommand::Beat { at: read } = serde_json::from_str(&line).unwrap() else {
             panic!("{line}")
         };
 
