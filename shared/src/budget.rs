@@ -6,7 +6,7 @@ use crate::money::MicroUsd;
 use chrono::{Datelike, Days, Months, NaiveDate, NaiveTime};
 use serde::{Deserialize, Serialize};
 
-/// What a budget bounds.
+/// What a budget limits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scope {
     /// The jobs of one key.
@@ -16,7 +16,7 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// The word on the wire and in the table: `key` or `global`.
+    /// The word in JSON and in the table: `key` or `global`.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Key(_) => "key",
@@ -24,7 +24,7 @@ impl Scope {
         }
     }
 
-    /// The id beside it in the table: the key's, or empty.
+    /// The id next to it in the table: the key's, or empty.
     pub fn id(&self) -> &str {
         match self {
             Self::Key(key_id) => key_id.as_str(),
@@ -32,7 +32,7 @@ impl Scope {
         }
     }
 
-    /// The scope of these two words; `None` when there is no such.
+    /// Parses the two words; `None` if there is no such scope.
     pub fn parse(name: &str, id: &str) -> Option<Self> {
         match name {
             "key" => Some(Self::Key(KeyId::known(id))),
@@ -42,28 +42,28 @@ impl Scope {
     }
 }
 
-/// How long a budget lasts, in UTC.
+/// The period of a budget, in UTC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
 #[serde(rename_all = "lowercase")]
 #[sqlx(type_name = "text", rename_all = "lowercase")]
 pub enum Period {
-    /// For ever.
+    /// All time.
     Total,
     /// From midnight to midnight.
     Day,
     /// From Monday to Monday.
     Week,
-    /// From the first to the first.
+    /// From the first of a month to the first of the next.
     Month,
 }
 
 impl Period {
-    /// When the period that holds `now` began; 0 for `Total`.
+    /// When the period that contains `now` began; 0 for `Total`.
     pub fn start(self, now: Timestamp) -> Timestamp {
         self.first_day(now).map_or(Timestamp(0), midnight)
     }
 
-    /// When the period that holds `now` ends; never for `Total`.
+    /// When the period that contains `now` ends; never for `Total`.
     pub fn end(self, now: Timestamp) -> Option<Timestamp> {
         let first = self.first_day(now)?;
         let next = match self {
@@ -92,7 +92,7 @@ fn midnight(day: NaiveDate) -> Timestamp {
     Timestamp(day.and_time(NaiveTime::MIN).and_utc().timestamp_micros())
 }
 
-/// What happens to a job that there is no money for.
+/// What happens to a job for which too little budget is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
 #[serde(rename_all = "lowercase")]
 #[sqlx(type_name = "text", rename_all = "lowercase")]
@@ -106,23 +106,23 @@ pub enum OnExceeded {
 /// A budget.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// What it bounds.
+    /// What it limits.
     pub scope: Scope,
-    /// What may be spent in a period. More than 0.
+    /// The limit of spending in a period. More than 0.
     pub limit: MicroUsd,
-    /// How long it lasts.
+    /// The period.
     pub period: Period,
-    /// Percentages at which it is told once a period, 1 to 100, at most five.
+    /// Percentages of the limit at which an alert is raised once per period: 1 to 100, at most five.
     pub alert_thresholds: Vec<i64>,
-    /// What happens to jobs beyond it.
+    /// What happens to jobs over the limit.
     pub on_exceeded: OnExceeded,
 }
 
 impl Budget {
-    /// The percentages at which a budget is told unless it says otherwise.
+    /// The default alert thresholds, in percent.
     pub const THRESHOLDS: [i64; 2] = [80, 100];
 
-    /// What a key has unless a person says otherwise: so much in all.
+    /// The default budget of a key: this limit over all time.
     pub fn default_of(key_id: &KeyId, limit: MicroUsd) -> Self {
         Self {
             scope: Scope::Key(key_id.clone()),
@@ -134,30 +134,30 @@ impl Budget {
     }
 }
 
-/// A budget and where it stands.
+/// A budget and its current state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BudgetStatus {
     /// The budget.
     pub budget: Budget,
-    /// Whether it follows the service's default (`CLAUDE_MAX_COST_PER_USER`) and wasn't set by a person.
+    /// Whether it follows the default (`CLAUDE_MAX_COST_PER_USER`), because no administrator has set it.
     pub is_default: bool,
-    /// Grows with each change of the budget.
+    /// Incremented by each change of the budget.
     pub version: i64,
     /// When the current period began; 0 for `Total`.
     pub period_start: Timestamp,
     /// When it ends.
     pub resets_at: Option<Timestamp>,
-    /// What was spent in it.
+    /// What was spent in the current period.
     pub spent: MicroUsd,
-    /// What running jobs may still spend.
+    /// What running jobs have reserved.
     pub reserved: MicroUsd,
-    /// The thresholds that were reached in it, and when. Empty where only the money was asked for.
+    /// The thresholds reached in the period, and when. Empty if only the amounts were read.
     pub alerts: Vec<(i64, Timestamp)>,
 }
 
 impl BudgetStatus {
-    /// What is neither spent nor reserved; below zero when a run's last answer cost more than was reserved, or when the
-    /// limit was lowered in mid-run.
+    /// What is neither spent nor reserved. Below zero if the last answer of a run cost more than was reserved, or if
+    /// the limit was lowered during a run.
     pub fn remaining(&self) -> MicroUsd {
         self.budget.limit - self.spent - self.reserved
     }
@@ -167,7 +167,7 @@ impl BudgetStatus {
         self.remaining() > MicroUsd::ZERO
     }
 
-    /// Whether a submission is refused: the money is spent, and jobs don't wait for the next period.
+    /// Whether a submission is rejected: the budget is spent, and jobs don't wait for the next period.
     pub fn refuses(&self) -> bool {
         self.spent >= self.budget.limit && self.budget.on_exceeded == OnExceeded::Reject
     }

@@ -1,4 +1,4 @@
-//! The one clock. Times are kept to the microsecond, in UTC.
+//! The only clock. Times have microseconds, in UTC.
 
 use crate::env::Vars;
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -10,18 +10,18 @@ use std::time::Duration;
 
 /// A point in time: microseconds since 1970-01-01T00:00:00Z.
 ///
-/// In the database it is a 64-bit integer on both engines, so comparing two stored times is comparing two
-/// integers; on the wire it is RFC 3339 in UTC with microseconds and the offset written `+00:00`.
+/// In both databases it is a 64-bit integer, so stored times are compared as integers. In JSON it is RFC 3339 in UTC
+/// with microseconds and the offset `+00:00`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, sqlx::Type)]
 #[sqlx(transparent)]
 pub struct Timestamp(pub i64);
 
-/// Where the clock's offset is read from, in tests.
+/// The file with the clock's offset, in tests.
 static OFFSET_FILE: OnceLock<PathBuf> = OnceLock::new();
 
-/// Lets tests step the clock: `CLAUDE_QUEUE_CLOCK_OFFSET_FILE` names a file that holds the whole seconds, with a sign or
-/// not, by which this process's clock is ahead of the machine's. It is read each time somebody asks for the time; no
-/// file, or something else in it, is 0. Not for use in earnest. Call it once, first; later calls have no effect.
+/// Lets tests change the clock: `CLAUDE_QUEUE_CLOCK_OFFSET_FILE` names a file with the whole seconds, with or without a
+/// sign, by which this process's clock is ahead of the machine's. The file is read for each reading of the clock. A
+/// missing file or other content means 0. For tests only. Call it once, first; later calls have no effect.
 pub fn start(vars: &Vars) {
     if let Some(path) = vars.unlisted("CLAUDE_QUEUE_CLOCK_OFFSET_FILE") {
         tracing::warn!("the clock is set by CLAUDE_QUEUE_CLOCK_OFFSET_FILE, which is for tests only");
@@ -29,8 +29,8 @@ pub fn start(vars: &Vars) {
     }
 }
 
-/// The current time of this machine. Leases don't depend on it; only times that people see, deadlines and
-/// `run_after` do, to the second.
+/// The current time of this machine. Only times that people see, deadlines and `run_after` depend on it, to the second;
+/// leases don't.
 #[expect(
     clippy::disallowed_methods,
     reason = "this is the one place that asks the system for the time"
@@ -49,7 +49,7 @@ fn offset_in(file: &Path) -> i64 {
 }
 
 impl Timestamp {
-    /// Reads RFC 3339 with any offset. `None` when it isn't that.
+    /// Parses RFC 3339 with any offset; `None` if the text isn't that.
     pub fn parse(text: &str) -> Option<Self> {
         DateTime::parse_from_rfc3339(text)
             .ok()
@@ -61,7 +61,7 @@ impl Timestamp {
         self.0.div_euclid(1_000_000)
     }
 
-    /// This time and `duration` more. Saturates at the end of time.
+    /// This time plus `duration`. Saturates at the maximum.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
         Self(
@@ -70,7 +70,7 @@ impl Timestamp {
         )
     }
 
-    /// This time and `duration` less. Saturates at the beginning of time.
+    /// This time minus `duration`. Saturates at the minimum.
     #[must_use]
     pub fn before(self, duration: Duration) -> Self {
         Self(
@@ -88,7 +88,7 @@ impl Timestamp {
         Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
     }
 
-    /// The same time as chrono knows it. Times outside chrono's range become the epoch.
+    /// Converts to chrono's type. Times outside chrono's range become the epoch.
     pub fn to_utc(self) -> DateTime<Utc> {
         DateTime::from_timestamp_micros(self.0).unwrap_or_default()
     }

@@ -1,11 +1,11 @@
-//! `DATA_DIR` belongs to one database: it holds the database's name, so that a process which is pointed at another
-//! database, or at another's data, doesn't start.
+//! `DATA_DIR` belongs to one database. It contains the database's instance id, and a process refuses to start if the
+//! directory belongs to another database.
 
 use crate::env::Error;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-/// Makes the folder if it isn't there, and makes sure that it belongs to the database `instance_id`. Gives its
+/// Creates the directory if it doesn't exist, and checks that it belongs to the database `instance_id`. Returns its
 /// absolute path.
 pub fn bind(data_dir: &Path, instance_id: &str) -> Result<PathBuf, Error> {
     let unusable = |error: std::io::Error| {
@@ -32,7 +32,7 @@ pub fn bind(data_dir: &Path, instance_id: &str) -> Result<PathBuf, Error> {
     data_dir.canonicalize().map_err(unusable)
 }
 
-/// Writes the name, whole or not at all, unless somebody else does so first.
+/// Writes the instance id atomically, unless another process was first.
 fn name(data_dir: &Path, file: &Path, instance_id: &str) -> std::io::Result<()> {
     let new = data_dir.join(format!("instance.{}", uuid::Uuid::new_v4()));
     let mut made = std::fs::File::create_new(&new)?;
@@ -59,7 +59,7 @@ mod tests {
         assert_eq!(bind(&data_dir, "two").unwrap_err().variable, "DATA_DIR");
         let files = std::fs::read_dir(&data_dir).unwrap().count();
         assert_eq!(files, 1, "nothing is left beside the name");
-        // As if the disk had lost what was written: it isn't everybody's.
+        // An empty file, as after a crash of the disk, doesn't match every database.
         std::fs::write(data_dir.join("instance"), "").unwrap();
         assert_eq!(bind(&data_dir, "two").unwrap_err().variable, "DATA_DIR");
     }

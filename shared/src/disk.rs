@@ -1,17 +1,17 @@
-//! Whether a directory can be written: a full disk and a read-only one still let everything be read.
+//! Checks whether a directory can be written. A full or read-only disk can still be read.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::Path;
 
-/// More than fits into an inode or into what a file has in reserve, and little for a disk.
+/// More than fits into an inode or a preallocated block, and little for a disk.
 static SAMPLE: [u8; 64 * 1024] = [1; 64 * 1024];
 
-/// Writes a little into a directory and leaves nothing there. Blocks.
+/// Writes a small file into the directory and removes it. Blocks.
 pub fn try_to_write(directory: &Path) -> io::Result<()> {
     let path = directory.join(format!(".room-{}", uuid::Uuid::new_v4().simple()));
     let mut file = File::create_new(&path)?;
-    // Now, so that a kill leaves nothing behind either.
+    // Removed before it is written, so that a kill leaves no file either.
     fs::remove_file(&path)?;
     file.write_all(&SAMPLE)
 }

@@ -1,4 +1,5 @@
-//! The environment: every setting is a variable, read here, and a bad one stops the start with its name.
+//! The environment. Every setting is a variable that is read here. A value that is not valid stops the start, and the
+//! error names the variable.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -7,20 +8,20 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// A variable has a value that can't be used.
+/// The value of a variable is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{variable} {problem}; accepted: {accepted}")]
 pub struct Error {
     /// The variable's name.
     pub variable: &'static str,
-    /// What is wrong with its value. Never the value itself, which may be a secret.
+    /// What is wrong with the value. Never the value itself, because it may be a secret.
     pub problem: String,
     /// The accepted form.
     pub accepted: String,
 }
 
 impl Error {
-    /// The variable `variable` has a `problem`; `accepted` says what would do.
+    /// `problem` says what is wrong with the value of `variable`; `accepted` describes valid values.
     pub fn new(variable: &'static str, problem: impl Into<String>, accepted: impl Into<String>) -> Self {
         Self {
             variable,
@@ -30,12 +31,12 @@ impl Error {
     }
 }
 
-/// The variables of a process. It remembers which were asked for and with which default, so that a test can hold
-/// `.env.example` against the code.
+/// The variables of a process. It records which were read and with which default, so that a test can compare
+/// `.env.example` with the code.
 #[derive(Default)]
 pub struct Vars {
     values: HashMap<String, String>,
-    /// Those whose values are no text.
+    /// Variables whose values aren't UTF-8.
     no_text: BTreeSet<String>,
     asked: RefCell<BTreeMap<&'static str, String>>,
 }
@@ -48,15 +49,16 @@ impl fmt::Debug for Vars {
 }
 
 impl Vars {
-    /// The process's environment, over what a `.env` file in the working directory (or a parent) says. There the last
-    /// line of a name counts, so that one can be appended; an empty variable of the environment counts as unset.
+    /// Reads the process's environment and the file `.env` in the working directory or a parent. The environment takes
+    /// precedence, and an empty variable in it counts as unset. In the file the last line of a name wins, so that a line
+    /// can be appended.
     #[expect(
         clippy::disallowed_methods,
         reason = "this is the one place that reads the environment"
     )]
     pub fn from_process() -> Result<Self, Error> {
         let own: Vec<_> = std::env::vars_os().collect();
-        // Loaded, too, for what libraries and the CLI read by themselves, such as HTTPS_PROXY.
+        // Also loaded into the environment, for libraries and the CLI, which read variables such as HTTPS_PROXY.
         let file = match dotenvy::dotenv().and_then(|_| dotenvy::dotenv_iter()?.collect()) {
             Ok(file) => file,
             Err(error) if error.not_found() => Vec::new(),
@@ -79,15 +81,15 @@ impl Vars {
         Ok(Self::from_os(file, own))
     }
 
-    /// The variables of the environment over those of a file, of which the last of a name counts. An empty one of the
-    /// environment doesn't hide the file's.
+    /// Merges the file and the environment, which takes precedence. In the file the last value of a name wins. An empty
+    /// variable in the environment doesn't hide the one in the file.
     fn from_os(file: Vec<(String, String)>, own: Vec<(OsString, OsString)>) -> Self {
         let mut vars = Self {
             values: file.into_iter().collect(),
             ..Self::default()
         };
         for (name, value) in own {
-            // A name that is no text is none of ours.
+            // A name that isn't UTF-8 isn't one of ours.
             let Ok(name) = name.into_string() else { continue };
             match value.into_string() {
                 Ok(value) if value.trim().is_empty() && vars.values.contains_key(&name) => {}
@@ -110,12 +112,12 @@ impl Vars {
         }
     }
 
-    /// Every variable that was asked for so far, with its default ("" = none).
+    /// Every variable read so far, with its default ("" = none).
     pub fn asked(&self) -> BTreeMap<&'static str, String> {
         self.asked.borrow().clone()
     }
 
-    /// The text of `name`; unset, empty and blank are all `None`.
+    /// The value of `name`; `None` if it is unset, empty or blank.
     pub fn text(&self, name: &'static str) -> Result<Option<String>, Error> {
         self.asked.borrow_mut().entry(name).or_default();
         if self.no_text.contains(name) {
@@ -125,12 +127,12 @@ impl Vars {
         Ok(value.filter(|value| !value.is_empty()))
     }
 
-    /// The text of a variable that belongs to the system (`HOME`, `PATH`) and not to this service.
+    /// The value of a variable of the system (`HOME`, `PATH`), which isn't a setting of this service.
     pub fn unlisted(&self, name: &str) -> Option<String> {
         self.values.get(name).filter(|value| !value.is_empty()).cloned()
     }
 
-    /// The text of `name`, or `default`.
+    /// The value of `name`, or `default`.
     pub fn or(&self, name: &'static str, default: &str) -> Result<String, Error> {
         self.asked.borrow_mut().insert(name, default.to_owned());
         Ok(self.text(name)?.unwrap_or_else(|| default.to_owned()))
@@ -174,7 +176,7 @@ impl Vars {
         Ok(number)
     }
 
-    /// What is still open when a process is told to stop gets this to end by itself: `DRAIN_SECONDS`, 30.
+    /// How long open requests and running jobs may take after a stop signal: `DRAIN_SECONDS`, 30.
     pub fn drain(&self) -> Result<Duration, Error> {
         self.number("DRAIN_SECONDS", 30, 0, 86_400)
             .map(Duration::from_secs)
@@ -186,13 +188,13 @@ impl Vars {
             .map(|days: u64| Duration::from_secs(86_400 * days))
     }
 
-    /// How long an `Idempotency-Key` is remembered: `IDEMPOTENCY_TTL_HOURS`, 24.
+    /// How long an `Idempotency-Key` stays valid: `IDEMPOTENCY_TTL_HOURS`, 24.
     pub fn idempotency_ttl(&self) -> Result<Duration, Error> {
         self.number("IDEMPOTENCY_TTL_HOURS", 24, 1, 8_760)
             .map(|hours: u64| Duration::from_secs(3_600 * hours))
     }
 
-    /// A list with commas between its members; blanks around them and empty members are dropped.
+    /// A comma-separated list. Spaces around members and empty members are dropped.
     pub fn list(&self, name: &'static str, default: &str) -> Result<Vec<String>, Error> {
         let text = self.or(name, default)?;
         Ok(text

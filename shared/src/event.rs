@@ -1,4 +1,4 @@
-//! What happened to a job, in order: each event has the next number of its job and is never changed.
+//! The events of a job. Each event gets the job's next number and never changes.
 
 use crate::clock::Timestamp;
 use crate::id::JobId;
@@ -10,17 +10,17 @@ use serde_json::Value;
 pub enum EventType {
     /// The job's status changed: `{status, attempt, reason?}`.
     Status,
-    /// The model said something: `{content, tool_name: null}`.
+    /// Text from the model: `{content, tool_name: null}`.
     Assistant,
     /// The model called a tool: `{content: null, tool_name, tool_use_id, input}`.
     Tool,
-    /// A tool answered: `{tool_use_id, is_error, content}`, the content cut to 16 KiB with `truncated`.
+    /// The result of a tool: `{tool_use_id, is_error, content}`; longer content is cut to 16 KiB, with `truncated`.
     ToolResult,
     /// Cost so far: `{cost, usage}`.
     Usage,
     /// Another attempt is due: `{attempt, delay_ms, error_code}`.
     Retry,
-    /// A cancel was asked for while the job ran: `{reason}`.
+    /// A cancel was requested while the job ran: `{reason}`.
     Cancelling,
     /// Events were left out because the job had too many: `{from, to}`.
     Gap,
@@ -33,7 +33,7 @@ pub enum EventType {
 }
 
 impl EventType {
-    /// The word on the wire and in the table.
+    /// The word in JSON and in the table.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Status => "status",
@@ -56,7 +56,7 @@ impl EventType {
     }
 }
 
-/// An event that isn't stored yet; storage gives it its number.
+/// An event that isn't stored yet; storage assigns its number.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewEvent {
     /// What happened.

@@ -8,7 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 use uuid::Uuid;
 
-/// The text isn't an identifier of the wanted kind.
+/// The text isn't an identifier of the expected kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not an identifier of this kind")]
 pub struct NotAnId;
@@ -20,7 +20,7 @@ macro_rules! id {
         pub struct $name(Uuid);
 
         impl $name {
-            /// A new identifier, later in order than those made before it.
+            /// A new identifier, which sorts after all earlier ones.
             #[expect(clippy::new_without_default, reason = "every call gives another value")]
             pub fn new() -> Self {
                 Self(Uuid::now_v7())
@@ -97,27 +97,28 @@ id! {
     JobId, "job"
 }
 id! {
-    /// A session, as the storage and the file system know it: `ses_…`. Clients address it by its name.
+    /// A session in storage and in the file system: `ses_…`. Clients address it by its name.
     SessionId, "ses"
 }
 id! {
-    /// A worker process of one start: `wrk_…`.
+    /// A worker process, from its start to its end: `wrk_…`.
     WorkerId, "wrk"
 }
 
-/// An API key, by its public name: `key_…` for a managed key, `env_…` for one from the environment, or `anonymous`.
+/// The public id of an API key: `key_…` for a key in the database, `env_…` for one from the environment, or
+/// `anonymous`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, sqlx::Type)]
 #[serde(transparent)]
 #[sqlx(transparent)]
 pub struct KeyId(String);
 
 impl KeyId {
-    /// The owner of everything where no key is configured.
+    /// The owner of everything if no key is configured.
     pub fn anonymous() -> Self {
         Self("anonymous".to_owned())
     }
 
-    /// A key that is known by this name. The caller has made sure that it is one.
+    /// The id of a known key. The caller has checked that it is one.
     pub fn known(name: impl Into<String>) -> Self {
         Self(name.into())
     }

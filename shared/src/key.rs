@@ -13,20 +13,20 @@ use crate::clock::Timestamp;
 use crate::id::KeyId;
 use serde::{Deserialize, Serialize};
 
-/// Whether a key opens.
+/// Whether a key is valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KeyStatus {
-    /// It does.
+    /// It is valid.
     Active,
-    /// It was taken back.
+    /// It was revoked.
     Revoked,
-    /// Its time is over.
+    /// It has expired.
     Expired,
 }
 
 impl KeyStatus {
-    /// The word on the wire.
+    /// The word in JSON.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Active => "active",
@@ -36,7 +36,7 @@ impl KeyStatus {
     }
 }
 
-/// What a key is for: 1 to 128 characters that can be seen, or blanks between them. The error is a sentence for people.
+/// Checks a key's name: 1 to 128 visible characters, with spaces between them. The error is a sentence for people.
 pub fn name(text: &str) -> Result<(), &'static str> {
     if text.chars().count() > 128 {
         return Err("A name should have at most 128 characters");
@@ -47,36 +47,36 @@ pub fn name(text: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// What a key may do and how much of it. `None` is as the service is set up.
+/// What a key may do, and its limits. `None` means the default of the service.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct KeyRights {
-    /// What it may do at all.
+    /// Its permissions.
     #[sqlx(try_from = "String")]
     pub scopes: Scopes,
-    /// The networks (CIDR) that it may be used from; empty is any.
+    /// The networks (CIDR) from which it may be used; empty means any.
     #[sqlx(try_from = "String")]
     pub allowed_ips: TextList,
-    /// The models that its jobs may run on; empty is any. A job that names none gets the first.
+    /// The models that its jobs may use; empty means any. A job without a model gets the first.
     #[sqlx(try_from = "String")]
     pub allowed_models: TextList,
-    /// Submissions in a window, 1 to 1,000,000.
+    /// Submissions per window, 1 to 1,000,000.
     pub rate_submit: Option<i64>,
-    /// Other requests in a window, 1 to 1,000,000.
+    /// Other requests per window, 1 to 1,000,000.
     pub rate_read: Option<i64>,
     /// The window, in seconds, 1 to 86,400.
     pub rate_window: Option<i64>,
-    /// Jobs that run at once, 1 to 1,000; more wait.
+    /// Jobs that run at once, 1 to 1,000; more jobs wait.
     pub max_running_jobs: Option<i64>,
-    /// Jobs that wait, 1 to 100,000; more are refused.
+    /// Waiting jobs, 1 to 100,000; more are rejected.
     pub max_queued_jobs: Option<i64>,
-    /// Event streams that are open at once, 1 to 1,000.
+    /// Open event streams, 1 to 1,000; more are rejected.
     pub max_streams: Option<i64>,
-    /// The highest priority that its jobs get, -10 to 10.
+    /// The maximum priority of its jobs, -10 to 10.
     pub max_priority: Option<i64>,
 }
 
 impl KeyRights {
-    /// These scopes, and otherwise as the service is set up.
+    /// These scopes, and the defaults of the service for everything else.
     pub fn of(scopes: Scopes) -> Self {
         Self {
             scopes,
@@ -93,10 +93,10 @@ impl KeyRights {
     }
 }
 
-/// A key as it is stored. Its secret isn't in it.
+/// A key as it is stored, without its secret.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct ApiKey {
-    /// Grows with creation; lists are in its order.
+    /// Numbers keys in order of creation; lists are sorted by it.
     pub key_number: i64,
     /// `key_` and the public part of its secrets.
     pub key_id: KeyId,
@@ -106,33 +106,33 @@ pub struct ApiKey {
     pub secret_digest: Digest,
     /// The last four characters of its secret.
     pub last4: String,
-    /// The digest of the secret that it had before it was rotated last.
+    /// The digest of the old secret, from before the last rotation.
     pub previous_digest: Option<Digest>,
-    /// Until when that one opens too.
+    /// Until when the old secret is valid.
     pub previous_valid_until: Option<Timestamp>,
     /// What it may do.
     #[sqlx(flatten)]
     pub rights: KeyRights,
-    /// Its owner's own pairs of texts, as JSON.
+    /// The owner's metadata: pairs of strings, as JSON.
     pub metadata: String,
-    /// When it was made.
+    /// When it was created.
     pub created_at: Timestamp,
-    /// By which key, or `cli`.
+    /// The id of the key that created it, or `cli`.
     pub created_by: String,
-    /// From then on it doesn't open any more.
+    /// When it expires.
     pub expires_at: Option<Timestamp>,
-    /// When it was taken back.
+    /// When it was revoked.
     pub revoked_at: Option<Timestamp>,
-    /// Why.
+    /// Why it was revoked.
     pub revoke_reason: Option<String>,
-    /// When it opened last, to the minute.
+    /// When it was last used, to the minute.
     pub last_used_at: Option<Timestamp>,
-    /// Grows with each change.
+    /// Incremented by each change.
     pub version: i64,
 }
 
 impl ApiKey {
-    /// Whether it opens at this time.
+    /// Its status at this time.
     pub fn status(&self, now: Timestamp) -> KeyStatus {
         if self.revoked_at.is_some() {
             KeyStatus::Revoked
@@ -143,7 +143,7 @@ impl ApiKey {
         }
     }
 
-    /// Whether this is the digest of a secret of this key: the present one, or the one before while that still opens.
+    /// Whether this is the digest of a valid secret of this key: the current one, or the old one in its grace period.
     pub fn is_opened_by(&self, digest: &Digest, now: Timestamp) -> bool {
         let overlap = self.previous_valid_until.is_some_and(|until| now < until);
         let previous = self.previous_digest.as_ref().filter(|_| overlap);
@@ -153,12 +153,12 @@ impl ApiKey {
         present || before
     }
 
-    /// Whether it is an administrator's: it sees everybody's objects.
+    /// Whether it is an admin key, which sees the objects of all keys.
     pub fn is_admin(&self) -> bool {
         self.rights.scopes.contains(Scope::KeysAdmin)
     }
 
-    /// What people tell it by: the beginning and the end of its secret.
+    /// The start and the end of its secret, by which people recognise it.
     pub fn shown(&self) -> String {
         let kid = self.key_id.as_str().trim_start_matches("key_");
         let kind = KeyKind::of(self.is_admin());
@@ -166,7 +166,7 @@ impl ApiKey {
     }
 }
 
-/// A key that is to be stored.
+/// A key to store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewApiKey {
     /// Its id.
@@ -179,23 +179,23 @@ pub struct NewApiKey {
     pub last4: String,
     /// What it may do.
     pub rights: KeyRights,
-    /// Its owner's own pairs of texts, as JSON.
+    /// The owner's metadata: pairs of strings, as JSON.
     pub metadata: String,
-    /// When it ends.
+    /// When it expires.
     pub expires_at: Option<Timestamp>,
-    /// When it is made.
+    /// When it is created.
     pub created_at: Timestamp,
-    /// By which key, or `cli`.
+    /// The id of the key that created it, or `cli`.
     pub created_by: String,
 }
 
-/// Texts in one column, as a JSON list.
+/// Strings in one column, as a JSON list.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct TextList(pub Vec<String>);
 
 impl TextList {
-    /// As it is stored.
+    /// The stored form.
     pub fn to_column(&self) -> String {
         serde_json::json!(self.0).to_string()
     }

@@ -1,10 +1,10 @@
-//! What the API and the worker mean by the same word, and the one way to the database.
+//! What API and worker have in common, and the only way to the database.
 //!
-//! * Values that are right by construction: [`job`], [`event`], [`session`], [`key`], [`budget`], [`money`], [`id`],
+//! * Values that are valid by construction: [`job`], [`event`], [`session`], [`key`], [`budget`], [`money`], [`id`],
 //!   [`clock`].
 //! * The database, SQLite or PostgreSQL: [`storage`]. Reads are methods of `Store`, and so are writes that are a
-//!   transaction of their own; those that make up a caller's transaction are methods of `Tx`.
-//! * What every process needs at its start and end: [`mod@env`], [`telemetry`], [`shutdown`]; and on its disk:
+//!   whole transaction; parts of a caller's transaction are methods of `Tx`.
+//! * What every process needs when it starts and stops: [`mod@env`], [`telemetry`], [`shutdown`]; and on its disk:
 //!   [`data_dir`], [`disk`].
 
 pub mod budget;

@@ -5,16 +5,16 @@ use std::fmt;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Sub};
 
-/// An amount in millionths of a US dollar. On the wire it is a JSON number of dollars with at most six decimals.
+/// An amount in millionths of a US dollar. In JSON it is a number of dollars with at most six decimals.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, sqlx::Type)]
 #[sqlx(transparent)]
 pub struct MicroUsd(pub i64);
 
 impl MicroUsd {
-    /// Nothing.
+    /// Zero.
     pub const ZERO: Self = Self(0);
 
-    /// Dollars as a number, rounded to the nearest millionth. `None` when it isn't finite or beyond ±9 billion.
+    /// From dollars, rounded to the nearest millionth. `None` if not finite or beyond ±9 billion.
     pub fn from_usd(usd: f64) -> Option<Self> {
         let micros = (usd * 1e6).round();
         #[expect(
@@ -24,13 +24,13 @@ impl MicroUsd {
         (micros.abs() <= 9e15).then_some(Self(micros as i64))
     }
 
-    /// Dollars as a number, for JSON and for people. Exact to the millionth up to nine billion dollars.
+    /// In dollars, for JSON and for people. Exact to the millionth up to nine billion dollars.
     #[expect(clippy::cast_precision_loss, reason = "amounts stay below 2^53 millionths")]
     pub fn usd(self) -> f64 {
         self.0 as f64 / 1e6
     }
 
-    /// Whether this is at least so many percent of `whole`.
+    /// Whether this is at least `percent` percent of `whole`.
     pub fn reaches(self, percent: i64, whole: Self) -> bool {
         i128::from(self.0) * 100 >= i128::from(percent) * i128::from(whole.0)
     }
@@ -68,7 +68,7 @@ impl Sum for MicroUsd {
     }
 }
 
-/// `$0.0123`: at least two decimals, no more than are needed.
+/// `$0.0123`: at least two decimals, and no more than needed.
 impl fmt::Display for MicroUsd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (sign, micros) = (if self.0 < 0 { "-" } else { "" }, self.0.unsigned_abs());

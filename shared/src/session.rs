@@ -7,25 +7,25 @@ use crate::money::MicroUsd;
 /// A session as it is stored. The settings are the defaults of its jobs.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub struct Session {
-    /// The number by which clients may also address it; grows with creation.
+    /// A number by which clients may also address it, in order of creation.
     pub session_number: i64,
-    /// Names its folder under `DATA_DIR/sessions`.
+    /// The name of its directory under `DATA_DIR/sessions`.
     pub session_id: SessionId,
-    /// Whose it is.
+    /// The owner.
     pub key_id: KeyId,
     /// Unique among the owner's sessions; 1 to 128 characters.
     pub name: String,
     /// Settings, as JSON: `system_prompt model max_turns permission_mode effort allowed_tools disallowed_tools
     /// max_cost_usd metadata`.
     pub settings: String,
-    /// The Claude session that the next job resumes; none before the first job has run.
+    /// The Claude session that the next job resumes; `None` before the first job has run.
     pub claude_session_id: Option<String>,
     /// What its jobs have cost.
     pub total_cost: MicroUsd,
     /// The turns of its jobs.
     pub total_turns: i64,
-    /// When it was made.
+    /// When it was created.
     pub created_at: Timestamp,
-    /// When a job or a change last touched it.
+    /// When it was last used or changed.
     pub updated_at: Timestamp,
 }

@@ -1,19 +1,19 @@
-//! The signals that end a process.
+//! The signals that stop a process.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// How far a process has been asked to stop.
+/// Graceful shutdown in two steps.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
-    /// Cancelled by the first SIGTERM or SIGINT: finish what is at hand.
+    /// Cancelled by the first SIGTERM or SIGINT: take nothing new, finish what is running.
     pub drain: CancellationToken,
-    /// Cancelled by the second one: hand back what is at hand.
+    /// Cancelled by the second signal: release what is running at once.
     pub at_once: CancellationToken,
 }
 
 impl Shutdown {
-    /// Listens for SIGTERM and SIGINT from now on, in a task that lives as long as the process.
+    /// Starts a task that listens for SIGTERM and SIGINT until the process ends.
     pub fn on_signals() -> std::io::Result<Self> {
         let shutdown = Self::default();
         let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);

@@ -1,12 +1,12 @@
-//! Logging: to stderr, as text for people or JSON for machines.
+//! Logging to stderr, as text or JSON.
 
 use crate::env::{Error, Vars};
 use tracing_subscriber::EnvFilter;
 
-/// Starts logging as `LOG_LEVEL` and `LOG_FORMAT` say. Call it once, first.
+/// Starts logging as set by `LOG_LEVEL` and `LOG_FORMAT`. Call it once, first.
 pub fn start(vars: &Vars) -> Result<(), Error> {
     let level = vars.or("LOG_LEVEL", "info")?;
-    // The Python service's words, and any filter of the tracing crate.
+    // The words of the Python service, and any filter of the tracing crate.
     let parts: Vec<String> = level
         .to_lowercase()
         .split(',')
@@ -23,11 +23,11 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
             "off, error, warn, info, debug, trace, or a filter such as info,worker=debug",
         )
     };
-    // The library takes a word that is no level for the name of a crate, and then nothing else is told.
+    // The library takes an unknown level for the name of a crate, and would then log nothing else.
     if !parts.iter().all(|part| is_directive(part)) {
         return Err(unknown());
     }
-    // What the pools of connections and the queue library complain about is told once, by whoever meets it.
+    // Errors of the connection pools and the queue library are logged once, by the code that handles them.
     let quiet = "sqlx=warn,sqlx::pool=error,sqlx_core::pool=error,sqlx::postgres::notice=error,\
                  apalis=off,apalis_core=off,apalis_postgres=off,apalis_sqlite=off,hyper=warn,reqwest=warn";
     let quiet = format!("{},{quiet}", parts.join(","));
@@ -46,7 +46,7 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
     Ok(())
 }
 
-/// A level, or one for a part of the program.
+/// A level, or a level for one crate.
 fn is_directive(text: &str) -> bool {
     ["", "off", "error", "warn", "info", "debug", "trace"].contains(&text) || text.contains(['=', '['])
 }
@@ -57,7 +57,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let more = error.to_string();
-        // Some errors repeat their source's text in their own.
+        // Some errors repeat the text of their source.
         if !text.ends_with(&more) {
             text.push_str(": ");
             text.push_str(&more);

@@ -1,24 +1,24 @@
-//! What a key may do at all.
+//! Scopes: the permissions of a key.
 
 use std::fmt;
 use std::str::FromStr;
 
 macro_rules! scopes {
     ($($(#[$doc:meta])* $name:ident = $word:literal),+ $(,)?) => {
-        /// One thing that a key may do.
+        /// One permission of a key.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum Scope {
             $($(#[$doc])* $name),+
         }
 
         impl Scope {
-            /// All of them.
+            /// All scopes.
             pub const ALL: &'static [Self] = &[$(Self::$name),+];
 
-            /// The words of all of them, in the same order.
+            /// The words of all scopes, in the same order.
             pub const WORDS: &'static [&'static str] = &[$($word),+];
 
-            /// The word on the wire and in the table.
+            /// The word in JSON and in the table.
             pub const fn as_str(self) -> &'static str {
                 match self {
                     $(Self::$name => $word),+
@@ -35,7 +35,7 @@ scopes! {
     JobsWrite = "jobs:write",
     /// Read sessions.
     SessionsRead = "sessions:read",
-    /// Make, change and delete sessions.
+    /// Create, change and delete sessions.
     SessionsWrite = "sessions:write",
     /// Read files of a workspace.
     FilesRead = "files:read",
@@ -43,15 +43,15 @@ scopes! {
     FilesWrite = "files:write",
     /// Read webhooks and their deliveries.
     WebhooksRead = "webhooks:read",
-    /// Make, change and delete webhooks.
+    /// Create, change and delete webhooks.
     WebhooksWrite = "webhooks:write",
     /// Read what was spent.
     UsageRead = "usage:read",
-    /// Load the templates again.
+    /// Reload the templates.
     TemplatesWrite = "templates:write",
     /// Run jobs without permission checks.
     PermissionsBypass = "permissions:bypass",
-    /// Make and change keys, and see everybody's objects.
+    /// Create and change keys, and see the objects of all keys.
     KeysAdmin = "keys:admin",
     /// Set budgets.
     BudgetsAdmin = "budgets:admin",
@@ -84,20 +84,20 @@ impl FromStr for Scope {
     }
 }
 
-/// A set of scopes. In a column it is its words with blanks between them.
+/// A set of scopes. In a column it is stored as words separated by spaces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scopes(u32);
 
 impl Scopes {
-    /// None.
+    /// The empty set.
     pub const NONE: Self = Self(0);
 
-    /// Every scope: what an administrator's key from the environment has.
+    /// Every scope. Keys from `ADMIN_API_KEYS` have it.
     pub fn all() -> Self {
         Scope::ALL.iter().copied().collect()
     }
 
-    /// What a key has unless told otherwise: all but the administrators' and the bypass of permissions.
+    /// The default of a key: all scopes except `…:admin` and `permissions:bypass`.
     pub fn ordinary() -> Self {
         let privileged = |scope: &Scope| {
             matches!(
@@ -112,7 +112,7 @@ impl Scopes {
             .collect()
     }
 
-    /// Whether the scope is in it.
+    /// Whether the set contains the scope.
     pub const fn contains(self, scope: Scope) -> bool {
         self.0 & scope.bit() != 0
     }
@@ -122,7 +122,7 @@ impl Scopes {
         self.iter().find(|scope| !others.contains(*scope))
     }
 
-    /// The scopes in it, in the order of [`Scope::ALL`].
+    /// The scopes of the set, in the order of [`Scope::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Scope> {
         Scope::ALL
             .iter()
@@ -144,7 +144,7 @@ impl fmt::Display for Scopes {
     }
 }
 
-/// A word that this version doesn't know gives no right: an older process may read what a newer one has written.
+/// An unknown word grants nothing: an older process may read what a newer one has written.
 impl From<String> for Scopes {
     fn from(text: String) -> Self {
         text.split_whitespace()

@@ -1,6 +1,5 @@
-//! What a secret looks like: `cjk_<kid><random><checksum>` with underscores between the first two, all in base62, so
-//! that it is selected as one word, found by scanners of leaked secrets, and a typing error is seen without a look
-//! into the database.
+//! The format of a secret: `cjk_<kid>_<random><checksum>`, all parts in base62. A double click selects it as one word,
+//! scanners for leaked secrets can find it, and the checksum finds a typing error without a query.
 
 use std::fmt;
 
@@ -16,7 +15,7 @@ const CHECKSUM: usize = 6;
 /// `cjk_`, the kid, `_`, the random part, the checksum.
 const LENGTH: usize = 4 + KID + 1 + RANDOM + CHECKSUM;
 
-/// Whose key it is, as its secret's prefix says to people. Rights are decided by scopes, never by this.
+/// The kind of a key, shown to people by the prefix of its secret. Permissions come from scopes, never from this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyKind {
     /// `cjk`.
@@ -26,12 +25,12 @@ pub enum KeyKind {
 }
 
 impl KeyKind {
-    /// The kind of an administrator's key or of another.
+    /// The kind of an admin key, or of an ordinary one.
     pub const fn of(admin: bool) -> Self {
         if admin { Self::Admin } else { Self::Ordinary }
     }
 
-    /// What the secret begins with.
+    /// The prefix of the secret.
     pub const fn prefix(self) -> &'static str {
         match self {
             Self::Ordinary => "cjk",
@@ -40,12 +39,12 @@ impl KeyKind {
     }
 }
 
-/// The public part of a secret, by which its key is found: 8 characters in base62.
+/// The public part of a secret, which identifies the key: 8 characters in base62.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Kid(String);
 
 impl Kid {
-    /// A new one.
+    /// A new random value.
     pub fn generate() -> Result<Self, getrandom::Error> {
         random(KID).map(Self)
     }
@@ -55,14 +54,14 @@ impl Kid {
         KeyId::known(format!("key_{}", self.0))
     }
 
-    /// The public part of a key's secrets, from its id. `None` when it isn't the id of such a key.
+    /// The public part of a key's secrets, from the key's id. `None` if it isn't the id of a database key.
     pub fn of(key_id: &str) -> Option<Self> {
         let kid = key_id.strip_prefix("key_")?;
         (kid.len() == KID && kid.bytes().all(|byte| ALPHABET.contains(&byte))).then(|| Self(kid.to_owned()))
     }
 }
 
-/// A secret that was just made. It is shown once and then forgotten; `Debug` doesn't show it.
+/// A new secret. It is shown once and never stored; `Debug` doesn't show it.
 pub struct Secret(String);
 
 impl fmt::Debug for Secret {
@@ -79,8 +78,8 @@ impl Secret {
         Ok(Self(text))
     }
 
-    /// The public part of a text that is a secret by its form. `None` for every other text: no database is needed to
-    /// refuse it.
+    /// The public part of a text in the format of a secret. `None` for any other text, which can be rejected without a
+    /// query.
     pub fn kid_of(text: &[u8]) -> Option<Kid> {
         if text.len() != LENGTH || text[..2] != *b"cj" || !b"ka".contains(&text[2]) || text[3] != b'_' {
             return None;
@@ -93,24 +92,24 @@ impl Secret {
             .then(|| Kid(kid.to_owned()))
     }
 
-    /// The secret itself, for the one answer that shows it.
+    /// The secret itself, for the one response that shows it.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// Its last four characters, for people. They are of the checksum, so they tell little.
+    /// The last four characters, for people. They are part of the checksum, so they reveal little.
     pub fn last4(&self) -> &str {
         &self.0[LENGTH - 4..]
     }
 }
 
-/// So many characters, each of the 62 equally likely.
+/// `length` random characters, each of the 62 equally likely.
 fn random(length: usize) -> Result<String, getrandom::Error> {
     let mut text = String::with_capacity(length);
     let mut bytes = [0; 64];
     loop {
         getrandom::fill(&mut bytes)?;
-        // 248 is the largest multiple of 62 in a byte: above it some characters would be likelier.
+        // 248 is the largest multiple of 62 in a byte; higher values would make some characters more likely.
         for byte in bytes.into_iter().filter(|byte| *byte < 248) {
             if text.len() == length {
                 return Ok(text);
@@ -180,7 +179,7 @@ mod tests {
         assert_eq!(made.collect::<std::collections::HashSet<_>>().len(), 1_000);
     }
 
-    /// The checksum of a known text, so that the format can't change unseen.
+    /// The checksum of a known text, so that the format can't change unnoticed.
     #[test]
     fn the_checksum_is_a_crc_32_in_base62() {
         // 0xcbf43926 is the CRC-32 of these digits.

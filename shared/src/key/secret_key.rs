@@ -1,4 +1,4 @@
-//! `SECRET_KEY`: the one secret of a service, from which the others are derived.
+//! `SECRET_KEY`: the only secret of a service, from which the others are derived.
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
@@ -13,10 +13,10 @@ use crate::env::{Error, Vars};
 
 const SHORTEST: usize = 16;
 
-/// What keys are checked with. Without it there are only the keys of the environment.
+/// The key for the digests of secrets. Without it there are only environment keys.
 #[derive(Clone)]
 pub struct SecretKey {
-    /// Keyed once: what is left for each request is the digest itself.
+    /// Initialised once, so that a request pays only for the digest itself.
     pepper: Hmac<Sha256>,
     check: String,
 }
@@ -28,7 +28,7 @@ impl fmt::Debug for SecretKey {
 }
 
 impl SecretKey {
-    /// `SECRET_KEY`, at least 16 characters; `None` when it isn't set.
+    /// `SECRET_KEY`, at least 16 characters; `None` if it isn't set.
     pub fn from_vars(vars: &Vars) -> Result<Option<Self>, Error> {
         let Some(text) = vars.text("SECRET_KEY")? else {
             return Ok(None);
@@ -39,7 +39,7 @@ impl SecretKey {
             .ok_or_else(|| Error::new("SECRET_KEY", "is too short", accepted))
     }
 
-    /// From the secret itself. `None` when it is too short.
+    /// From the secret itself; `None` if it is too short.
     pub fn new(text: &str) -> Option<Self> {
         if text.len() < SHORTEST {
             return None;
@@ -54,20 +54,20 @@ impl SecretKey {
         Some(Self { pepper, check })
     }
 
-    /// A new secret with this public part, and the digest by which it is known again.
+    /// A new secret with this public part, and its digest.
     pub fn issue(&self, kind: KeyKind, kid: &Kid) -> Result<(Secret, Digest), getrandom::Error> {
         let secret = Secret::generate(kind, kid)?;
         let digest = self.digest(secret.expose().as_bytes());
         Ok((secret, digest))
     }
 
-    /// A value by which the database knows it again; it tells nothing about it.
+    /// A value by which the database recognises this key. It reveals nothing about the key.
     pub fn check(&self) -> &str {
         &self.check
     }
 
-    /// The digest of a key's secret. A secret is random and long, so a fast digest is right: a slow one would be a way
-    /// to keep this service busy.
+    /// The digest of a key's secret. A secret is long and random, so a fast digest is enough; a slow one would help an
+    /// attacker to overload the service.
     pub fn digest(&self, secret: &[u8]) -> Digest {
         let mut mac = self.pepper.clone();
         mac.update(secret);
@@ -79,7 +79,7 @@ fn keyed(key: &[u8]) -> Hmac<Sha256> {
     Hmac::new_from_slice(key).expect("an HMAC takes keys of every length")
 }
 
-/// The digest of a secret, in hex in its column. Comparing two takes a time that tells nothing.
+/// The digest of a secret, stored as hex. Two digests are compared in constant time.
 #[derive(Clone)]
 pub struct Digest([u8; 32]);
 
