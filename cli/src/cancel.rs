@@ -1,11 +1,11 @@
-//! `cancel`: asks for a job's end.
+//! `cancel`: cancels a job.
 
 use shared::env::Vars;
 
 use crate::client::Client;
 use crate::failure::Failure;
 
-/// Which job.
+/// The job to cancel.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// The job's id

@@ -24,16 +24,16 @@ use crate::show;
 
 const PROMPT: &str =
     "Write a small program hello.sh into the workspace, run it, and tell me what it printed.";
-/// What the simulated model writes; see the scenario `demo`.
+/// The file that the simulated model writes; see the scenario `demo`.
 const FILE: &str = "hello.sh";
-/// The job takes three seconds; a machine that needs longer than this has another problem.
-const JOB_WITHIN: Duration = Duration::from_mins(2);
-const STOP_WITHIN: Duration = Duration::from_secs(40);
+/// The job takes about three seconds.
+const JOB_TIMEOUT: Duration = Duration::from_mins(2);
+const STOP_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// How the demo runs.
+/// Options of the demo.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Keep the folder with the database and the workspace, and say where it is
+    /// Keep the directory with the database and the workspace, and print its path
     #[arg(long)]
     keep: bool,
 }
@@ -66,42 +66,43 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
         played = play(&client, step) => played,
         () = signals.drain.cancelled() => Err(Failure::Other("interrupted".to_owned())),
     };
-    // The data are read before the service stops, and told after, so that the last words are the result.
-    let told = match played {
+    // The result is read before the service stops, and printed after it, so that it is the end of the output.
+    let report = match played {
         Ok(job) => report(&job, service.store(), &folder.0).await,
         Err(failure) => Err(failure),
     };
     step("stopping");
     let stopping = async {
-        if told.is_ok() {
+        if report.is_ok() {
             service.stop().await
         } else {
             service.stop_at_once().await
         }
     };
-    let stopped = timeout(STOP_WITHIN, stopping).await;
-    let told = told?;
+    let stopped = timeout(STOP_TIMEOUT, stopping).await;
+    let report = report?;
     stopped.map_err(|_| {
         Failure::Other(format!(
             "the service didn't stop within {} s",
-            STOP_WITHIN.as_secs()
+            STOP_TIMEOUT.as_secs()
         ))
     })??;
     nothing_is_left()?;
     step("stopped    no process is left");
     drop(simulator);
-    println!("\n{told}");
+    println!("\n{report}");
     if arguments.keep {
         println!("The database and the workspace are in {}", folder.0.display());
     }
     println!(
         "The model's answers came from a simulator on this machine: no account was used and nothing was paid.\n\
-         All else was real: the API, the queue, the sandbox, the Claude CLI and its tools. With an account: make up"
+         Everything else was real: the API, the queue, the sandbox, the Claude CLI and its tools.\n\
+         With an account, run: make up"
     );
     Ok(())
 }
 
-/// Submits the job and shows what happens, until it ends. Gives the job as it is then.
+/// Submits the job and prints its events until it ends. Returns the job as it is then.
 async fn play(client: &Client, step: impl Fn(&str)) -> Result<Value, Failure> {
     let body = json!({"message": PROMPT});
     step(&format!("POST       /api/v1/jobs {body}"));
@@ -114,13 +115,13 @@ async fn play(client: &Client, step: impl Fn(&str)) -> Result<Value, Failure> {
             step(&line);
         }
     });
-    timeout(JOB_WITHIN, followed)
+    timeout(JOB_TIMEOUT, followed)
         .await
-        .map_err(|_| Failure::Other(format!("the job didn't end within {} s", JOB_WITHIN.as_secs())))??;
+        .map_err(|_| Failure::Other(format!("the job didn't end within {} s", JOB_TIMEOUT.as_secs())))??;
     client.job(id, 0).await
 }
 
-/// The result, the file that the job wrote, and what the ledger says.
+/// The result, the file that the job wrote, and the ledger entries.
 async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Failure> {
     let id = job["id"].as_str().unwrap_or_default();
     if job["status"] != "done" {
@@ -134,7 +135,7 @@ async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Fai
     let content = std::fs::read_to_string(&file)
         .map_err(|error| Failure::Other(format!("the job didn't write {}: {error}", file.display())))?;
 
-    // The demo's database holds nothing else.
+    // The demo's database contains nothing else.
     let everything = LedgerPart {
         key_id: None,
         from: Timestamp(0),
@@ -175,8 +176,8 @@ fn indented(text: &str) -> String {
     text.lines().flat_map(|line| ["    ", line, "\n"]).collect()
 }
 
-/// The service's settings: everything in the demo's own folder, on free ports. Of this process's variables only these
-/// few are used: no account is needed, so none may be used by accident.
+/// The settings of the service: everything in the demo's own directory, on free ports. Only these few variables of this
+/// process are passed on, so that no account is used by accident.
 fn settings(folder: &Path, simulator: &str, key: &str) -> Result<Vars, Failure> {
     let process = Vars::from_process()?;
     let passed_on = |name| process.unlisted(name).unwrap_or_default();
@@ -198,7 +199,7 @@ fn settings(folder: &Path, simulator: &str, key: &str) -> Result<Vars, Failure> 
     ]))
 }
 
-/// Fails when this process still has children: the guards of runs, and through them everything of a run.
+/// Fails if this process still has children: guards of runs. A guard exits only after all processes of its run.
 fn nothing_is_left() -> Result<(), Failure> {
     let own = std::process::id().to_string();
     let mut left = Vec::new();
@@ -206,7 +207,7 @@ fn nothing_is_left() -> Result<(), Failure> {
         let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
             continue;
         };
-        // pid (name) state parent …; the name may hold anything, so what follows its last bracket is read.
+        // pid (name) state parent …; the name may contain anything, so the part after its last bracket is read.
         let Some((name, rest)) = stat.rsplit_once(") ") else {
             continue;
         };
@@ -220,7 +221,7 @@ fn nothing_is_left() -> Result<(), Failure> {
     Err(Failure::Other(format!("processes are left: {}", left.join(", "))))
 }
 
-/// A folder of this demo alone, removed at the end.
+/// The demo's own directory, removed at the end.
 struct Folder(PathBuf, bool);
 
 impl Folder {
@@ -237,7 +238,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if !self.1 {
-            // What can't be removed is in the temporary folder, which the system cleans.
+            // Anything that can't be removed is in the temporary directory, which the system cleans.
             let _ = std::fs::remove_dir_all(&self.0);
         }
     }

@@ -1,4 +1,4 @@
-//! `doctor`: what a service needs on this machine, item by item, and how to get what is missing.
+//! `doctor`: checks what the service needs on this machine, and says how to get what is missing.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -16,13 +16,13 @@ use worker::{Config, TESTED_CLI};
 use crate::client::Client;
 use crate::failure::Failure;
 
-/// What a check found.
+/// The result of a check.
 enum Finding {
-    /// As it should be.
+    /// As required.
     Good(String),
-    /// It will do, but somebody should know.
+    /// It works, but the operator should know.
     Note(String),
-    /// The service can't work like this.
+    /// The service can't work.
     Bad(String),
 }
 
@@ -63,7 +63,7 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
                 tell("credential", credential(config, &cli));
             }
             Err(error) => {
-                let cure = "scripts/install-claude.sh installs it, CLAUDE_CLI_PATH names it";
+                let cure = "install it with scripts/install-claude.sh, or set CLAUDE_CLI_PATH";
                 tell("claude", Bad(format!("no Claude CLI: {error}; {cure}")));
             }
         }
@@ -74,11 +74,11 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::Other(format!(
-        "{bad} of these keep the service from working"
+        "{bad} checks failed; the service can't work without them"
     )))
 }
 
-/// Only looks: opening a database would also bring its tables up to date.
+/// Doesn't open the database, because that would also migrate it.
 fn database(vars: &Vars) -> Finding {
     match DatabaseUrl::from_vars(vars) {
         Err(error) => Bad(error.to_string()),
@@ -88,9 +88,9 @@ fn database(vars: &Vars) -> Finding {
                 Err(error) => Bad(format!("{} can't be written: {error}", file.display())),
             }
         }
-        Ok(DatabaseUrl::Sqlite(file)) => Good(format!("{} is made at the first start", file.display())),
+        Ok(DatabaseUrl::Sqlite(file)) => Good(format!("{} is created at the first start", file.display())),
         Ok(url @ DatabaseUrl::Postgres(_)) => Note(format!(
-            "{url:?}; claude-queue migrate tries it, and brings it up to date"
+            "{url:?}; claude-queue migrate connects to it and migrates it"
         )),
     }
 }
@@ -104,7 +104,7 @@ fn keys(vars: &Vars) -> Finding {
     }
 }
 
-/// Writes more than a disk that is full may still take, as a run would.
+/// Writes a file, because a full disk can still be read.
 fn data_folder(folder: &Path) -> Finding {
     let written = fs::create_dir_all(folder).and_then(|()| disk::try_to_write(folder));
     match written {
@@ -137,10 +137,10 @@ async fn sandbox(config: &Config, path: Option<&OsStr>) -> Finding {
     }
     let runtime = match Runtime::create(config.runtime_dir.as_deref()) {
         Ok(runtime) => runtime,
-        Err(error) => return Bad(format!("no folder for sockets: {error}")),
+        Err(error) => return Bad(format!("no directory for sockets: {error}")),
     };
     match sandbox::check(&runtime, path).await {
-        Ok(_) => Good("bubblewrap works; runs have no network but the API, so WebFetch is off".to_owned()),
+        Ok(_) => Good("bubblewrap works; runs reach only the Messages API, so WebFetch is off".to_owned()),
         Err(error) => Bad(chain(&error)),
     }
 }

@@ -1,4 +1,4 @@
-//! `jobs`: the newest jobs, one a line.
+//! `jobs`: lists the newest jobs, one per line.
 
 use shared::env::Vars;
 
@@ -6,16 +6,16 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::show;
 
-/// Which jobs.
+/// The jobs to list.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Only these statuses, with commas between them: queued, running, done, failed, cancelled
+    /// Only these statuses, comma-separated: queued, running, done, failed, cancelled
     #[arg(long)]
     status: Option<String>,
-    /// At most so many, 1 to 100
+    /// Maximum number of jobs, 1 to 100
     #[arg(long, default_value_t = 20)]
     limit: u32,
-    /// The service's answer as JSON
+    /// Print the response as JSON
     #[arg(long)]
     json: bool,
 }
@@ -32,7 +32,7 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
         println!("{}", show::row(job));
     }
     if page["pagination"]["has_more"] == true {
-        eprintln!("there are more; --limit shows up to 100");
+        eprintln!("there are more jobs; --limit shows up to 100");
     }
     Ok(())
 }

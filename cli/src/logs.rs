@@ -1,4 +1,4 @@
-//! `logs`: what happened to a job, and what happens while it runs.
+//! `logs`: prints a job's events, and follows them while it runs.
 
 use shared::env::Vars;
 
@@ -6,12 +6,12 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::show;
 
-/// Which job.
+/// The job, and the format.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// The job's id
     id: String,
-    /// Each event as a line of JSON
+    /// Print each event as a line of JSON
     #[arg(long)]
     json: bool,
 }
@@ -31,7 +31,7 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
         .await
 }
 
-/// Prints a job's events until the last.
+/// Prints a job's events up to the last one.
 pub(crate) async fn follow(client: &Client, id: &str) -> Result<(), Failure> {
     client
         .follow(id, 0, |event| {

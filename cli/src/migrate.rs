@@ -1,4 +1,4 @@
-//! `migrate`: brings the database to this version's schema, and does nothing else.
+//! `migrate`: migrates the database to this version's schema, and does nothing else.
 
 use shared::env::Vars;
 use shared::storage::{DatabaseUrl, Store};

@@ -15,8 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::failure::Failure;
 
-/// How often a SQLite file is asked whether somebody wrote to it: as a worker does, on which the start of a job waits.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How often a SQLite file is polled for commits. As in a worker, because the start of a job waits for it.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A running service.
 #[derive(Debug)]
@@ -30,8 +30,7 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// Starts both as the variables say; they take jobs and requests when this returns. They drain when `shutdown`
-    /// says so.
+    /// Starts both. They accept requests and run jobs when this returns, and shut down when `shutdown` is cancelled.
     pub(crate) async fn start(vars: &Vars, shutdown: Shutdown) -> Result<Self, Failure> {
         let api_config = api::Config::from_vars(vars)?;
         let worker_config = worker::Config::from_vars(vars)?;
@@ -47,18 +46,18 @@ impl Service {
             .await
             .map_err(|error| Failure::because(&error))?;
         let listening = CancellationToken::new();
-        // Ends the listening when the start is given up.
-        let given_up = listening.clone().drop_guard();
-        let wakeups = Wakeups::listen(&store, LOOK_EVERY, listening.clone());
+        // Stops listening if the start fails.
+        let on_failed_start = listening.clone().drop_guard();
+        let wakeups = Wakeups::listen(&store, POLL_INTERVAL, listening.clone());
 
-        // What the API's settings lack is known before the worker claims, and pays for, anything.
+        // The API's settings are checked before the worker claims, and pays for, anything.
         let context = Context::new(api_config, store.clone(), wakeups.clone())
             .await
             .map_err(|error| match error {
                 StartError::Setting(error) => error.into(),
                 StartError::Storage(error) => Failure::because(&error),
             })?;
-        // The worker first: what can't run jobs shouldn't take them.
+        // The worker starts first: a service that can't run jobs shouldn't accept them.
         let (tell_ready, ready) = oneshot::channel();
         let mut worker = tokio::spawn(worker::run(
             worker_config,
@@ -66,7 +65,7 @@ impl Service {
             wakeups,
             shutdown.clone(),
             move |worker_id| {
-                // Nobody waits when the start was given up.
+                // Nobody waits if the start has failed.
                 let _ = tell_ready.send(worker_id);
             },
         ));
@@ -77,7 +76,7 @@ impl Service {
                 return Err(ended.err().unwrap_or_else(|| Failure::Other("the worker ended at its start".to_owned())));
             }
         }
-        given_up.disarm();
+        on_failed_start.disarm();
         let api = tokio::spawn(api::serve(listener, context, shutdown.clone()));
         Ok(Self {
             address,
@@ -89,7 +88,7 @@ impl Service {
         })
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
@@ -99,7 +98,7 @@ impl Service {
         &self.store
     }
 
-    /// Returns when both have ended: after `shutdown`, or because one failed, which ends the other.
+    /// Returns when both have ended: after `shutdown`, or because one failed, which stops the other.
     pub(crate) async fn ended(mut self) -> Result<(), Failure> {
         let (api, worker) = tokio::select! {
             api = &mut self.api => {
@@ -116,13 +115,13 @@ impl Service {
         worker.and(api)
     }
 
-    /// Lets what runs end, and ends both.
+    /// Waits for running jobs and requests, then stops both.
     pub(crate) async fn stop(self) -> Result<(), Failure> {
         self.shutdown.drain.cancel();
         self.ended().await
     }
 
-    /// Ends what runs, and both.
+    /// Stops both at once, with everything that runs.
     pub(crate) async fn stop_at_once(self) -> Result<(), Failure> {
         self.shutdown.at_once.cancel();
         self.stop().await

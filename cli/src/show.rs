@@ -1,13 +1,13 @@
-//! Jobs and events as lines for people.
+//! Formats jobs and events as lines for people.
 
 use serde_json::Value;
 
 use crate::client::Event;
 
-/// What is shown of a long text.
+/// The maximum number of characters of a long text.
 const WIDTH: usize = 110;
 
-/// An event as one or more lines, or `None` when there's nothing in it for a person.
+/// Formats an event; `None` if it has nothing for a person to read.
 pub(crate) fn event(event: &Event) -> Option<String> {
     let data = &event.data;
     let (word, text) = match event.kind.as_str() {
@@ -35,7 +35,7 @@ pub(crate) fn event(event: &Event) -> Option<String> {
         "retry" => {
             let seconds = data["delay_ms"].as_f64().unwrap_or_default() / 1000.0;
             (
-                "again".to_owned(),
+                "retry".to_owned(),
                 format!("in {seconds:.1} s, because of {}", word(&data["error_code"])),
             )
         }
@@ -61,7 +61,7 @@ pub(crate) fn event(event: &Event) -> Option<String> {
     Some(format!("{:<10} {}", printable(&word), text).trim_end().to_owned())
 }
 
-/// A job in a table: id, status, cost, when it was made, the start of the prompt.
+/// A row of a table of jobs: id, status, cost, creation time, the start of the prompt.
 pub(crate) fn row(job: &Value) -> String {
     let status = match job["hold"].as_str() {
         Some(hold) => format!("{} ({hold})", word(&job["status"])),
@@ -81,14 +81,14 @@ pub(crate) fn money(cost: &Value) -> String {
     format!("${:.4}", cost.as_f64().unwrap_or_default())
 }
 
-/// Text without what would steer a terminal: a model's words aren't trusted with that.
+/// Removes control characters, because a model's text must not control the terminal.
 pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .filter(|c| !c.is_control() || matches!(c, '\n' | '\t'))
         .collect()
 }
 
-/// One line of at most so many characters.
+/// Shortens a text to one line of at most `WIDTH` characters.
 pub(crate) fn short(text: &str) -> String {
     let text = printable(text).split_whitespace().collect::<Vec<_>>().join(" ");
     if text.chars().count() <= WIDTH {
@@ -97,7 +97,7 @@ pub(crate) fn short(text: &str) -> String {
     text.chars().take(WIDTH - 1).chain(['…']).collect()
 }
 
-/// The part of a tool's input that says what it does.
+/// The member of a tool's input that says what it does.
 fn tool_input(input: &Value) -> String {
     let telling = [
         "command",

@@ -1,4 +1,4 @@
-//! `simulator`: plays the Anthropic API until it is told to stop.
+//! `simulator`: simulates the Anthropic API until a stop signal.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -9,16 +9,16 @@ use simulator::{Scenario, Simulator};
 
 use crate::failure::Failure;
 
-/// Where it listens and what else it plays.
+/// The address, and further scenarios.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Where to listen; port 0 takes a free one
+    /// Address to listen on; port 0 selects a free one
     #[arg(long, default_value = "127.0.0.1:8431", value_name = "ADDRESS")]
     listen: SocketAddr,
-    /// Further scenarios: a JSON file with one (its name is the file's), or with an object of several by name
+    /// More scenarios: a JSON file with one (named like the file), or with an object of several by name
     #[arg(long, value_name = "FILE")]
     scenarios: Vec<PathBuf>,
-    /// Print the built-in scenarios and what each is for
+    /// Print the built-in scenarios and the purpose of each
     #[arg(long)]
     list: bool,
 }

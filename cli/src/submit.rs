@@ -1,4 +1,4 @@
-//! `submit`: a prompt in, a job's id out.
+//! `submit`: submits a prompt and prints the job's id.
 
 use std::io::Read;
 
@@ -10,39 +10,39 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::{logs, wait};
 
-/// What a job may be given.
+/// The prompt and the settings of the job.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// The prompt; without one, or with `-`, it is read from standard input
     message: Option<String>,
-    /// The model, for instance sonnet or opus
+    /// Model, such as sonnet or opus
     #[arg(long)]
     model: Option<String>,
-    /// How hard the model thinks: low, medium, high, xhigh, max
+    /// Effort of the model: low, medium, high, xhigh, max
     #[arg(long)]
     effort: Option<String>,
-    /// default, plan, acceptEdits, dontAsk, …
+    /// Permission mode: default, plan, acceptEdits, dontAsk, …
     #[arg(long)]
     permission_mode: Option<String>,
-    /// At most so many dollars
+    /// Maximum cost of an attempt in dollars
     #[arg(long, value_name = "USD")]
     max_cost: Option<f64>,
-    /// At most so many turns
+    /// Maximum number of turns
     #[arg(long, value_name = "N")]
     max_turns: Option<u32>,
-    /// At most so many seconds
+    /// Maximum duration of an attempt in seconds
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u32>,
-    /// Jobs with the same key run one at a time
+    /// Jobs with the same key run one at a time, in order
     #[arg(long, value_name = "KEY")]
     concurrency_key: Option<String>,
-    /// Submitting again with this key gives the same job (default: a new one each time)
+    /// A second submission with the same key returns the same job (default: a random key)
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
     /// Wait for the end and print the result instead of the id
     #[arg(long)]
     wait: bool,
-    /// Print what happens until the end
+    /// Print the events until the end
     #[arg(long, short)]
     follow: bool,
 }

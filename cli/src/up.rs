@@ -1,4 +1,4 @@
-//! `up`: serves for real, API and worker in one process.
+//! `up`: runs the service, API and worker in one process.
 
 use std::io::{IsTerminal, stdout};
 use std::path::PathBuf;
@@ -22,8 +22,8 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
     service.ended().await
 }
 
-/// What somebody needs who sees the service for the first time. `to_a_person`: the key may be shown; a file or a
-/// supervisor's journal would keep it.
+/// The text that a new user needs. The key is shown only if `to_a_person`, because a file or a supervisor's journal
+/// would keep it.
 fn welcome(vars: &Vars, url: &str, to_a_person: bool) -> Result<String, Failure> {
     let key = vars.list("API_KEYS", "")?.into_iter().next();
     let (key_line, header) = match &key {
@@ -50,7 +50,7 @@ Submit a job and wait for its result:
   curl -s {header}-H 'Prefer: wait=50' \\
     -H 'Content-Type: application/json' -d '{{\"message\": \"Write a haiku about queues.\"}}' {url}/api/v1/jobs
 
-Stop with Ctrl-C: running jobs get DRAIN_SECONDS to end, and what doesn't is taken up at the next start.
+Stop with Ctrl-C. Running jobs get DRAIN_SECONDS to finish; the others continue at the next start.
 "
     ))
 }
