@@ -361,7 +361,7 @@ async fn the_doctor_says_what_is_missing() {
     for line in ["BAD   data        DATA_DIR /proc/nowhere", "BAD   claude"] {
         assert!(ill.stdout.contains(line), "{line}: {ill:#?}");
     }
-    assert!(ill.stderr.contains("2 of these"), "{ill:#?}");
+    assert!(ill.stderr.contains("2 checks failed"), "{ill:#?}");
 }
 
 async fn the_simulator_answers_until_it_is_told_to_stop() {
