@@ -10,7 +10,8 @@ create table instance (
 create table queue (
   queue_number bigint primary key check (queue_number = 1),
   paused boolean not null default false,  -- by a person
-  hold text                           -- 'budget': the global budget is used up or reserved
+  hold text,                          -- 'budget': the global budget is used up or reserved
+  resumes bigint not null default 0   -- how often somebody lifted the workers' pauses
 );
 insert into queue (queue_number) values (1);
 
@@ -54,6 +55,8 @@ create table job (
   deadline_at bigint,
   attempt bigint not null default 0,
   failures bigint not null default 0,
+  wait_since bigint,                  -- its first wait for the Messages API, while no run has got past it
+  wait_reason text,                   -- what the last such wait is for, in a sentence
   max_attempts bigint not null,
   on_worker_lost text not null,
   lease_owner text,
@@ -89,7 +92,8 @@ create index job_running on job (key_id) where status = 'running';
 create index job_group on job (key_id, group_key, job_number) where group_key is not null and status in ('queued', 'running');
 create unique index job_group_head on job (key_id, group_key)
   where group_key is not null and status in ('queued', 'running') and hold <> 'order';
-create index job_due on job (run_after) where status = 'queued' and hold in ('delay', 'usage_limit');
+create index job_due on job (run_after) where status = 'queued' and hold in ('delay', 'usage_limit', 'upstream');
+create index job_wait on job (wait_since) where wait_since is not null and status = 'queued';
 create index job_deadline on job (deadline_at) where deadline_at is not null and status in ('queued', 'running');
 create index job_retention on job (completed_at, job_number) where completed_at is not null and not data_removed;
 create index job_remove on job (job_number) where remove_requested;
@@ -223,5 +227,6 @@ create table worker (
   started_at bigint not null,
   last_seen_at bigint not null,
   paused_until bigint,                   -- it claims nothing until then
-  pause_reason text
+  pause_reason text,
+  upstream text                           -- what the Messages API last answered to the worker itself
 );

@@ -24,6 +24,8 @@ pub enum Hold {
     Budget,
     /// The Anthropic account has met a usage limit and says when it ends.
     UsageLimit,
+    /// The Messages API couldn't serve its run: it was overloaded, unreachable, refused the worker's credential …
+    Upstream,
     /// Somebody paused the queue.
     Paused,
 }
@@ -36,6 +38,7 @@ impl Hold {
             Self::Delay => "delay",
             Self::Budget => "budget",
             Self::UsageLimit => "usage_limit",
+            Self::Upstream => "upstream",
             Self::Paused => "paused",
         }
     }
@@ -47,6 +50,7 @@ impl Hold {
             Self::Delay,
             Self::Budget,
             Self::UsageLimit,
+            Self::Upstream,
             Self::Paused,
         ]
         .into_iter()
@@ -223,6 +227,10 @@ pub struct Job {
     pub attempt: i64,
     /// Lost workers and retryable errors so far.
     pub failures: i64,
+    /// When it first had to wait for the Messages API, if no run has got past that since.
+    pub wait_since: Option<Timestamp>,
+    /// What the last such wait is for, in a sentence for people.
+    pub wait_reason: Option<String>,
     /// Failures that end it.
     pub max_attempts: i64,
     /// What a lost worker means.
@@ -406,7 +414,8 @@ pub enum Ending {
         message: String,
         /// Not before this time.
         run_after: Timestamp,
-        /// Why it waits: `Delay` or `UsageLimit`.
+        /// Why it waits: `Delay`, `UsageLimit` or `Upstream`. The last two are waits for the Messages API, which
+        /// `JOB_WAIT_MAX_HOURS` bounds.
         hold: Hold,
         /// Whether it counts towards `max_attempts`.
         counts: bool,

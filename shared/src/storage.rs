@@ -26,6 +26,7 @@ mod session;
 mod silence;
 mod sweep;
 mod url;
+mod wait;
 mod wakeups;
 mod worker;
 

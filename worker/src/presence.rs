@@ -25,6 +25,7 @@ pub(crate) async fn announce(ctx: &Context) -> Result<()> {
         last_seen_at: now,
         paused_until: pause.as_ref().map(|(until, _)| *until),
         pause_reason: pause.map(|(_, reason)| reason),
+        upstream: None,
     };
     ctx.store.put_worker(&row, now.before(GONE)).await
 }

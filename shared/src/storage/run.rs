@@ -325,7 +325,7 @@ impl Tx {
             "end a run",
             "update job set status = $2, hold = $3, run_after = $4, failures = $5, error = $6, error_code = $7,
                cancel_reason = $8, completed_at = $9, duration_ms = duration_ms + $10, lease_owner = null,
-               version = version + 1
+               wait_since = $12, wait_reason = $13, version = version + 1
              where job_id = $1 and attempt = $11 and status = 'running'",
             job.job_id,
             next.status,
@@ -337,7 +337,9 @@ impl Tx {
             next.cancel_reason,
             completed_at,
             duration_ms,
-            job.attempt
+            job.attempt,
+            next.wait.as_ref().map(|wait| wait.0),
+            next.wait.as_ref().map(|wait| storable(&wait.1))
         )?;
         let lane = fetch!(
             self,
@@ -445,6 +447,8 @@ struct Next {
     attempt_ending: &'static str,
     /// How the attempt failed, also when the job itself hasn't.
     attempt_code: Option<String>,
+    /// Since when the job waits for the Messages API, and why.
+    wait: Option<(Timestamp, String)>,
 }
 
 impl Next {
@@ -469,6 +473,7 @@ impl Next {
             Ending::Released => Self {
                 status: JobStatus::Queued,
                 attempt_ending: "released",
+                wait: job.wait_since.zip(job.wait_reason.clone()),
                 ..next
             },
             Ending::Retry {
@@ -483,7 +488,9 @@ impl Next {
                     return failed(failures, code, message);
                 }
                 let later = *run_after > now;
+                let waits = matches!(hold, Hold::Upstream | Hold::UsageLimit);
                 Self {
+                    wait: waits.then(|| (job.wait_since.unwrap_or(now), message.clone())),
                     status: JobStatus::Queued,
                     hold: if later { hold.as_str() } else { "" },
                     run_after: later.then_some(*run_after),
@@ -507,6 +514,7 @@ impl Next {
             cancel_reason: None,
             attempt_ending: "done",
             attempt_code: None,
+            wait: None,
         }
     }
 

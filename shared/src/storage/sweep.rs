@@ -102,24 +102,31 @@ impl Store {
                 "look for due jobs",
                 fetch_all => (KeyId, JobId),
                 "select key_id, job_id from job
-                 where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= $1
+                 where status = 'queued' and hold in ('delay', 'usage_limit', 'upstream') and run_after <= $1
                  order by run_after limit 100",
                 now
             )?;
             let full = due.len() == 100;
-            let mut lanes: BTreeMap<KeyId, Vec<JobId>> = BTreeMap::new();
-            for (key_id, job_id) in due {
-                lanes.entry(key_id).or_default().push(job_id);
-            }
-            for (key_id, job_ids) in lanes {
-                let mut tx = self.begin().await?;
-                tx.lock_lane(&key_id).await?;
-                count += tx.release(&key_id, &job_ids, now).await?;
-                tx.commit().await?;
-            }
+            count += self.release_jobs(due, now).await?;
             if !full {
                 break;
             }
+        }
+        Ok(count)
+    }
+
+    /// Makes these held jobs ready, those of them whose time has come by `now`.
+    pub(super) async fn release_jobs(&self, held: Vec<(KeyId, JobId)>, now: Timestamp) -> Result<u64> {
+        let mut count = 0;
+        let mut lanes: BTreeMap<KeyId, Vec<JobId>> = BTreeMap::new();
+        for (key_id, job_id) in held {
+            lanes.entry(key_id).or_default().push(job_id);
+        }
+        for (key_id, job_ids) in lanes {
+            let mut tx = self.begin().await?;
+            tx.lock_lane(&key_id).await?;
+            count += tx.release(&key_id, &job_ids, now).await?;
+            tx.commit().await?;
         }
         Ok(count)
     }
@@ -277,7 +284,7 @@ impl Tx {
             ($db:ty, $tx:expr) => {{
                 let mut query = QueryBuilder::<$db>::new(
                     "update job set hold = '', run_after = null, version = version + 1
-                     where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= ",
+                     where status = 'queued' and hold in ('delay', 'usage_limit', 'upstream') and run_after <= ",
                 );
                 query.push_bind(now).push(" and job_id in (");
                 let mut list = query.separated(", ");

@@ -15,6 +15,7 @@ mod session;
 mod status;
 mod submit;
 mod sweep;
+mod wait;
 mod wakeups;
 mod weather;
 

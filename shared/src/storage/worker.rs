@@ -25,6 +25,8 @@ pub struct WorkerRow {
     pub paused_until: Option<Timestamp>,
     /// Why, in a sentence.
     pub pause_reason: Option<String>,
+    /// What the Messages API last answered to the worker's own question, in words; `None` before the first one.
+    pub upstream: Option<String>,
 }
 
 impl Store {
@@ -35,11 +37,11 @@ impl Store {
             tx,
             "say how the worker is",
             "insert into worker (worker_id, host, slots, busy, cli_version, started_at, last_seen_at, paused_until,
-               pause_reason)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+               pause_reason, upstream)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
              on conflict (worker_id) do update set slots = excluded.slots, busy = excluded.busy,
                last_seen_at = excluded.last_seen_at, paused_until = excluded.paused_until,
-               pause_reason = excluded.pause_reason",
+               pause_reason = excluded.pause_reason, upstream = excluded.upstream",
             worker.worker_id,
             &worker.host,
             worker.slots,
@@ -48,7 +50,8 @@ impl Store {
             worker.started_at,
             worker.last_seen_at,
             worker.paused_until,
-            &worker.pause_reason
+            &worker.pause_reason,
+            &worker.upstream
         )?;
         execute!(
             tx,

@@ -70,7 +70,7 @@ const HOT: &[Hot] = &[
     Hot {
         what: "what is due",
         sql: "select key_id, job_id from job
-              where status = 'queued' and hold in ('delay', 'usage_limit') and run_after <= $1
+              where status = 'queued' and hold in ('delay', 'usage_limit', 'upstream') and run_after <= $1
               order by run_after limit 100",
         arguments: &["10"],
         sqlite: "job_due",
