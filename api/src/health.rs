@@ -98,6 +98,7 @@ fn show(worker: &WorkerRow, now: Timestamp) -> Value {
         "last_seen_at": worker.last_seen_at,
         "paused_until": paused_until,
         "pause_reason": worker.pause_reason.as_ref().filter(|_| paused_until.is_some()),
+        "upstream": worker.upstream,
     })
 }
 
@@ -127,6 +128,7 @@ mod tests {
             last_seen_at: NOW,
             paused_until: paused_until.map(Timestamp),
             pause_reason: paused_until.map(|_| "three logins in a row were refused".to_owned()),
+            upstream: None,
         }
     }
 

@@ -246,6 +246,7 @@ pub fn members(job: &Job, beside: &Beside, retention: Duration) -> Members {
         ("max_attempts", json!(job.max_attempts)),
         ("on_worker_lost", json!(job.on_worker_lost)),
         ("hold", json!(own_hold.or(beside.lane_hold).filter(|_| queued))),
+        ("hold_reason", json!(job.wait_reason.as_ref().filter(|_| queued))),
         ("concurrency_key", json!(concurrency_key)),
         ("cancel_requested_at", json!(job.cancel_requested_at)),
         ("cancel_reason", json!(job.cancel_reason)),
