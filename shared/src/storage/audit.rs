@@ -1,15 +1,15 @@
-//! Who changed what, and who was refused.
+//! The audit: changes of keys and budgets, and rejected authentications.
 
 use super::{Result, Store, Tx, execute, read};
 use crate::clock::Timestamp;
 use serde_json::Value;
 use std::time::Duration;
 
-/// The action of a refused authentication.
+/// The action of a rejected authentication.
 const REFUSED: &str = "auth.refused";
-/// Refused authentications of this time are counted in one row, in microseconds.
+/// The span of time for which rejected authentications are counted in one row, in microseconds.
 const REFUSED_WITHIN: i64 = 15 * 60 * 1_000_000;
-/// How long their counts are kept.
+/// How long the counts are kept.
 const REFUSED_KEPT: Duration = Duration::from_hours(90 * 24);
 
 /// One change.
@@ -21,50 +21,50 @@ pub struct AuditEntry {
     pub actor: String,
     /// What: `key.create`, `budget.put` …
     pub action: &'static str,
-    /// To what: an id.
+    /// The object: an id.
     pub object_id: String,
-    /// From which address; empty where there is none.
+    /// The client's address; empty if there is none.
     pub address: String,
-    /// In which request; empty where there was none.
+    /// The request id; empty if there is none.
     pub request_id: String,
-    /// More about it, never a secret.
+    /// Details, never a secret.
     pub detail: Value,
 }
 
-/// Refused authentications, counted.
+/// Identifies a count of rejected authentications.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Refused {
-    /// From which address.
+    /// The client's address.
     pub address: String,
-    /// The id of the key that was presented, if it is one that exists; else empty.
+    /// The id of the presented key if it exists; otherwise empty.
     pub key_id: String,
 }
 
 /// An entry as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct AuditRow {
-    /// Grows with each entry; lists are in its order.
+    /// Numbers entries in order; lists are sorted by it.
     pub audit_number: i64,
-    /// When; for refused authentications the beginning of the quarter of an hour.
+    /// When; for rejected authentications, the start of the quarter of an hour.
     pub at: Timestamp,
-    /// Who; empty for refused authentications.
+    /// Who; empty for rejected authentications.
     pub actor: String,
     /// What.
     pub action: String,
-    /// To what.
+    /// The object.
     pub object_id: String,
-    /// From where.
+    /// The client's address.
     pub address: String,
-    /// In which request.
+    /// The request id.
     pub request_id: String,
     /// How often.
     pub times: i64,
-    /// More about it, as JSON.
+    /// Details, as JSON.
     pub detail: String,
 }
 
 impl Tx {
-    /// Notes a change, in the transaction that makes it.
+    /// Records a change, in the transaction that makes it.
     pub async fn audit(&mut self, entry: &AuditEntry) -> Result<()> {
         execute!(
             self,
@@ -84,14 +84,14 @@ impl Tx {
 }
 
 impl Store {
-    /// Notes a change that is already made.
+    /// Records a change that is already committed.
     pub async fn audit(&self, entry: &AuditEntry) -> Result<()> {
         let mut tx = self.begin().await?;
         tx.audit(entry).await?;
         tx.commit().await
     }
 
-    /// Adds refused authentications to the counts of this quarter of an hour.
+    /// Adds rejected authentications to the counts of this quarter of an hour.
     pub async fn count_refused(&self, refused: &[(Refused, i64)], now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
         for (refused, times) in refused {
@@ -111,8 +111,8 @@ impl Store {
         tx.commit().await
     }
 
-    /// Up to `limit` entries before number `before` (0: the newest), newest first; only those of `actor` unless it is
-    /// empty.
+    /// Up to `limit` entries before number `before` (0: from the newest), newest first. If `actor` isn't empty, only
+    /// its entries.
     pub async fn audit_entries(&self, actor: &str, before: i64, limit: i64) -> Result<Vec<AuditRow>> {
         read!(
             self,
@@ -126,7 +126,7 @@ impl Store {
         )
     }
 
-    /// Forgets old counts of refused authentications. Changes are kept.
+    /// Deletes old counts of rejected authentications. Changes are kept.
     pub async fn sweep_audit(&self, now: Timestamp) -> Result<()> {
         let kept = i64::try_from(REFUSED_KEPT.as_micros()).unwrap_or(i64::MAX);
         let mut tx = self.begin().await?;

@@ -1,14 +1,14 @@
-//! Idempotency keys: a record is written in the transaction that does the work, so that a client that lost the
-//! answer and asks again gets the same answer and not a second job.
+//! Idempotency keys. A record is written in the transaction that does the work, so that a client that lost the response
+//! and repeats the request gets the same response, not a second job.
 
 use super::{Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 
-/// An answer kept for a client that asks again.
+/// A response kept for a repeated request.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct IdempotencyRecord {
-    /// Whose.
+    /// The owner.
     pub key_id: KeyId,
     /// Method and path, with the path's parameters.
     pub route: String,
@@ -18,25 +18,25 @@ pub struct IdempotencyRecord {
     pub fingerprint: String,
     /// The job that the request made.
     pub job_id: Option<JobId>,
-    /// The HTTP status of the answer.
+    /// The HTTP status of the response.
     pub status: i64,
-    /// The answer's `data`, as JSON text.
+    /// The `data` of the response, as JSON text.
     pub body: String,
     /// When.
     pub created_at: Timestamp,
 }
 
-/// Whether a request is the first with its key.
+/// Whether a request is the first with its idempotency key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IdempotencyOutcome {
-    /// It is; the record is part of this transaction.
+    /// It is the first; its record is part of this transaction.
     New,
-    /// It isn't; this is the record of the first. Nothing was written.
+    /// It is a repetition; this is the record of the first. Nothing was written.
     Replay(Box<IdempotencyRecord>),
 }
 
 impl Tx {
-    /// Remembers an answer, unless there is one for this key already that was made after `expired_before`.
+    /// Stores a response, unless one for this key exists that was created after `expired_before`.
     pub async fn remember(
         &mut self,
         record: &IdempotencyRecord,
@@ -78,7 +78,7 @@ impl Tx {
 }
 
 impl Store {
-    /// The answer kept for this key, unless it was made before `expired_before`: a replay needs no writing.
+    /// The response stored for this key, unless it was created before `expired_before`. A replay writes nothing.
     pub async fn remembered(
         &self,
         key_id: &KeyId,

@@ -1,4 +1,4 @@
-//! What was spent, as it was written down; and added up.
+//! Reads the ledger: entries, sums and totals.
 
 use super::{Result, Store, read};
 use crate::clock::Timestamp;
@@ -7,7 +7,7 @@ use crate::job::{JobKind, JobStatus};
 use crate::money::MicroUsd;
 
 impl Store {
-    /// Up to `limit` entries of this part of the ledger, newest first, beyond the entry at this time and of this number.
+    /// Up to `limit` entries of this part of the ledger, newest first, after the entry with this time and number.
     pub async fn ledger_entries(
         &self,
         part: &LedgerPart,
@@ -15,7 +15,7 @@ impl Store {
         limit: i64,
     ) -> Result<Vec<LedgerEntry>> {
         let (at, number) = beyond.unwrap_or((part.to, i64::MIN));
-        // Two texts, because each has its index.
+        // Two statements, because each uses its own index.
         macro_rules! entries {
             ($of:literal) => {
                 concat!(
@@ -47,8 +47,8 @@ impl Store {
         )
     }
 
-    /// Up to `limit` sums over this part of the ledger, by this grouping, in the order of their groups' names, beyond
-    /// the group of this name.
+    /// Up to `limit` sums over this part of the ledger by this grouping, sorted by group name, after the group with this
+    /// name.
     pub async fn ledger_sums(
         &self,
         part: &LedgerPart,
@@ -109,7 +109,7 @@ impl Store {
         )
     }
 
-    /// What this key has done and spent since ever.
+    /// Lifetime totals of this key.
     pub async fn usage(&self, key_id: &KeyId) -> Result<Usage> {
         let (cost,) = read!(
             self,
@@ -152,11 +152,11 @@ impl Store {
 /// A part of the ledger.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LedgerPart {
-    /// What this key's jobs cost; `None`: everybody's.
+    /// The costs of this key's jobs; `None`: of all keys.
     pub key_id: Option<KeyId>,
-    /// From this time on.
+    /// From this time.
     pub from: Timestamp,
-    /// Before this time.
+    /// Until before this time.
     pub to: Timestamp,
 }
 
@@ -169,78 +169,78 @@ impl LedgerPart {
 /// One entry of the ledger: what one model cost in one attempt, or an adjustment.
 #[derive(Clone, Debug, PartialEq, sqlx::FromRow)]
 pub struct LedgerEntry {
-    /// Its place in the ledger.
+    /// Its number in the ledger.
     pub ledger_number: i64,
     /// When the attempt ended, or the adjustment was made.
     pub at: Timestamp,
-    /// Whose money it was; empty for an adjustment of the global budget.
+    /// The key that is charged; empty for an adjustment of the global budget.
     pub key_id: KeyId,
-    /// For which job; none for an adjustment.
+    /// The job; `None` for an adjustment.
     pub job_id: Option<JobId>,
-    /// For which attempt of it.
+    /// The attempt of the job.
     pub attempt: Option<i64>,
-    /// In which session.
+    /// The session.
     pub session_id: Option<SessionId>,
-    /// The session's name, as long as there is the session.
+    /// The session's name, while the session exists.
     pub session: Option<String>,
     /// The model.
     pub model: Option<String>,
     /// What it cost.
     pub cost: MicroUsd,
-    /// Tokens read that no cache held.
+    /// Input tokens that were not read from the cache.
     pub input_tokens: i64,
-    /// Tokens written.
+    /// Output tokens.
     pub output_tokens: i64,
-    /// Tokens written to a cache.
+    /// Input tokens written to the cache.
     pub cache_creation_input_tokens: i64,
-    /// Tokens read from a cache.
+    /// Input tokens read from the cache.
     pub cache_read_input_tokens: i64,
-    /// Whether the cost was rebuilt from what was seen.
+    /// Whether the cost was computed from the tokens seen, because the CLI reported none.
     pub estimated: bool,
-    /// Why it was adjusted.
+    /// The reason of an adjustment.
     pub reason: Option<String>,
 }
 
-/// What the ledger may be added up by.
+/// How the ledger is grouped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LedgerGroup {
-    /// The days, in UTC, in which attempts ended: whole days since 1970.
+    /// By the day on which attempts ended, in UTC: whole days since 1970.
     Day,
-    /// The keys, by their ids.
+    /// By key id.
     Key,
-    /// The models; adjustments have none.
+    /// By model; adjustments have none.
     Model,
-    /// The sessions, by their ids; jobs without one are together.
+    /// By session id; jobs without a session are one group.
     Session,
 }
 
-/// What a group of entries costs together.
+/// The sum of a group of entries.
 #[derive(Clone, Debug, PartialEq, sqlx::FromRow)]
 pub struct LedgerSum {
-    /// The group; empty for what has none.
+    /// The group; empty for entries without one.
     pub name: String,
-    /// The name of the session that it is.
+    /// The name of the session, if the group is a session.
     pub session: Option<String>,
     /// What it cost.
     pub cost: MicroUsd,
-    /// The part of it that was rebuilt from what was seen.
+    /// The part of the cost that is estimated.
     pub estimated_cost: MicroUsd,
-    /// Tokens read that no cache held.
+    /// Input tokens that were not read from the cache.
     pub input_tokens: i64,
-    /// Tokens written.
+    /// Output tokens.
     pub output_tokens: i64,
-    /// Tokens written to a cache.
+    /// Input tokens written to the cache.
     pub cache_creation_input_tokens: i64,
-    /// Tokens read from a cache.
+    /// Input tokens read from the cache.
     pub cache_read_input_tokens: i64,
-    /// How many entries it has.
+    /// The number of entries.
     pub entries: i64,
 }
 
-/// What a key has done and spent.
+/// Totals of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// Sessions that there are.
+    /// Existing sessions.
     pub sessions: i64,
     /// The sum of the ledger.
     pub cost: MicroUsd,
@@ -251,12 +251,12 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Jobs of this status (`None`: of any) that were submitted as jobs.
+    /// The number of jobs with this status (`None`: any) that were submitted as jobs.
     pub fn jobs(&self, status: Option<JobStatus>) -> i64 {
         self.count(|kind, counted| kind == JobKind::Job && status.is_none_or(|status| status == counted))
     }
 
-    /// Prompts, and the answers to those that were done.
+    /// The number of prompts, plus the answers to those whose job is done.
     pub fn messages(&self) -> i64 {
         self.count(|_, _| true) + self.count(|_, status| status == JobStatus::Done)
     }

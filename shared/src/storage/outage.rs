@@ -1,5 +1,5 @@
-//! Outages: the database can't be reached, or is locked, full or read-only. Everything in the process meets the same
-//! one at the same time; the log is told twice: when it begins and when it is over.
+//! Outages: the database can't be reached, or is locked, full or read-only. All parts of the process see the same
+//! outage, so it is logged only twice: when it starts and when it is over.
 
 use super::{Db, Error, Result, Store, execute};
 use crate::disk;
@@ -11,31 +11,31 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-/// How often it is tried whether the database can be used again. It must also have been quiet for so long.
+/// How often the database is tried during an outage. No error may have occurred for as long before it is over.
 const TRY_AGAIN: Duration = Duration::from_millis(500);
 
-/// A database that hasn't written by then can't be used.
+/// A database that hasn't committed a write within this time is unavailable.
 const WRITES_WITHIN: Duration = Duration::from_secs(2);
 
-/// A process that starts waits for a lock of somebody else for so long.
+/// How long a starting process waits for a lock of another process.
 const LOCKED_FOR: Duration = Duration::from_secs(30);
 
-/// Whoever asks more often gets the last answer.
+/// How long the result of a check is reused.
 const CHECKED_FOR: Duration = Duration::from_secs(1);
 
-/// Whether the database can be used, as far as this process knows.
+/// Whether the database is available, as far as this process knows.
 #[derive(Debug, Default)]
 pub(super) struct Outage {
-    /// When the outage began that lasts.
+    /// When the current outage began.
     since: watch::Sender<Option<Instant>>,
     last_error: Mutex<Option<Instant>>,
-    /// When it was last seen to write.
+    /// When a write last succeeded.
     checked: tokio::sync::Mutex<Option<Instant>>,
 }
 
 impl Store {
-    /// Takes note of an error. True when it belongs to an outage, which is told once for all; other errors are the
-    /// caller's to tell. Needs a runtime.
+    /// Records an error. Returns true if it belongs to an outage, which is logged once for the whole process. The caller
+    /// logs other errors. Needs a runtime.
     pub fn note(&self, error: &Error) -> bool {
         let outage = error.is_outage();
         if outage {
@@ -44,7 +44,7 @@ impl Store {
         outage
     }
 
-    /// Takes note that the database could not be used.
+    /// Records that the database is unavailable.
     fn note_outage(&self, why: &str) {
         *self.outage.last_error() = Some(Instant::now());
         let begins = self.outage.since.send_if_modified(|since| {
@@ -64,25 +64,25 @@ impl Store {
         tokio::spawn(async move { store.watch_outage().await });
     }
 
-    /// Whether an outage lasts.
+    /// Whether there is an outage.
     pub fn is_out(&self) -> bool {
         self.outage.since.borrow().is_some()
     }
 
-    /// Waits until no outage lasts.
+    /// Waits until there is no outage.
     pub async fn answers(&self) {
         // The sender lives as long as this store.
         let _ = self.outage.since.subscribe().wait_for(Option::is_none).await;
     }
 
-    /// Whether the database can be used: it is asked, once a second at most, to write something that changes nothing.
-    /// A full disk, a lock and a read-only file all let one read.
+    /// Checks whether the database is available, at most once a second, by a write that changes nothing. A read would
+    /// also succeed on a full disk, a locked or a read-only file.
     pub async fn is_usable(&self) -> bool {
         if self.is_out() {
             return false;
         }
         let mut checked = self.outage.checked.lock().await;
-        // Whoever had the lock before may have found out.
+        // Another task may have checked while this one waited for the lock.
         if self.is_out() {
             return false;
         }
@@ -100,7 +100,7 @@ impl Store {
         !self.is_out()
     }
 
-    /// Waits at the start for whoever holds SQLite's write lock, which may be a process that was stopped.
+    /// Waits at start for the holder of SQLite's write lock, which may be a stopped process.
     pub(super) async fn wait_for_lock(&self) -> Result<()> {
         let begin = Instant::now();
         loop {
@@ -115,7 +115,7 @@ impl Store {
 
     async fn try_to_write(&self) -> Result<()> {
         if let Db::Sqlite { reader, .. } = &*self.db {
-            // The log of SQLite has room in reserve, which lets small things be written and large ones not.
+            // SQLite's write-ahead log has reserved space, so a small write may succeed when a large one doesn't.
             let file = reader.connect_options().get_filename().to_owned();
             let tried = spawn_blocking(move || disk::try_to_write(file.parent().unwrap_or(Path::new("."))));
             tried

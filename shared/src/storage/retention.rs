@@ -1,24 +1,24 @@
-//! The end of what ended jobs have left: after the retention time, or when their owner says so. A job's row, its
-//! attempts and its ledger stay.
+//! Deletes the data of ended jobs: after the retention time, or when the owner requests it. A job's row, its attempts and
+//! its ledger entries stay.
 
 use super::{Result, Store, Tx, execute, fetch_locked, read};
 use crate::clock::Timestamp;
 use crate::id::JobId;
 use crate::job::{Job, JobStatus};
 
-/// Whether a job's workspace is there still.
+/// Whether a job's workspace still exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workspace {
-    /// It has been removed.
+    /// It was removed.
     Gone,
-    /// A worker has to remove it.
+    /// A worker still has to remove it.
     Left,
 }
 
-/// What came of a wish to remove a job's data.
+/// The outcome of a request to remove a job's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Removal {
-    /// The data is gone, now or before.
+    /// The data is removed, now or earlier.
     Removed,
     /// The job hasn't ended.
     Active,
@@ -27,7 +27,7 @@ pub enum Removal {
 }
 
 impl Store {
-    /// Jobs that ended before this time and still have their data, oldest first, 100 at most, beyond the job `after`.
+    /// Up to 100 jobs that ended before this time and still have their data, oldest first, after the job `after`.
     pub async fn expired_jobs(&self, before: Timestamp, after: Option<&Job>) -> Result<Vec<Job>> {
         let ended = after.and_then(|job| job.completed_at).unwrap_or(Timestamp(0));
         let number = after.map_or(0, |job| job.job_number);
@@ -45,8 +45,8 @@ impl Store {
         )
     }
 
-    /// Removes the prompt, result and events of an ended job. Whoever removes its workspace too does that first, so
-    /// that a crash in between leaves work for the next sweep and nothing behind.
+    /// Removes the prompt, result and events of an ended job. A caller that also removes the workspace does so first, so
+    /// that after a crash in between the next sweep finishes the work.
     pub async fn remove_data(&self, job_id: JobId, workspace: Workspace) -> Result<Removal> {
         let mut tx = self.begin().await?;
         let row = fetch_locked!(
@@ -70,7 +70,7 @@ impl Store {
         Ok(removal)
     }
 
-    /// Jobs whose owners want their workspaces removed, 100 at most, beyond the job of this number.
+    /// Up to 100 jobs whose owners requested the removal of their workspaces, after the job with this number.
     pub async fn workspaces_to_remove(&self, after: i64) -> Result<Vec<Job>> {
         read!(
             self,
@@ -81,7 +81,7 @@ impl Store {
         )
     }
 
-    /// Says that the workspace of a job has been removed.
+    /// Records that the workspace of a job was removed.
     pub async fn workspace_removed(&self, job_id: JobId) -> Result<()> {
         let mut tx = self.begin().await?;
         execute!(
@@ -93,7 +93,7 @@ impl Store {
         tx.commit().await
     }
 
-    /// Forgets idempotency keys older than this, 500 at most.
+    /// Deletes up to 500 idempotency keys older than this.
     pub async fn forget_idempotency(&self, before: Timestamp) -> Result<u64> {
         let mut tx = self.begin().await?;
         let rows = execute!(

@@ -1,4 +1,4 @@
-//! Sessions: made, found, listed.
+//! Creates, finds and lists sessions.
 
 use super::{Result, Store, Tx, fetch, read};
 use crate::clock::Timestamp;
@@ -6,8 +6,8 @@ use crate::id::{KeyId, SessionId};
 use crate::session::Session;
 
 impl Tx {
-    /// Makes the owner's session of this name, or replaces the settings of the one there is; the conversation is
-    /// kept. Gives the session and whether it is new.
+    /// Creates the owner's session with this name, or replaces the settings of the existing one and keeps its
+    /// conversation. Returns the session and whether it is new.
     pub async fn put_session(
         &mut self,
         key_id: &KeyId,
@@ -36,8 +36,8 @@ impl Tx {
 }
 
 impl Store {
-    /// The session that `text` names for this owner (`None`: for anybody): by name, then by number, then by the id
-    /// of its Claude session.
+    /// Finds the owner's session (`None`: of any owner) that `text` identifies: by name, then by number, then by the id of
+    /// its Claude session.
     pub async fn session(&self, key_id: Option<&KeyId>, text: &str) -> Result<Option<Session>> {
         let owner = key_id.map_or("", KeyId::as_str);
         let by_name = read!(
@@ -63,12 +63,12 @@ impl Store {
         )
     }
 
-    /// The session of this id.
+    /// The session with this id.
     pub async fn session_by_id(&self, session_id: SessionId) -> Result<Option<Session>> {
         read!(self, "read a session", fetch_optional => Session, "select * from session where session_id = $1", session_id)
     }
 
-    /// A page of the owner's sessions (`None`: everybody's), last touched first, and how many there are in all.
+    /// A page of the owner's sessions (`None`: of all owners), most recently used first, and their total number.
     pub async fn sessions(
         &self,
         key_id: Option<&KeyId>,
@@ -96,7 +96,7 @@ impl Store {
         Ok((sessions, total))
     }
 
-    /// How many jobs of the session wait, and the id of the one that runs.
+    /// The number of queued jobs of the session, and the id of its running job.
     pub async fn session_jobs(&self, session_id: SessionId) -> Result<(i64, Option<crate::id::JobId>)> {
         let (queued,) = read!(
             self,

@@ -1,19 +1,19 @@
-//! Which database: what `DATABASE_URL` says, in our spelling or in the Python service's.
+//! Parses `DATABASE_URL`, in our format or in that of the Python service.
 
 use crate::env::{Error, Vars};
 use sqlx::postgres::PgConnectOptions;
 use std::path::PathBuf;
 
-/// Where the database is.
+/// The address of the database.
 #[derive(Clone, PartialEq, Eq)]
 pub enum DatabaseUrl {
     /// A SQLite file.
     Sqlite(PathBuf),
-    /// A PostgreSQL server, as a `postgres://` URL. It may hold a password.
+    /// A PostgreSQL server, as a `postgres://` URL. It may contain a password.
     Postgres(String),
 }
 
-/// Only where it is: a password may stand in more than one place.
+/// Shows only the location, because a password may be in more than one part of the URL.
 impl std::fmt::Debug for DatabaseUrl {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -38,14 +38,14 @@ const ACCEPTED: &str =
     "sqlite://PATH (or sqlite+aiosqlite:///PATH), postgres://… (or postgresql+asyncpg://…)";
 
 impl DatabaseUrl {
-    /// `DATABASE_URL`, by default a SQLite file in `./data`.
+    /// Reads `DATABASE_URL`; the default is a SQLite file in `./data`.
     pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
         let text = vars.or("DATABASE_URL", "sqlite://data/claude-queue.db")?;
         Self::parse(&text)
             .ok_or_else(|| Error::new("DATABASE_URL", "isn't a database this service knows", ACCEPTED))
     }
 
-    /// Reads a URL in any accepted spelling.
+    /// Parses a URL in any accepted format.
     pub fn parse(text: &str) -> Option<Self> {
         let (scheme, rest) = text.split_once(':')?;
         match scheme {
@@ -71,7 +71,7 @@ impl DatabaseUrl {
 
 fn file(path: &str) -> Option<DatabaseUrl> {
     let path = path.split('?').next().unwrap_or(path);
-    // A database in memory can't be shared by processes and would lose what it accepted.
+    // A database in memory can't be shared by processes, and would lose accepted jobs.
     (!path.is_empty() && !path.contains(":memory:")).then(|| DatabaseUrl::Sqlite(PathBuf::from(path)))
 }
 
