@@ -1,6 +1,6 @@
 #!/bin/sh
 # The chaos on both databases, bigger than in `make test`: CHAOS_JOBS jobs on each (10000), CHAOS_SEED repeats a course.
-# Prints what was hit, what it did, and how long it took; fails when a promise was broken.
+# Prints the faults, what they did, and how long it took; fails when a promise was broken.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -14,12 +14,12 @@ use crate::failure::Failure;
 
 const DEFAULT_URL: &str = "http://127.0.0.1:8000";
 /// Longer than any long poll.
-const ANSWER_WITHIN: Duration = Duration::from_secs(90);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 /// How often a service that doesn't answer is asked again: for a minute in all, with `FIRST_PAUSE` before the first and
-/// at most `LONGEST_PAUSE` before the others. A restart takes less.
-const TRIES: u32 = 10;
+/// at most `MAX_PAUSE` before the others. A restart takes less.
+const RETRIES: u32 = 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const MAX_PAUSE: Duration = Duration::from_secs(10);
 
 /// Speaks to one service with one key.
 #[derive(Debug)]
@@ -49,14 +49,14 @@ impl Event {
 
 /// How long a service may be away that has answered before.
 #[derive(Debug, Default)]
-pub(crate) struct Patience {
+pub(crate) struct Retry {
     has_answered: bool,
     tries: u32,
 }
 
-impl Patience {
+impl Retry {
     /// The service gave what was asked for.
-    pub(crate) fn renew(&mut self) {
+    pub(crate) fn reset(&mut self) {
         *self = Self {
             has_answered: true,
             tries: 0,
@@ -65,10 +65,10 @@ impl Patience {
 
     /// Waits before another try, no longer than `limit`; gives the failure back when there's no sense in one.
     pub(crate) async fn wait(&mut self, failure: Failure, limit: Duration) -> Result<(), Failure> {
-        if !self.has_answered || !failure.may_pass() || self.tries == TRIES {
+        if !self.has_answered || !failure.may_pass() || self.tries == RETRIES {
             return Err(failure);
         }
-        let pause = LONGEST_PAUSE.min(FIRST_PAUSE * 2_u32.pow(self.tries));
+        let pause = MAX_PAUSE.min(FIRST_PAUSE * 2_u32.pow(self.tries));
         self.tries += 1;
         sleep(pause.min(limit)).await;
         Ok(())
@@ -175,7 +175,7 @@ impl Client {
         mut after: i64,
         mut see: impl FnMut(&Event),
     ) -> Result<(), Failure> {
-        let mut patience = Patience::default();
+        let mut retry = Retry::default();
         loop {
             let request = self.request(Method::GET, &format!("{}/events", job_path(id)));
             let request = request
@@ -185,11 +185,11 @@ impl Client {
             let response = match self.answered(request.timeout(Duration::from_hours(24))).await {
                 Ok(response) => response,
                 Err(failure) => {
-                    patience.wait(failure, LONGEST_PAUSE).await?;
+                    retry.wait(failure, MAX_PAUSE).await?;
                     continue;
                 }
             };
-            patience.has_answered = true;
+            retry.has_answered = true;
             if response.status() == StatusCode::NO_CONTENT {
                 return Ok(());
             }
@@ -198,7 +198,7 @@ impl Client {
             while let Some(Ok(piece)) = bytes.next().await {
                 for event in reader.read(&piece) {
                     after = event.seq;
-                    patience.renew();
+                    retry.reset();
                     see(&event);
                     if event.is_last() {
                         return Ok(());
@@ -206,10 +206,10 @@ impl Client {
                 }
             }
             if reader.said_bye {
-                patience.renew();
+                retry.reset();
             }
             let ended = self.unreachable("the stream of events ended again and again".to_owned());
-            patience.wait(ended, LONGEST_PAUSE).await?;
+            retry.wait(ended, MAX_PAUSE).await?;
         }
     }
 
@@ -217,7 +217,7 @@ impl Client {
         let request = self
             .http
             .request(method, format!("{}{path}", self.base))
-            .timeout(ANSWER_WITHIN);
+            .timeout(ANSWER_TIMEOUT);
         match &self.key {
             Some(key) => request.header("x-api-key", key),
             None => request,
@@ -390,20 +390,20 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_a_service_that_was_there_is_waited_for() {
         let away = || Failure::Unavailable("503".to_owned());
-        let mut patience = Patience::default();
-        assert!(patience.wait(away(), LONGEST_PAUSE).await.is_err());
+        let mut retry = Retry::default();
+        assert!(retry.wait(away(), MAX_PAUSE).await.is_err());
 
-        patience.renew();
+        retry.reset();
         let begun = tokio::time::Instant::now();
         let mut tries = 0;
-        while patience.wait(away(), LONGEST_PAUSE).await.is_ok() {
+        while retry.wait(away(), MAX_PAUSE).await.is_ok() {
             tries += 1;
         }
-        assert_eq!((tries, begun.elapsed().as_secs()), (TRIES, 58));
+        assert_eq!((tries, begun.elapsed().as_secs()), (RETRIES, 58));
 
-        patience.renew();
+        retry.reset();
         let refused = Failure::Other("404".to_owned());
-        assert!(patience.wait(refused, LONGEST_PAUSE).await.is_err());
+        assert!(retry.wait(refused, MAX_PAUSE).await.is_err());
     }
 
     #[test]

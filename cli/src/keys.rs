@@ -1,5 +1,5 @@
-//! `keys`: makes, lists, rotates and revokes keys, in the database itself: the first administrator's key has nobody to
-//! ask. Running services notice within seconds.
+//! `keys`: creates, lists, rotates and revokes keys in the database itself, since the first administrator's key can't be
+//! created over HTTP. Running services notice within seconds.
 
 use std::time::Duration;
 
@@ -26,28 +26,28 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a key and print its secret, which is shown this once
+    /// Create a key and print its secret, which is shown only once
     Create(Create),
     /// List all keys, the newest first
     List,
-    /// Give a key another secret and print it; the present one opens for a while longer
+    /// Issue a new secret and print it; the old one stays valid for a grace period
     Rotate(Rotate),
-    /// Take a key back: within seconds it opens nothing
+    /// Revoke a key; it stops working within seconds
     Revoke(Revoke),
 }
 
 #[derive(Debug, Args)]
 struct Create {
     /// What the key is for
-    #[arg(long, default_value = "made by claude-queue keys create")]
+    #[arg(long, default_value = "created by claude-queue keys")]
     name: String,
-    /// May do everything and see everybody's jobs
+    /// Grant every scope, including everybody's jobs
     #[arg(long, conflicts_with = "scope")]
     admin: bool,
-    /// What it may do, such as jobs:read; may be repeated. Without any it is an ordinary key
+    /// A scope, such as jobs:read; may be repeated. Without one it is an ordinary key
     #[arg(long)]
     scope: Vec<String>,
-    /// In how many days it ends; never, unless told
+    /// Days until it expires; it doesn't expire by default
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=36_500))]
     expires_in_days: Option<u64>,
 }
@@ -56,7 +56,7 @@ struct Create {
 struct Rotate {
     /// The key, by its id as `keys list` shows it
     id: String,
-    /// For how many seconds the present secret opens too
+    /// Seconds for which the old secret stays valid
     #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(0..=604_800))]
     grace_seconds: u64,
 }
@@ -76,10 +76,10 @@ struct Revoke {
 pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure> {
     let keys = Keys::open(vars).await?;
     let done = match arguments.command {
-        Command::Create(wish) => keys.create(wish).await,
+        Command::Create(request) => keys.create(request).await,
         Command::List => keys.list().await,
-        Command::Rotate(wish) => keys.rotate(wish).await,
-        Command::Revoke(wish) => keys.revoke(wish).await,
+        Command::Rotate(request) => keys.rotate(request).await,
+        Command::Revoke(request) => keys.revoke(request).await,
     };
     keys.store.close().await;
     done
@@ -97,23 +97,25 @@ impl Keys {
         Ok(Self { store, config })
     }
 
-    async fn create(&self, wish: Create) -> Result<(), Failure> {
+    async fn create(&self, request: Create) -> Result<(), Failure> {
         let mut rights = KeyRights::of(Scopes::ordinary());
-        if wish.admin {
+        if request.admin {
             rights.scopes = Scopes::all();
-        } else if !wish.scope.is_empty() {
-            rights.scopes = scopes(&wish.scope)?;
+        } else if !request.scope.is_empty() {
+            rights.scopes = scopes(&request.scope)?;
         }
-        shared::key::name(&wish.name).map_err(|why| Failure::Other(format!("--name: {why}")))?;
+        shared::key::name(&request.name).map_err(|why| Failure::Other(format!("--name: {why}")))?;
         let kid = Kid::generate().map_err(|error| Failure::because(&error))?;
         let (secret, secret_digest) = self
             .secret(KeyKind::of(rights.scopes.contains(Scope::KeysAdmin)), &kid)
             .await?;
         let now = clock::now();
-        let lifetime = wish.expires_in_days.map(|days| Duration::from_hours(24 * days));
+        let lifetime = request
+            .expires_in_days
+            .map(|days| Duration::from_hours(24 * days));
         let key = NewApiKey {
             key_id: kid.key_id(),
-            name: wish.name,
+            name: request.name,
             secret_digest,
             last4: secret.last4().to_owned(),
             rights,
@@ -130,7 +132,7 @@ impl Keys {
         tx.audit(&entry("key.create", &key.key_id, detail)).await?;
         tx.commit().await?;
         eprintln!(
-            "{} may: {}\nIts secret is shown this once:",
+            "{} may: {}\nIts secret, shown only once:",
             key.key_id, key.rights.scopes
         );
         println!("{}", secret.expose());
@@ -154,8 +156,8 @@ impl Keys {
         }
     }
 
-    async fn rotate(&self, wish: Rotate) -> Result<(), Failure> {
-        let (kid, key) = self.find(&wish.id).await?;
+    async fn rotate(&self, request: Rotate) -> Result<(), Failure> {
+        let (kid, key) = self.find(&request.id).await?;
         if key.status(clock::now()) != KeyStatus::Active {
             return Err(Failure::Other(format!(
                 "{} was revoked or has expired",
@@ -163,7 +165,7 @@ impl Keys {
             )));
         }
         let (secret, digest) = self.secret(KeyKind::of(key.is_admin()), &kid).await?;
-        let grace = Duration::from_secs(wish.grace_seconds);
+        let grace = Duration::from_secs(request.grace_seconds);
         let fresh = NewSecret::new((&secret, digest), grace, clock::now());
         let mut tx = self.store.begin().await?;
         let rotated = tx.rotate_api_key(&key.key_id, key.version, &fresh).await?;
@@ -173,20 +175,20 @@ impl Keys {
                 key.key_id
             )));
         }
-        let detail = json!({"grace_seconds": wish.grace_seconds});
+        let detail = json!({"grace_seconds": request.grace_seconds});
         tx.audit(&entry("key.rotate", &key.key_id, detail)).await?;
         tx.commit().await?;
         eprintln!(
-            "The former secret of {} opens for {} seconds more.\nThe new one is shown this once:",
-            key.key_id, wish.grace_seconds
+            "The old secret of {} stays valid for {} seconds.\nThe new one, shown only once:",
+            key.key_id, request.grace_seconds
         );
         println!("{}", secret.expose());
         Ok(())
     }
 
-    async fn revoke(&self, wish: Revoke) -> Result<(), Failure> {
-        let (_, key) = self.find(&wish.id).await?;
-        if wish
+    async fn revoke(&self, request: Revoke) -> Result<(), Failure> {
+        let (_, key) = self.find(&request.id).await?;
+        if request
             .reason
             .as_ref()
             .is_some_and(|reason| reason.chars().count() > 200)
@@ -195,16 +197,16 @@ impl Keys {
         }
         let mut tx = self.store.begin().await?;
         let revoked = tx
-            .revoke_api_key(&key.key_id, wish.reason.as_deref(), clock::now())
+            .revoke_api_key(&key.key_id, request.reason.as_deref(), clock::now())
             .await?;
         // One that was revoked before stays as it was, and isn't a change.
-        if revoked.is_some_and(|revoked| revoked.version != key.version) || wish.cancel_jobs {
-            let detail = json!({"reason": wish.reason, "cancel_jobs": wish.cancel_jobs});
+        if revoked.is_some_and(|revoked| revoked.version != key.version) || request.cancel_jobs {
+            let detail = json!({"reason": request.reason, "cancel_jobs": request.cancel_jobs});
             tx.audit(&entry("key.revoke", &key.key_id, detail)).await?;
         }
         tx.commit().await?;
         println!("{} is revoked", key.key_id);
-        if wish.cancel_jobs {
+        if request.cancel_jobs {
             let cancelled = self.store.cancel_jobs_of(&key.key_id).await?;
             println!("{cancelled} jobs are cancelled or told to end");
         }

@@ -7,7 +7,7 @@
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a command for people speaks on standard output; logging is for the service"
+    reason = "a command prints its result; logging is for the service"
 )]
 
 mod cancel;
@@ -50,27 +50,27 @@ struct Arguments {
 enum Command {
     /// Serve: the API and a worker in one process, on a SQLite file unless the settings name PostgreSQL
     Up,
-    /// Run one job from submit to result, with the real Claude CLI and simulated answers; needs no account
+    /// Run one job with the real Claude CLI and simulated answers; needs no account
     Demo(demo::Arguments),
-    /// Bring the database to this version's schema (the services do this themselves at start)
+    /// Migrate the database to this version's schema (the services do so at start)
     Migrate,
-    /// Check everything that a service needs on this machine, and say how to get what is missing
+    /// Check what the service needs on this machine, and say how to fix what is missing
     Doctor,
-    /// Play the Anthropic API on loopback, for tests without an account
+    /// Simulate the Anthropic API on loopback, for tests without an account
     Simulator(simulator_command::Arguments),
     /// Submit a job and print its id
     Submit(submit::Arguments),
     /// Wait for a job to end and print its result
     Wait(wait::Arguments),
-    /// Print what happened to a job, and follow it while it runs
+    /// Print a job's events, and follow them while it runs
     Logs(logs::Arguments),
     /// Cancel a job
     Cancel(cancel::Arguments),
     /// List jobs, the newest first
     Jobs(jobs::Arguments),
-    /// Show what was spent, and what is left of the budget
+    /// Show what was spent and what is left of the budget
     Usage(usage::Arguments),
-    /// Make, list, rotate and revoke API keys, in the database itself
+    /// Create, list, rotate and revoke API keys, in the database itself
     Keys(keys::Arguments),
 }
 

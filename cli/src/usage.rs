@@ -100,7 +100,7 @@ fn summary(usage: &Value) -> String {
         ));
         if let Some(at) = budget["resets_at"].as_str() {
             lines.push(format!(
-                "          begins anew at {}",
+                "          resets at {}",
                 at.get(..16).unwrap_or(at).replace('T', " ")
             ));
         }
@@ -183,7 +183,7 @@ mod tests {
             "key       env_12345678\n\
              spent     $12.5000\n\
              budget    $50.0000 a month: $10.0000 spent, $5.0000 reserved, $35.0000 left\n          \
-             begins anew at 2026-12-01 00:00\n\
+             resets at 2026-12-01 00:00\n\
              jobs      5 total, 3 completed, 1 running, 0 queued, 1 failed, 0 cancelled\n\
              sessions  2, 31 turns"
         );

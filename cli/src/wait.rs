@@ -6,7 +6,7 @@ use serde_json::Value;
 use shared::env::Vars;
 use tokio::time::{Instant, sleep};
 
-use crate::client::{Client, Patience};
+use crate::client::{Client, Retry};
 use crate::failure::Failure;
 use crate::show;
 
@@ -38,7 +38,7 @@ pub(crate) async fn until_end(
     timeout: Option<u64>,
     as_json: bool,
 ) -> Result<(), Failure> {
-    let mut patience = Patience::default();
+    let mut retry = Retry::default();
     // The first look is short: only a service that has answered is waited for.
     let mut longest = 0;
     let deadline = timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
@@ -51,13 +51,13 @@ pub(crate) async fn until_end(
             Ok(job) => job,
             Err(failure) if left == Some(0) => return Err(failure),
             Err(failure) => {
-                patience.wait(failure, Duration::from_secs(wait)).await?;
+                retry.wait(failure, Duration::from_secs(wait)).await?;
                 continue;
             }
         };
-        patience.renew();
+        retry.reset();
         if matches!(job["status"].as_str(), Some("done" | "failed" | "cancelled")) {
-            return tell(&job, as_json);
+            return print_result(&job, as_json);
         }
         if left == Some(0) {
             let status = job["status"].as_str().unwrap_or("?");
@@ -70,7 +70,7 @@ pub(crate) async fn until_end(
     }
 }
 
-fn tell(job: &Value, as_json: bool) -> Result<(), Failure> {
+fn print_result(job: &Value, as_json: bool) -> Result<(), Failure> {
     if as_json {
         println!("{job:#}");
     } else if let Some(content) = job["result"]["content"]

@@ -18,7 +18,7 @@ use shared::storage::{Claim, Claimant, DatabaseUrl, Finish, Store};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tests::database::{Database, Db};
-use tests::place;
+use tests::paths;
 
 /// The key whose jobs are measured, and the one that another million may belong to.
 const KEY: &str = "key_measured";
@@ -105,7 +105,7 @@ struct Bench {
 
 impl Bench {
     async fn new(db: Db, kind: Waiting, waiting: u64) -> Self {
-        let folder = place::folder('b');
+        let folder = paths::folder('b');
         let database = Database::empty(db, &folder).await;
         let url = DatabaseUrl::parse(database.url()).unwrap();
         let store = Store::open(&url, 4).await.unwrap();

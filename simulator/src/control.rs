@@ -7,12 +7,13 @@ use bytes::Bytes;
 use http::{Method, Response};
 use serde_json::{Value, json};
 
+use crate::response::{self, Body};
 use crate::scenario::Scenario;
-use crate::server::{Body, Server, json_response};
+use crate::state::State;
 
 /// Answers `/_sim/<path>`.
 pub(crate) fn answer(
-    server: &Server,
+    state: &State,
     method: &Method,
     path: &str,
     query: &str,
@@ -27,47 +28,47 @@ pub(crate) fn answer(
     };
     match (method.as_str(), path, path.strip_prefix("scenarios/")) {
         ("GET", "health", _) => {
-            json_response(200, &json!({"ok": true, "open_requests": server.recorder.open()}))
+            response::json(200, &json!({"ok": true, "open_requests": state.recorder.open()}))
         }
         ("GET", "requests", _) => {
-            let mut requests = server.recorder.requests();
+            let mut requests = state.recorder.requests();
             requests.retain(|request| {
                 asked("scenario").is_none_or(|scenario| request.scenario == scenario)
                     && asked("run").is_none_or(|run| request.run == run)
             });
-            json_response(200, &json!(requests))
+            response::json(200, &json!(requests))
         }
         ("GET", "last", _) => {
             let (scenario, run) = (
                 asked("scenario").unwrap_or("default"),
                 asked("run").unwrap_or_default(),
             );
-            json_response(
+            response::json(
                 200,
-                &server.recorder.last_body(scenario, run).unwrap_or(Value::Null),
+                &state.recorder.last_body(scenario, run).unwrap_or(Value::Null),
             )
         }
-        ("GET", "scenarios", _) => json_response(200, &json!(server.scenarios.list())),
-        ("GET", _, Some(name)) => match server.scenarios.get(name) {
-            Some(scenario) => json_response(200, &json!(*scenario)),
+        ("GET", "scenarios", _) => response::json(200, &json!(state.scenarios.list())),
+        ("GET", _, Some(name)) => match state.scenarios.get(name) {
+            Some(scenario) => response::json(200, &json!(*scenario)),
             None => refuse(404, "no such scenario"),
         },
         ("PUT", _, Some(name)) => match serde_json::from_slice::<Scenario>(body) {
             Ok(scenario) if scenario.steps.is_empty() => refuse(400, "steps: at least one is needed"),
             Ok(scenario) => {
-                server.scenarios.put(name.to_owned(), scenario);
-                json_response(200, &json!({"ok": true}))
+                state.scenarios.put(name.to_owned(), scenario);
+                response::json(200, &json!({"ok": true}))
             }
             Err(error) => refuse(400, &error.to_string()),
         },
         ("POST", "reset", _) => {
-            server.recorder.reset();
-            json_response(200, &json!({"ok": true}))
+            state.recorder.reset();
+            response::json(200, &json!({"ok": true}))
         }
         _ => refuse(404, "no such control route"),
     }
 }
 
 fn refuse(status: u16, why: &str) -> Response<Body> {
-    json_response(status, &json!({"error": why}))
+    response::json(status, &json!({"error": why}))
 }

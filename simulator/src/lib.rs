@@ -24,8 +24,10 @@ mod conversation;
 mod messages;
 mod playback;
 mod recorder;
+mod response;
 mod scenario;
 mod server;
+mod state;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -39,13 +41,13 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 pub use recorder::{CredentialKind, Recorded};
 pub use scenario::{Fault, HttpError, Pick, Scenario, Step, Tool, Usage};
 
-use server::Server;
+use state::State;
 
 /// A running simulator. It stops, with everything it still answers, when this value is dropped.
 #[derive(Debug)]
 pub struct Simulator {
     address: SocketAddr,
-    server: Arc<Server>,
+    state: Arc<State>,
     _stop: DropGuard,
 }
 
@@ -60,12 +62,12 @@ impl Simulator {
     /// The same on a socket that listens already.
     pub fn on(listener: TcpListener) -> io::Result<Self> {
         let address = listener.local_addr()?;
-        let server = Arc::new(Server::new());
+        let state = Arc::new(State::new());
         let stop = CancellationToken::new();
-        tokio::spawn(server::accept(listener, Arc::clone(&server), stop.clone()));
+        tokio::spawn(server::accept(listener, Arc::clone(&state), stop.clone()));
         Ok(Self {
             address,
-            server,
+            state,
             _stop: stop.drop_guard(),
         })
     }
@@ -82,28 +84,28 @@ impl Simulator {
 
     /// Adds a scenario, or replaces the one of that name, for the requests that come from now on.
     pub fn put_scenario(&self, name: impl Into<String>, scenario: Scenario) {
-        self.server.scenarios.put(name.into(), scenario);
+        self.state.scenarios.put(name.into(), scenario);
     }
 
     /// The requests so far, oldest first; at most the newest 10,000.
     pub fn requests(&self) -> Vec<Recorded> {
-        self.server.recorder.requests()
+        self.state.recorder.requests()
     }
 
     /// The whole body of the newest main request of a scenario and run; the run is the Claude session's id where the
     /// request named none.
     pub fn last_body(&self, scenario: &str, run: &str) -> Option<Value> {
-        self.server.recorder.last_body(scenario, run)
+        self.state.recorder.last_body(scenario, run)
     }
 
     /// How many answers are being waited for or streamed at this moment.
     pub fn open_requests(&self) -> usize {
-        self.server.recorder.open()
+        self.state.recorder.open()
     }
 
     /// Forgets the requests and sets all counters to 0. Scenarios stay.
     pub fn reset(&self) {
-        self.server.recorder.reset();
+        self.state.recorder.reset();
     }
 }
 

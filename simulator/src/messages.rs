@@ -14,13 +14,14 @@ use tokio::time::sleep;
 use crate::connection::ResetAtEnd;
 use crate::conversation::{self, Choice};
 use crate::recorder::{CredentialKind, Open, Recorded};
+use crate::response::{self, Body};
 use crate::scenario::{Fault, HttpError, Pick, Scenario, Step};
-use crate::server::{Body, Server, json_response, respond};
+use crate::state::State;
 use crate::{answer, playback};
 
 /// Records a request and answers it.
-pub(crate) async fn answer(server: &Server, head: &Parts, body: &Bytes, reset: ResetAtEnd) -> Response<Body> {
-    let open = server.recorder.opened();
+pub(crate) async fn answer(state: &State, head: &Parts, body: &Bytes, reset: ResetAtEnd) -> Response<Body> {
+    let open = state.recorder.opened();
     let (path_choice, path) = Choice::of_path(head.uri.path());
     let (credential_kind, credential) = credential(&head.headers);
     let asked: Value = serde_json::from_slice(body).unwrap_or_default();
@@ -42,7 +43,7 @@ pub(crate) async fn answer(server: &Server, head: &Parts, body: &Bytes, reset: R
         .unwrap_or_else(|| header("x-claude-code-session-id").to_owned());
     let is_turn = path == "/v1/messages" && !conversation::is_auxiliary(&asked);
     // A side request doesn't hold the job's prompt, so a marker there can't be seen here.
-    let scenario = server
+    let scenario = state
         .scenarios
         .get(&choice.scenario)
         .or_else(|| (!is_turn).then(Arc::default));
@@ -50,7 +51,7 @@ pub(crate) async fn answer(server: &Server, head: &Parts, body: &Bytes, reset: R
     let n = match &scenario {
         Some(scenario) if is_turn && credential_kind != CredentialKind::None => match scenario.pick {
             Pick::Turn => conversation::turn(&asked),
-            Pick::Request => server.recorder.count(&choice.scenario, &run),
+            Pick::Request => state.recorder.count(&choice.scenario, &run),
         },
         _ => 0,
     };
@@ -74,14 +75,14 @@ pub(crate) async fn answer(server: &Server, head: &Parts, body: &Bytes, reset: R
         bytes: body.len(),
         retry: header("x-stainless-retry-count").parse().unwrap_or_default(),
     };
-    let number = server.recorder.record(recorded, is_turn.then(|| asked.clone()));
+    let number = state.recorder.record(recorded, is_turn.then(|| asked.clone()));
     let request_id = format!("req_sim_{number}");
 
     let mut response = match check(head, path, credential_kind, body, &asked, scenario.as_deref()) {
         Err(Refusal(status, kind, message)) => {
-            json_response(status, &answer::error(kind, &message, &request_id))
+            response::json(status, &answer::error(kind, &message, &request_id))
         }
-        Ok(None) => json_response(200, &json!({"input_tokens": body.len() / 4})),
+        Ok(None) => response::json(200, &json!({"input_tokens": body.len() / 4})),
         Ok(Some(scenario)) => {
             let step = if is_turn {
                 scenario.step(n)
@@ -166,7 +167,7 @@ async fn play(
             response.headers_mut().insert(CONTENT_TYPE, event_stream);
             response
         } else {
-            json_response(200, &answer.message)
+            response::json(200, &answer.message)
         }
     };
     add_headers(response.headers_mut(), &step);
@@ -192,16 +193,12 @@ fn credential(headers: &HeaderMap) -> (CredentialKind, String) {
 
 fn error_response(error: &HttpError, request_id: &str) -> Response<Body> {
     let Some(html) = &error.html else {
-        return json_response(
+        return response::json(
             error.status,
             &answer::error(&error.kind, &error.message, request_id),
         );
     };
-    let mut response = respond(error.status, html.clone().into());
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, HeaderValue::from_static("text/html"));
-    response
+    response::with_type(error.status, "text/html", html.clone().into())
 }
 
 /// A step's own headers. One that HTTP doesn't allow is left out.

@@ -14,8 +14,8 @@ use tokio::time::sleep;
 
 use crate::connection::ResetAtEnd;
 use crate::recorder::Open;
+use crate::response::Body;
 use crate::scenario::{Fault, Step};
-use crate::server::Body;
 
 /// Between the last event and a cut, so that what was sent before arrives before.
 const BEFORE_CUT: Duration = Duration::from_millis(30);

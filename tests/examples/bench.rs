@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use tests::database::{Database, Db};
 use tests::script::{self, Script, Step};
 use tests::system::{Builder, Cli, System, real_claude};
-use tests::{place, trace};
+use tests::{paths, trace};
 use tokio::io::AsyncWriteExt as _;
 
 const JOBS: usize = 200;
@@ -99,7 +99,7 @@ async fn latency(name: String, builder: Builder) {
         let asked = trace::now();
         let job = client.play(&script).await;
         client.finished(&job).await;
-        let first = system.lives(&job).first().expect("the run wrote its life").first;
+        let first = system.runs(&job).first().expect("the run wrote its trace").first;
         waits.push(millis(first - asked));
     }
     println!(
@@ -169,7 +169,7 @@ async fn throughput(db: Db, slots: usize) {
     for (job, at) in asked {
         client.finished(&job).await;
         waits.push(millis(
-            system.lives(&job).first().expect("the run wrote its life").first - at,
+            system.runs(&job).first().expect("the run wrote its trace").first - at,
         ));
     }
     let (p50, p99) = (percentile(&mut waits, 50), percentile(&mut waits, 99));
@@ -178,11 +178,11 @@ async fn throughput(db: Db, slots: usize) {
 
 /// Runs a second of the CLI that only answers, without a queue and without a guard.
 async fn bare_runs(count: u32, slots: usize) -> f64 {
-    let home = place::folder('b');
+    let home = paths::folder('b');
     let began = Instant::now();
     futures_util::stream::iter(0..count)
         .for_each_concurrent(slots, |_| async {
-            let mut child = tokio::process::Command::from(claude(&place::binary("fake-claude"), &home, ""))
+            let mut child = tokio::process::Command::from(claude(&paths::binary("fake-claude"), &home, ""))
                 .spawn()
                 .expect("the CLI starts");
             let mut stdin = child.stdin.take().expect("a pipe");
@@ -219,7 +219,7 @@ async fn recovery(db: Db) {
         let killed = trace::now();
         system.worker(index).kill();
         client.finished(&job).await;
-        let next = system.lives(&job).last().expect("a run wrote its life").first;
+        let next = system.runs(&job).last().expect("a run wrote its trace").first;
         seconds.push(format!("{:.1}", millis(next - killed) / 1e3));
         system.worker(index).start().await;
     }
@@ -234,7 +234,7 @@ async fn nothing(_: u64, done: Data<Arc<AtomicUsize>>) -> Result<(), BoxDynError
 /// Tasks a second of the queue library with the same batch and concurrency and a handler that does nothing.
 async fn raw_library(db: Db, slots: usize) -> f64 {
     const TASKS: usize = 1_000;
-    let folder = place::folder('b');
+    let folder = paths::folder('b');
     let database = Database::empty(db, &folder).await;
     let done = Arc::new(AtomicUsize::new(0));
     macro_rules! run {
@@ -327,7 +327,7 @@ async fn real() {
 
 /// The wall time of the CLI alone, in the form that jobs use it.
 fn bare_claude(url: &str) -> f64 {
-    let home = place::folder('b');
+    let home = paths::folder('b');
     let began = Instant::now();
     let mut child = claude(&real_claude(), &home, url)
         .spawn()

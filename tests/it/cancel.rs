@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tests::both;
 use tests::client::Client;
 use tests::database::Db;
-use tests::place;
+use tests::paths;
 use tests::script::{Deaf, Script, Step, daemon, steps};
 use tests::system::System;
 
@@ -205,7 +205,7 @@ while read -r line; do case $line in *'"interrupt"'*) break ;; esac; done
 result
 {then}"#
     );
-    let cli = place::program("answering", &script);
+    let cli = paths::program("answering", &script);
     let system = System::builder()
         .database(db)
         .env("CLAUDE_CLI_PATH", cli.to_str().unwrap())
@@ -298,7 +298,7 @@ async fn a_run_ends_at_its_timeout(db: Db) {
 }
 
 async fn a_run_that_never_speaks_is_ended(db: Db) {
-    let cli = place::program(
+    let cli = paths::program(
         "mute",
         "case $1 in --version) echo '2.1.331 (Claude Code)' ;; *) exec sleep 600 ;; esac",
     );

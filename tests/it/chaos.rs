@@ -1,6 +1,6 @@
 //! Everything at once: jobs in and out of sessions from three keys, while processes are killed and stopped at random,
 //! the guards of runs among them.
-//! Then peace, and what must hold then. `CHAOS_JOBS` says how many jobs (500), `CHAOS_SEED` repeats a course.
+//! Then they stop, and what must hold is checked. `CHAOS_JOBS` says how many jobs (500), `CHAOS_SEED` repeats a course.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -13,7 +13,7 @@ use tests::client::{Client, at_once};
 use tests::database::Db;
 use tests::script::{Step, steps};
 use tests::system::{KEYS, System};
-use tests::trace::{self, Life};
+use tests::trace::{self, Run};
 use tests::{eventually, processes, run_alone};
 
 mod on {
@@ -34,8 +34,8 @@ fn alone(db: Db) {
     run_alone(limit, chaos(db));
 }
 
-/// How often a process is hit.
-const BLOW: Duration = Duration::from_millis(300);
+/// How often a fault is injected.
+const FAULT_INTERVAL: Duration = Duration::from_millis(300);
 /// How many tasks submit at once: enough that jobs wait.
 const SUBMITTERS: usize = 6;
 
@@ -50,14 +50,14 @@ fn jobs() -> usize {
 }
 
 /// A small generator, so that a seed repeats the choices (though not the timing).
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+impl Rng {
+    fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        (self.0 >> 11) % sides
+        (self.0 >> 11) % limit
     }
 }
 
@@ -95,7 +95,7 @@ async fn chaos(db: Db) {
     let bases = Mutex::new([system.client_of(0), system.client_of(1)]);
     let begin = Instant::now();
 
-    // The submitters go on until all jobs are accepted; the blows fall until most of the work is done.
+    // The submitters go on until all jobs are accepted; the faults fall until most of the work is done.
     let (next, done) = (AtomicUsize::new(0), AtomicBool::new(false));
     let submitting = async {
         let seeds = (1..=SUBMITTERS as u64).map(|number| seed ^ (number << 32));
@@ -103,9 +103,12 @@ async fn chaos(db: Db) {
         done.store(true, Ordering::Relaxed);
         accepted.into_iter().flatten().collect::<Vec<_>>()
     };
-    let (accepted, blows) = tokio::join!(submitting, strike(&mut system, &bases, &done, Dice(seed | 1)));
+    let (accepted, faults) = tokio::join!(
+        submitting,
+        inject_faults(&mut system, &bases, &done, Rng(seed | 1))
+    );
 
-    let wild = begin.elapsed();
+    let faulty = begin.elapsed();
     let finals = finals(&system, &accepted).await;
     let all = begin.elapsed();
     check(&system, &accepted, &finals).await;
@@ -122,32 +125,32 @@ async fn chaos(db: Db) {
         .number("select count(*) from attempt where ending = 'lost'")
         .await;
     say(&format!(
-        "{db:?}: {} accepted, {blows:?}, {attempts} attempts, {lost} of them lost; {counts:?}; {wild:?} wild, {all:?} in all",
+        "{db:?}: {} accepted, {faults:?}, {attempts} attempts, {lost} of them lost; {counts:?}; {faulty:?} with faults, {all:?} in all",
         accepted.len()
     ));
 }
 
 async fn submit(bases: &Mutex<[Client; 2]>, next: &AtomicUsize, seed: u64) -> Vec<Accepted> {
-    let mut dice = Dice(seed | 1);
+    let mut rng = Rng(seed | 1);
     let mut accepted = Vec::new();
     loop {
         let number = next.fetch_add(1, Ordering::Relaxed);
         if number >= jobs() {
             return accepted;
         }
-        let key = usize::try_from(dice.roll(3)).unwrap();
+        let key = usize::try_from(rng.below(3)).unwrap();
         let tag = format!("{number:06}");
         let script = steps([
             Step::Spend(0.001),
-            Step::Sleep(dice.roll(200)),
+            Step::Sleep(rng.below(200)),
             Step::Say("half".to_owned()),
-            Step::Sleep(dice.roll(200)),
+            Step::Sleep(rng.below(200)),
         ]);
         let mut body = json!({ "message": script.costing(0.001).traced(&tag).prompt(), "max_attempts": 5 });
         let mut session = None;
-        match dice.roll(4) {
-            0 => session = Some(SESSIONS[usize::try_from(dice.roll(4)).unwrap()].to_owned()),
-            1 => body["concurrency_key"] = json!(format!("k{}", dice.roll(6))),
+        match rng.below(4) {
+            0 => session = Some(SESSIONS[usize::try_from(rng.below(4)).unwrap()].to_owned()),
+            1 => body["concurrency_key"] = json!(format!("k{}", rng.below(6))),
             _ => {}
         }
         if let Some(session) = &session {
@@ -157,7 +160,7 @@ async fn submit(bases: &Mutex<[Client; 2]>, next: &AtomicUsize, seed: u64) -> Ve
         let id = eventually(Duration::from_mins(1), "an accepted submission", async || {
             let client = {
                 let bases = bases.lock().unwrap();
-                bases[usize::try_from(dice.roll(2)).unwrap()].with_key(KEYS[key])
+                bases[usize::try_from(rng.below(2)).unwrap()].with_key(KEYS[key])
             };
             let request = client
                 .request(reqwest::Method::POST, "/api/v1/jobs")
@@ -190,7 +193,7 @@ async fn submit(bases: &Mutex<[Client; 2]>, next: &AtomicUsize, seed: u64) -> Ve
 }
 
 #[derive(Debug, Default)]
-struct Blows {
+struct Faults {
     killed: usize,
     stopped: usize,
     guards_killed: usize,
@@ -200,36 +203,36 @@ struct Blows {
 }
 
 /// Kills and stops processes until everything is accepted and a good part of it is done, or time is up.
-async fn strike(
+async fn inject_faults(
     system: &mut System,
     bases: &Mutex<[Client; 2]>,
     accepted: &AtomicBool,
-    mut dice: Dice,
-) -> Blows {
-    let mut blows = Blows::default();
+    mut rng: Rng,
+) -> Faults {
+    let mut faults = Faults::default();
     let begin = Instant::now();
     let limit = Duration::from_secs(10) + Duration::from_millis(40) * u32::try_from(jobs()).unwrap();
     let mut stopped: Vec<(usize, Instant)> = Vec::new();
-    let mut ticks = tokio::time::interval(BLOW);
+    let mut ticks = tokio::time::interval(FAULT_INTERVAL);
     loop {
         ticks.tick().await;
         stopped.retain(|(_, until)| Instant::now() < *until);
         // Two API processes, three workers, and now and then a guard.
-        let index = usize::try_from(dice.roll(7)).unwrap();
-        let stop = dice.roll(3) == 0;
+        let index = usize::try_from(rng.below(7)).unwrap();
+        let stop = rng.below(3) == 0;
         if index >= 5 {
-            strike_a_guard(system, &mut blows, &mut dice, stop);
+            inject_guard_fault(system, &mut faults, &mut rng, stop);
         } else if stop && stopped.iter().all(|(other, _)| *other != index) {
-            blows.stopped += 1;
-            let pause = Duration::from_millis(200 + dice.roll(4_000));
+            faults.stopped += 1;
+            let pause = Duration::from_millis(200 + rng.below(4_000));
             let process = &system.processes()[index];
             process.pause();
             stopped.push((index, Instant::now() + pause));
             wake_after(process.pid().unwrap(), pause);
         } else {
-            blows.killed += 1;
+            faults.killed += 1;
             system.processes()[index].kill();
-            blows.failed_starts += system.processes()[index].supervise().await;
+            faults.failed_starts += system.processes()[index].supervise().await;
             stopped.retain(|(other, _)| *other != index);
             if index < 2 {
                 bases.lock().unwrap()[index] = system.client_of(index);
@@ -247,11 +250,11 @@ async fn strike(
     for process in system.processes() {
         process.resume();
     }
-    blows
+    faults
 }
 
 /// Kills a guard, or stops it, one time in three for good: its worker must do without it.
-fn strike_a_guard(system: &System, blows: &mut Blows, dice: &mut Dice, stop: bool) {
+fn inject_guard_fault(system: &System, faults: &mut Faults, rng: &mut Rng, stop: bool) {
     let guards: Vec<i32> = system
         .run_processes()
         .into_iter()
@@ -261,15 +264,15 @@ fn strike_a_guard(system: &System, blows: &mut Blows, dice: &mut Dice, stop: boo
     if guards.is_empty() {
         return;
     }
-    let guard = guards[usize::try_from(dice.roll(guards.len() as u64)).unwrap()];
+    let guard = guards[usize::try_from(rng.below(guards.len() as u64)).unwrap()];
     if stop {
-        blows.guards_stopped += 1;
+        faults.guards_stopped += 1;
         processes::signal(guard, Signal::STOP);
-        if dice.roll(3) > 0 {
-            wake_after(guard, Duration::from_millis(200 + dice.roll(4_000)));
+        if rng.below(3) > 0 {
+            wake_after(guard, Duration::from_millis(200 + rng.below(4_000)));
         }
     } else {
-        blows.guards_killed += 1;
+        faults.guards_killed += 1;
         processes::signal(guard, Signal::KILL);
     }
 }
@@ -304,7 +307,7 @@ async fn finals(system: &System, accepted: &[Accepted]) -> BTreeMap<String, Valu
     finals
 }
 
-/// What must hold once there is peace.
+/// What must hold when the faults have stopped.
 async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String, Value>) {
     let database = system.database();
     assert_eq!(accepted.len(), jobs());
@@ -319,21 +322,21 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
         assert!(fine, "{id} ended in a way that nobody asked for: {job:#}");
     }
 
-    // No two runs of one job, of one session or of one concurrency key lived at the same time.
-    let mut groups: BTreeMap<String, Vec<Life>> = BTreeMap::new();
+    // No two runs of one job, of one session or of one concurrency key overlap.
+    let mut groups: BTreeMap<String, Vec<Run>> = BTreeMap::new();
     for job in accepted.iter().filter(|job| job.session.is_none()) {
-        let lives = system.lives(&job.id);
-        trace::assert_one_at_a_time(&lives);
+        let runs = system.runs(&job.id);
+        trace::assert_one_at_a_time(&runs);
         if let Some(group) = finals[&job.id]["concurrency_key"].as_str() {
             groups
                 .entry(format!("{}/{group}", job.key))
                 .or_default()
-                .extend(lives);
+                .extend(runs);
         }
     }
-    for lives in groups.values_mut() {
-        lives.sort_by_key(|life| life.first);
-        trace::assert_one_at_a_time(lives);
+    for runs in groups.values_mut() {
+        runs.sort_by_key(|run| run.first);
+        trace::assert_one_at_a_time(runs);
     }
     for session in std::fs::read_dir(system.folder().join("data/sessions")).unwrap() {
         trace::assert_one_at_a_time(&trace::read(&session.unwrap().path().join("workspace")));
@@ -355,7 +358,7 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
     for (group, tags) in &wanted {
         let mut last = 0;
         for tag in tags {
-            // A job that was lost each time before it could write has no life to be out of order.
+            // A job that was lost each time before it could write has no run to be out of order.
             let Some(&(first, end)) = began.get(*tag) else {
                 continue;
             };
@@ -372,7 +375,7 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
                     where b.started_at < a.ended_at";
     assert_eq!(database.number(overlaps).await, 0);
 
-    // Every story has one end, and no page is missing.
+    // Every job has one last event, and no event is missing.
     let endings = "select count(*) from event where event_type in ('done', 'error', 'cancelled')";
     assert_eq!(database.number(endings).await, i64::try_from(jobs()).unwrap());
     let gaps = "select count(*) from (select job_id, count(*) as n, max(seq) as last from event group by job_id) e \
@@ -429,18 +432,18 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
 
 /// When each job's first run began and its last one ended, as far as they wrote it.
 fn began(system: &System, accepted: &[Accepted]) -> BTreeMap<String, (u64, u64)> {
-    let mut lives: Vec<Life> = accepted
+    let mut runs: Vec<Run> = accepted
         .iter()
         .filter(|job| job.session.is_none())
-        .flat_map(|job| system.lives(&job.id))
+        .flat_map(|job| system.runs(&job.id))
         .collect();
     for session in std::fs::read_dir(system.folder().join("data/sessions")).unwrap() {
-        lives.extend(trace::read(&session.unwrap().path().join("workspace")));
+        runs.extend(trace::read(&session.unwrap().path().join("workspace")));
     }
     let mut spans: BTreeMap<String, (u64, u64)> = BTreeMap::new();
-    for life in lives {
-        let span = spans.entry(life.tag).or_insert((life.first, life.last));
-        *span = (span.0.min(life.first), span.1.max(life.last));
+    for run in runs {
+        let span = spans.entry(run.tag).or_insert((run.first, run.last));
+        *span = (span.0.min(run.first), span.1.max(run.last));
     }
     spans
 }

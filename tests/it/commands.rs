@@ -12,7 +12,7 @@ use tests::client::{Client, PATIENCE};
 use tests::database::{Database, Db};
 use tests::script::{Step, answer, steps, until_told};
 use tests::system::{Finished, KEYS, System, command, real_claude, real_cli_permit, run};
-use tests::{eventually, once, place, processes};
+use tests::{eventually, once, paths, processes};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader, Lines, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -30,14 +30,14 @@ once!(
 const CLAUDE_QUEUE: &str = "claude-queue";
 
 async fn the_demo_runs_a_job_and_leaves_nothing() {
-    let folder = place::folder('d');
+    let folder = paths::folder('d');
     let folder_name = folder.to_str().unwrap();
     let claude = real_claude();
     let _permit = real_cli_permit().await;
     let env = [
         ("TMPDIR", folder_name),
         ("XDG_RUNTIME_DIR", folder_name),
-        (place::MARKER, folder_name),
+        (paths::MARKER, folder_name),
         ("CLAUDE_CLI_PATH", claude.to_str().unwrap()),
         // The demo's own simulator is asked, whatever else is set.
         ("ANTHROPIC_API_KEY", "sk-not-to-be-used"),
@@ -279,8 +279,8 @@ async fn a_service_that_can_not_start_claims_nothing() {
     let mut system = System::builder().workers(0).start().await;
     let id = system.client().accepted("hi").await;
     system.api(0).stop(Duration::from_secs(20)).await;
-    let folder = place::folder('d');
-    let fake = place::binary("fake-claude");
+    let folder = paths::folder('d');
+    let fake = paths::binary("fake-claude");
 
     let env = [
         ("DATABASE_URL", system.database().url()),
@@ -322,8 +322,8 @@ async fn the_key_is_not_written_into_a_file() {
 }
 
 async fn the_doctor_says_what_is_missing() {
-    let folder = place::folder('d');
-    let (name, fake) = (folder.to_str().unwrap(), place::binary("fake-claude"));
+    let folder = paths::folder('d');
+    let (name, fake) = (folder.to_str().unwrap(), paths::binary("fake-claude"));
     let url = format!("sqlite://{}", folder.join("x.db").display());
     let data = folder.join("data");
     let mut env = vec![

@@ -3,7 +3,7 @@
 use tests::database::Db;
 use tests::script::answer;
 use tests::system::{System, run};
-use tests::{once, place};
+use tests::{once, paths};
 
 once!(
     a_bad_setting_stops_the_start,
@@ -42,9 +42,9 @@ async fn a_bad_setting_stops_the_start() {
         (WORKER, "ANTHROPIC_BASE_URL", "not a url"),
         (WORKER, "CLAUDE_CLI_PATH", "/nowhere/claude"),
     ] {
-        let folder = place::folder('d');
+        let folder = paths::folder('d');
         let url = format!("sqlite://{}", folder.join("x.db").display());
-        let fake = place::binary("fake-claude");
+        let fake = paths::binary("fake-claude");
         let mut env = vec![
             ("DATABASE_URL", url.as_str()),
             ("DATA_DIR", folder.to_str().unwrap()),
@@ -79,7 +79,7 @@ async fn a_secret_is_never_repeated() {
         ),
         (WORKER, "ANTHROPIC_API_KEY", "s3cret\u{fffd}key"),
     ] {
-        let fake = place::binary("fake-claude");
+        let fake = paths::binary("fake-claude");
         let env = [
             ("API_PORT", "0"),
             ("CLAUDE_CLI_PATH", fake.to_str().unwrap()),
@@ -110,7 +110,7 @@ async fn a_database_that_is_not_there_stops_the_start() {
 }
 
 async fn the_python_services_database_urls_are_understood() {
-    let folder = place::folder('d');
+    let folder = paths::folder('d');
     let sqlite = format!("sqlite+aiosqlite:///{}", folder.join("python.db").display());
     let system = System::builder().env("DATABASE_URL", &sqlite).start().await;
     let client = system.client();
@@ -128,9 +128,9 @@ async fn the_python_services_database_urls_are_understood() {
 }
 
 async fn a_worker_without_a_credential_says_how_to_give_one() {
-    let folder = place::folder('d');
+    let folder = paths::folder('d');
     let url = format!("sqlite://{}", folder.join("x.db").display());
-    let fake = place::binary("fake-claude");
+    let fake = paths::binary("fake-claude");
     let env = [
         ("DATABASE_URL", url.as_str()),
         ("DATA_DIR", folder.to_str().unwrap()),

@@ -63,12 +63,12 @@ async fn a_killed_workers_job_is_done_by_another(db: Db) {
         "{job:#}"
     );
     assert_eq!(job["result"]["content"], "the second time");
-    let lives = system.lives(&id);
+    let runs = system.runs(&id);
     assert_eq!(
-        lives.iter().map(|life| life.tag.as_str()).collect::<Vec<_>>(),
+        runs.iter().map(|run| run.tag.as_str()).collect::<Vec<_>>(),
         ["first", "second"]
     );
-    assert_one_at_a_time(&lives);
+    assert_one_at_a_time(&runs);
     // The killed run is paid for as far as it was seen, and nothing stays reserved.
     assert_eq!(job["cost"], 0.2, "{job:#}");
     assert_eq!(
@@ -155,7 +155,7 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
         (&json!("done"), &json!(2)),
         "{job:#}"
     );
-    assert_one_at_a_time(&system.lives(&id));
+    assert_one_at_a_time(&system.runs(&id));
     system.no_run_process_within(Duration::from_secs(6)).await;
     assert_eq!(client.all_events(&id).await, events);
     assert_eq!(client.job(&id).await.data(200), &job);
@@ -203,10 +203,10 @@ async fn a_worker_that_cannot_renew_ends_its_runs(db: Db) {
         (&json!("done"), &json!(2), &json!(0.2)),
         "{job:#}"
     );
-    let lives = system.lives(&id);
-    assert_one_at_a_time(&lives);
+    let runs = system.runs(&id);
+    assert_one_at_a_time(&runs);
     // Counted from its last renewal, which was before.
-    let lived = Duration::from_nanos(lives[0].last.saturating_sub(begin));
+    let lived = Duration::from_nanos(runs[0].last.saturating_sub(begin));
     assert!(lived < LEASE + Duration::from_secs(3), "{lived:?}");
 }
 
@@ -354,6 +354,6 @@ async fn a_worker_that_stops_hands_back_what_does_not_finish(db: Db) {
         "{job:#}"
     );
     assert_eq!(system.database().number("select failures from job").await, 0);
-    assert_one_at_a_time(&system.lives(&id));
+    assert_one_at_a_time(&system.runs(&id));
     assert_eq!(job["cost"], 0.2);
 }

@@ -66,7 +66,7 @@ async fn assert_goes_on(system: &System, client: &Client, id: &str) {
         "{job:#}"
     );
     assert_eq!(job["result"]["content"], "the second time");
-    assert_one_at_a_time(&system.lives(id));
+    assert_one_at_a_time(&system.runs(id));
 }
 
 async fn a_draining_worker_takes_nothing_new(db: Db) {

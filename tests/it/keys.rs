@@ -929,7 +929,7 @@ async fn another_secret_key_stops_the_start(db: Db) {
 }
 
 async fn a_service_on_the_network_starts_with_a_key_of_the_database() {
-    let folder = tests::place::folder('k');
+    let folder = tests::paths::folder('k');
     let database = Database::empty(Db::Sqlite, &folder).await;
     let env = [
         ("DATABASE_URL", database.url()),

@@ -17,6 +17,7 @@ mod jobs; // From submission to result, and what can be read in between.
 mod keys; // Keys of the database: made, used, rotated, taken back.
 mod limits; // How often a key may ask, and that the headers say it.
 mod order; // Which job runs when.
+mod outages;
 mod outcomes; // What a run can end as.
 mod ownership; // Nobody sees what another owns, on any path there is.
 mod real_cli; // The real Claude CLI against the simulator.
@@ -24,5 +25,4 @@ mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.
 mod survivors; // A run that does everything to live on doesn't.
 mod tickets; // What wakes the slots may be lost, damaged or too much.
-mod usage; // What was spent, exact against the attempts.
-mod weather; // The database goes away and comes back.
+mod usage; // What was spent, exact against the attempts. // The database goes away and comes back.

@@ -9,7 +9,7 @@ use tests::client::{Client, at_once};
 use tests::database::Db;
 use tests::script::{Script, Step, steps, until};
 use tests::system::{KEYS, System};
-use tests::trace::{Life, assert_one_at_a_time};
+use tests::trace::{Run, assert_one_at_a_time};
 
 both!(
     jobs_of_a_session_run_one_at_a_time_in_order,
@@ -70,18 +70,18 @@ async fn jobs_of_a_session_run_one_at_a_time_in_order(db: Db) {
     in_order(&tests::trace::read(&folder.join("workspace")), 8);
 }
 
-fn in_order(lives: &[Life], count: usize) {
-    assert_one_at_a_time(lives);
-    let tags: Vec<&str> = lives.iter().map(|life| life.tag.as_str()).collect();
+fn in_order(runs: &[Run], count: usize) {
+    assert_one_at_a_time(runs);
+    let tags: Vec<&str> = runs.iter().map(|run| run.tag.as_str()).collect();
     let wanted: Vec<String> = (0..count).map(|number| number.to_string()).collect();
     assert_eq!(tags, wanted);
 }
 
-/// The lives of several jobs, in order of their beginning.
-fn lives(system: &System, ids: &[String]) -> Vec<Life> {
-    let mut lives: Vec<Life> = ids.iter().flat_map(|id| system.lives(id)).collect();
-    lives.sort_by_key(|life| life.first);
-    lives
+/// The runs of several jobs, in order of their beginning.
+fn runs(system: &System, ids: &[String]) -> Vec<Run> {
+    let mut runs: Vec<Run> = ids.iter().flat_map(|id| system.runs(id)).collect();
+    runs.sort_by_key(|run| run.first);
+    runs
 }
 
 async fn jobs_of_a_concurrency_key_run_one_at_a_time_in_order(db: Db) {
@@ -100,7 +100,7 @@ async fn jobs_of_a_concurrency_key_run_one_at_a_time_in_order(db: Db) {
     }
     at_once(ids.iter().map(|id| client.finished(id))).await;
 
-    in_order(&lives(&system, &ids), 6);
+    in_order(&runs(&system, &ids), 6);
 }
 
 async fn a_failed_or_cancelled_job_does_not_stop_its_session(db: Db) {
@@ -198,16 +198,15 @@ async fn all_slots_are_always_used(db: Db) {
     .await;
     at_once(ids.iter().map(|id| client.finished(id))).await;
 
-    let lives = lives(&system, &ids);
-    assert_eq!(lives.len(), 20);
+    let runs = runs(&system, &ids);
+    assert_eq!(runs.len(), 20);
     let at = |time: u64| {
-        lives
-            .iter()
-            .filter(|life| life.first <= time && time <= life.last)
+        runs.iter()
+            .filter(|run| run.first <= time && time <= run.last)
             .count()
     };
     assert_eq!(
-        lives.iter().map(|life| at(life.first)).max(),
+        runs.iter().map(|run| at(run.first)).max(),
         Some(4),
         "never more than four, and four were reached"
     );
@@ -254,17 +253,17 @@ async fn a_key_never_runs_more_than_its_share(db: Db) {
     std::fs::write(go, "").unwrap();
     at_once(ids.iter().map(|id| client.finished(id))).await;
 
-    let lives = lives(&system, &ids);
-    for life in &lives {
-        let running = lives
+    let runs = runs(&system, &ids);
+    for run in &runs {
+        let running = runs
             .iter()
-            .filter(|other| other.first <= life.first && life.first <= other.last)
+            .filter(|other| other.first <= run.first && run.first <= other.last)
             .count();
         assert!(running <= 2, "{running} jobs of one key run at once");
     }
 }
 
-/// Lets jobs queue up behind one that holds the only slot, then lets them go; the words of their lives in order.
+/// Lets jobs queue up behind one that holds the only slot, then lets them go; the words of their runs in order.
 async fn queued_up(
     system: &System,
     client: &Client,
@@ -278,7 +277,7 @@ async fn queued_up(
     client.cancel(&blocker).await.data(202);
     let administrator = client.with_key(KEYS[2]);
     at_once(ids.iter().map(|id| administrator.finished(id))).await;
-    lives(system, &ids).into_iter().map(|life| life.tag).collect()
+    runs(system, &ids).into_iter().map(|run| run.tag).collect()
 }
 
 async fn the_keys_take_turns(db: Db) {

@@ -486,7 +486,7 @@ async fn a_cli_that_ends_slowly_under_a_short_lease_is_done(db: Db) {
         "case $1 in --version) echo '2.1.331 (Claude Code)'; exit ;; esac\nread -r line\nsleep 3\necho '{result}'\n\
          exec >&- 2>&-\nsleep 4.5"
     );
-    let cli = tests::place::program("slow", &script);
+    let cli = tests::paths::program("slow", &script);
     let system = System::builder()
         .database(db)
         .sandbox(false)
@@ -523,12 +523,12 @@ async fn a_run_that_takes_too_much_memory_says_so(db: Db) {
 }
 
 async fn another_version_of_the_cli_runs_with_a_warning(db: Db) {
-    let fake = tests::place::binary("fake-claude");
+    let fake = tests::paths::binary("fake-claude");
     let script = format!(
         "case $1 in --version) echo '9.8.7 (Claude Code)' ;; *) exec {} \"$@\" ;; esac",
         fake.display()
     );
-    let cli = tests::place::program("claude", &script);
+    let cli = tests::paths::program("claude", &script);
     let system = System::builder()
         .database(db)
         .sandbox(false)

@@ -36,7 +36,7 @@ async fn start(db: Db, sandbox: bool) -> System {
         .await
 }
 
-/// Submits the stubborn run, with more members of the job, and waits until its daemon lives and its cost is known.
+/// Submits the stubborn run, with more members of the job, and waits until its daemon is there and its cost is known.
 async fn begin(client: &Client, members: Value) -> String {
     let script = steps([daemon(), Step::Spend(0.2496), Step::Freeze])
         .deaf_to(Deaf::Interrupt)
@@ -214,7 +214,7 @@ async fn what_a_worker_and_its_guards_left_ends_at_the_next_start(db: Db) {
     processes::signal(guards[0], Signal::KILL);
     system.worker(0).kill();
     eventually(LIMIT, "the end of the guard", async || {
-        (!processes::lives(guards[0])).then_some(())
+        (!processes::is_alive(guards[0])).then_some(())
     })
     .await;
 

@@ -364,11 +364,11 @@ async fn a_restart_of_the_queues_worker_drops_no_run(db: Db) {
         );
     }
     // The slots belong to the process: the new worker has no more of them than the old one.
-    let lives: Vec<_> = ids.iter().flat_map(|id| system.lives(id)).collect();
-    for life in &lives {
-        let at_once = lives
+    let runs: Vec<_> = ids.iter().flat_map(|id| system.runs(id)).collect();
+    for run in &runs {
+        let at_once = runs
             .iter()
-            .filter(|other| other.first <= life.first && life.first <= other.last);
-        assert!(at_once.count() <= 2, "{lives:#?}");
+            .filter(|other| other.first <= run.first && run.first <= other.last);
+        assert!(at_once.count() <= 2, "{runs:#?}");
     }
 }

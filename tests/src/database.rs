@@ -14,7 +14,7 @@ use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, SqliteCo
 use tokio::sync::{Mutex, OnceCell};
 
 use crate::disk::Disk;
-use crate::{place, processes};
+use crate::{paths, processes};
 
 /// Which database a test runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ impl Database {
         let url = match db {
             Db::Sqlite => {
                 let template = FILE.get_or_init(async || {
-                    let folder = place::folder('t');
+                    let folder = paths::folder('t');
                     migrate(&file_url(&folder)).await;
                     folder.join(FILE_NAME)
                 });
@@ -226,7 +226,7 @@ impl Cluster {
     pub async fn start_on(disk: Option<&Disk>) -> Result<Self, String> {
         let programs = programs()?;
         let account = account()?;
-        let folder = place::folder('p');
+        let folder = paths::folder('p');
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o711)).map_err(|error| error.to_string())?;
         if let Some(Account { uid, gid }) = account {
             chown(&folder, Some(uid), Some(gid))
@@ -371,14 +371,14 @@ impl Cluster {
             .map_err(|error| error.to_string())?;
         let data = self.folder.with_extension("d");
         fs::create_dir(&data).map_err(|error| error.to_string())?;
-        let migrated = Command::new(place::binary("claude-queue"))
+        let migrated = Command::new(paths::binary("claude-queue"))
             .arg("migrate")
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("HOME", &data)
             .env("DATA_DIR", &data)
             .env("DATABASE_URL", self.url(TEMPLATE))
-            .env(place::MARKER, &data)
+            .env(paths::MARKER, &data)
             .current_dir(&data)
             .output()
             .map_err(|error| format!("claude-queue doesn't start: {error}"))?;
@@ -429,7 +429,7 @@ impl Cluster {
         command
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
-            .env(place::MARKER, &self.folder);
+            .env(paths::MARKER, &self.folder);
         command.current_dir(&self.folder).stdin(Stdio::null());
         command
     }

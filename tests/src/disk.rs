@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::place;
+use crate::paths;
 
 /// A file system of a few megabytes that only processes started with [`Disk::enter`] see at its path.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub struct Disk {
 impl Disk {
     /// Mounts an empty one. Fails the test where that isn't possible: it needs root, or user namespaces.
     pub fn mount(mebibytes: u32) -> Self {
-        let folder = place::folder('m');
+        let folder = paths::folder('m');
         let script = format!(
             "mount -t tmpfs -o size={mebibytes}m,mode=0777 tmpfs \"$0\" && echo mounted && exec sleep 1000000"
         );
@@ -29,7 +29,7 @@ impl Disk {
         let mut holder = command
             .args(["--mount", "--propagation", "private", "--", "sh", "-c", &script])
             .arg(&folder)
-            .env(place::MARKER, &folder)
+            .env(paths::MARKER, &folder)
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

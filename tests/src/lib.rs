@@ -1,11 +1,11 @@
 //! What a test may use. [`system`] starts the real binaries on a fresh [`database`], behind a [`proxy`], or on a small
-//! [`disk`]; [`client`] speaks HTTP to them; [`script`] tells the scripted CLI what to do, and [`trace`] what its runs did. [`place`] and [`processes`] see to it
+//! [`disk`]; [`client`] speaks HTTP to them; [`script`] tells the scripted CLI what to do, and [`trace`] what its runs did. [`paths`] and [`processes`] see to it
 //! that nothing is left behind.
 
 pub mod client;
 pub mod database;
 pub mod disk;
-pub mod place;
+pub mod paths;
 pub mod processes;
 pub mod proxy;
 pub mod script;

@@ -25,7 +25,7 @@ pub fn signal(pid: i32, signal: Signal) {
 }
 
 /// Whether a process of this id is there and not a zombie.
-pub fn lives(pid: i32) -> bool {
+pub fn is_alive(pid: i32) -> bool {
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
         // The state follows the name, which stands in brackets and may hold any character.
         Ok(stat) => !stat
@@ -44,7 +44,7 @@ pub fn of_folder(folder: &Path) -> Vec<Found> {
     };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|&pid| pid != own && belongs(pid, folder) && lives(pid))
+        .filter(|&pid| pid != own && belongs(pid, folder) && is_alive(pid))
         .map(|pid| Found {
             pid,
             command: command(pid),

@@ -10,7 +10,7 @@ use crate::database::Database;
 
 /// What becomes of the connections.
 #[derive(Clone, Copy, Debug, Default)]
-struct Weather {
+struct State {
     /// How often all connections fell silent for good.
     silences: u32,
     /// Whether new ones are silent too.
@@ -21,7 +21,7 @@ struct Weather {
 #[derive(Debug)]
 pub struct Proxy {
     url: String,
-    weather: watch::Sender<Weather>,
+    state: watch::Sender<State>,
 }
 
 impl Proxy {
@@ -35,8 +35,8 @@ impl Proxy {
         let socket = PathBuf::from(folder).join(".s.PGSQL.5432");
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let port = listener.local_addr().expect("it is bound").port();
-        let weather = watch::Sender::default();
-        let changes = weather.subscribe();
+        let state = watch::Sender::default();
+        let changes = state.subscribe();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 tokio::spawn(carry(client, socket.clone(), changes.clone()));
@@ -44,7 +44,7 @@ impl Proxy {
         });
         Self {
             url: format!("postgres://postgres@127.0.0.1:{port}/{name}?sslmode=disable"),
-            weather,
+            state,
         }
     }
 
@@ -55,24 +55,24 @@ impl Proxy {
 
     /// No connection brings anything any more, and none is closed. New ones work.
     pub fn swallow(&self) {
-        self.weather.send_modify(|weather| weather.silences += 1);
+        self.state.send_modify(|state| state.silences += 1);
     }
 
     /// The same, and new connections are accepted and never answered, until [`Proxy::recover`].
     pub fn swallow_all(&self) {
-        self.weather.send_modify(|weather| {
-            weather.silences += 1;
-            weather.deaf = true;
+        self.state.send_modify(|state| {
+            state.silences += 1;
+            state.deaf = true;
         });
     }
 
     /// New connections work again.
     pub fn recover(&self) {
-        self.weather.send_modify(|weather| weather.deaf = false);
+        self.state.send_modify(|state| state.deaf = false);
     }
 }
 
-async fn carry(mut client: TcpStream, socket: PathBuf, mut changes: watch::Receiver<Weather>) {
+async fn carry(mut client: TcpStream, socket: PathBuf, mut changes: watch::Receiver<State>) {
     let born = *changes.borrow_and_update();
     let Ok(mut server) = UnixStream::connect(socket).await else {
         return;

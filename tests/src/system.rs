@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use crate::client::{Client, PATIENCE};
 use crate::database::{Database, Db};
 use crate::disk::Disk;
-use crate::{eventually, place, processes, script, trace};
+use crate::{eventually, paths, processes, script, trace};
 
 /// The key that a system's client has unless told otherwise; the second key of every system; its administrator's.
 pub const KEYS: [&str; 3] = ["kit-key-one-f4b1c2", "kit-key-two-a83e90", "kit-key-admin-77d0e5"];
@@ -121,7 +121,7 @@ impl Builder {
 
     /// Starts everything and waits until it is ready.
     pub async fn start(self) -> System {
-        let folder = place::folder('s');
+        let folder = paths::folder('s');
         for name in ["data", "home", "run", "tmp"] {
             fs::create_dir(folder.join(name)).expect("a new folder");
         }
@@ -130,7 +130,7 @@ impl Builder {
             None => Database::fresh(self.db, &folder).await,
         };
         let (real, simulator, claude) = match self.cli {
-            Cli::Fake => (None, None, place::binary("fake-claude")),
+            Cli::Fake => (None, None, paths::binary("fake-claude")),
             Cli::Real => {
                 let permit = real_cli_permit().await;
                 let simulator = Simulator::start(([127, 0, 0, 1], 0).into())
@@ -146,7 +146,7 @@ impl Builder {
             ("TMPDIR", path("tmp")),
             ("XDG_RUNTIME_DIR", path("run")),
             ("RUST_BACKTRACE", "1".to_owned()),
-            (place::MARKER, folder.to_string_lossy().into_owned()),
+            (paths::MARKER, folder.to_string_lossy().into_owned()),
             ("DATABASE_URL", database.url().to_owned()),
             ("DATA_DIR", path("data")),
             ("API_PORT", "0".to_owned()),
@@ -357,8 +357,8 @@ impl System {
         fs::write(self.workspace(job).join(script::GO_ON), "").expect("a workspace");
     }
 
-    /// The lives of a job's runs, as its traced scripts wrote them.
-    pub fn lives(&self, job: &str) -> Vec<trace::Life> {
+    /// The runs of a job, as its traced scripts wrote them.
+    pub fn runs(&self, job: &str) -> Vec<trace::Run> {
         trace::read(&self.workspace(job))
     }
 
@@ -408,7 +408,7 @@ impl System {
         .await;
         assert!(
             gone.is_ok(),
-            "after {limit:?} these processes of a run still live: {last:#?}"
+            "after {limit:?} these processes of a run are still there: {last:#?}"
         );
     }
 
@@ -564,7 +564,7 @@ impl Process {
                 .open(path)
                 .expect("a log file")
         };
-        let binary = place::binary(program);
+        let binary = paths::binary(program);
         let mut command = match self.enter.split_first() {
             None => Command::new(binary),
             Some((first, more)) => {
@@ -687,7 +687,7 @@ impl Process {
         }
     }
 
-    /// SIGSTOP: it lives, but does nothing.
+    /// SIGSTOP: it stays, but does nothing.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
     }
@@ -761,14 +761,14 @@ pub async fn run(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> Finish
 /// A binary of the product with nothing in its environment but what is given (and a path and a home), in a folder of
 /// its own; killed when it is dropped.
 pub fn command(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> tokio::process::Command {
-    let folder = place::folder('r');
-    let mut command = tokio::process::Command::new(place::binary(name));
+    let folder = paths::folder('r');
+    let mut command = tokio::process::Command::new(paths::binary(name));
     command
         .args(arguments)
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
         .env("HOME", &folder)
-        .env(place::MARKER, &folder)
+        .env(paths::MARKER, &folder)
         .envs(env.iter().copied())
         .current_dir(&folder)
         .stdin(Stdio::null())
@@ -778,7 +778,7 @@ pub fn command(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> tokio::p
 
 /// The real CLI's binary, as `make test` installs it.
 pub fn real_claude() -> PathBuf {
-    let link = place::repository().join("tools/claude/node_modules/.bin/claude");
+    let link = paths::repository().join("tools/claude/node_modules/.bin/claude");
     // The link leads to the native binary, which a sandbox can be given as the one file that it is.
     let binary = fs::canonicalize(&link);
     binary.unwrap_or_else(|error| {

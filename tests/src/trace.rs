@@ -1,4 +1,4 @@
-//! What the runs of the scripted CLI wrote about their own lives: who ran when, on one clock for the whole machine.
+//! What the runs of the scripted CLI wrote about themselves: which ran when, on one clock for the whole machine.
 //! The proof that two runs of a job, or of a session, never overlapped.
 
 use std::collections::BTreeMap;
@@ -10,16 +10,16 @@ use rustix::time::{ClockId, clock_gettime};
 /// The name of the file in the working directory of a run.
 pub const FILE: &str = "trace.log";
 
-/// The life of one run, as far as it could write.
+/// One run, as far as it could write.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Life {
+pub struct Run {
     /// The word that its script gave.
     pub tag: String,
     /// Its Claude session id, which no other attempt has.
     pub session: String,
-    /// Its first sign of life, in nanoseconds of the monotonic clock.
+    /// When it wrote first, in nanoseconds of the monotonic clock.
     pub first: u64,
-    /// Its last one.
+    /// When it wrote last.
     pub last: u64,
     /// Whether it wrote that it ends.
     pub stopped: bool,
@@ -36,37 +36,37 @@ pub fn line(what: &str, tag: &str, session: &str, at: u64) -> String {
     format!("{what} {tag} {session} {at}\n")
 }
 
-/// The lives written into one working directory, in order of their beginning; none when there's no file.
-pub fn read(workspace: &Path) -> Vec<Life> {
+/// The runs that wrote into one working directory, in order of their beginning; none when there's no file.
+pub fn read(workspace: &Path) -> Vec<Run> {
     let text = fs::read_to_string(workspace.join(FILE)).unwrap_or_default();
-    let mut lives: BTreeMap<(&str, &str), Life> = BTreeMap::new();
+    let mut runs: BTreeMap<(&str, &str), Run> = BTreeMap::new();
     for line in text.lines() {
         let words: Vec<&str> = line.split(' ').collect();
         let [what, tag, session, time] = words[..] else {
             continue;
         };
         let Ok(time) = time.parse::<u64>() else { continue };
-        let life = lives.entry((tag, session)).or_insert_with(|| Life {
+        let run = runs.entry((tag, session)).or_insert_with(|| Run {
             tag: tag.to_owned(),
             session: session.to_owned(),
             first: time,
             last: time,
             stopped: false,
         });
-        life.last = life.last.max(time);
-        life.stopped |= what == "stop";
+        run.last = run.last.max(time);
+        run.stopped |= what == "stop";
     }
-    let mut lives: Vec<Life> = lives.into_values().collect();
-    lives.sort_by_key(|life| life.first);
-    lives
+    let mut runs: Vec<Run> = runs.into_values().collect();
+    runs.sort_by_key(|run| run.first);
+    runs
 }
 
-/// Fails when two lives overlap; says which.
-pub fn assert_one_at_a_time(lives: &[Life]) {
-    for pair in lives.windows(2) {
+/// Fails when two runs overlap; says which.
+pub fn assert_one_at_a_time(runs: &[Run]) {
+    for pair in runs.windows(2) {
         assert!(
             pair[0].last < pair[1].first,
-            "two runs lived at the same time: {:?} and {:?}",
+            "two runs overlap: {:?} and {:?}",
             pair[0],
             pair[1]
         );
@@ -78,9 +78,9 @@ mod tests {
     use super::*;
 
     #[test]
-    #[should_panic(expected = "two runs lived at the same time")]
+    #[should_panic(expected = "two runs overlap")]
     fn an_overlap_is_seen() {
-        let life = |tag: &str, first, last| Life {
+        let run = |tag: &str, first, last| Run {
             tag: tag.to_owned(),
             session: "s".to_owned(),
             first,
@@ -88,6 +88,6 @@ mod tests {
             stopped: true,
         };
 
-        assert_one_at_a_time(&[life("a", 1, 5), life("b", 6, 9), life("c", 8, 10)]);
+        assert_one_at_a_time(&[run("a", 1, 5), run("b", 6, 9), run("c", 8, 10)]);
     }
 }

@@ -29,7 +29,7 @@ use crate::job::{
 use crate::money::MicroUsd;
 use crate::telemetry::chain;
 use ::tests::database::{Database, Db};
-use ::tests::place;
+use ::tests::paths;
 use serde_json::json;
 use std::time::Duration;
 
@@ -56,7 +56,7 @@ async fn open(url: &str) -> Store {
 
 impl World {
     async fn new(db: Db) -> Self {
-        let folder = place::folder('s');
+        let folder = paths::folder('s');
         let database = Database::copy(db, &folder, async |url| open(url).await.close().await).await;
         Self {
             store: open(database.url()).await,

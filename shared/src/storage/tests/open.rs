@@ -2,7 +2,7 @@
 
 use super::{World, open};
 use ::tests::database::{Database, Db};
-use ::tests::place;
+use ::tests::paths;
 use std::collections::BTreeSet;
 
 ::tests::both!(
@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 ::tests::once!(both_databases_have_the_same_tables);
 
 async fn a_database_opens_again(db: Db) {
-    let database = Database::empty(db, &place::folder('s')).await;
+    let database = Database::empty(db, &paths::folder('s')).await;
 
     open(database.url()).await.close().await;
     let store = open(database.url()).await;
@@ -24,7 +24,7 @@ async fn a_database_opens_again(db: Db) {
 }
 
 async fn six_that_open_an_empty_database_at_once_all_succeed(db: Db) {
-    let database = Database::empty(db, &place::folder('s')).await;
+    let database = Database::empty(db, &paths::folder('s')).await;
 
     let opened: Vec<_> = (0..6)
         .map(|_| {

@@ -1,6 +1,6 @@
 //! Where a run of the test binary keeps everything, and who clears it away. All lies under one short folder; a
-//! *keeper* process waits for the end of the test binary, however it comes, and then ends every process that
-//! belongs to the folder and removes it. So nothing is left behind even after `kill -9`. What a killed keeper
+//! reaper process waits for the end of the test binary, however it comes, and then ends every process that
+//! belongs to the folder and removes it. So nothing is left behind even after `kill -9`. What a killed reaper
 //! left is swept by the next run.
 
 use std::fs;
@@ -19,7 +19,7 @@ pub const MARKER: &str = "CLAUDE_QUEUE_TEST";
 
 const PREFIX: &str = "cq-";
 
-/// The folder of this run of the test binary: made, and given its keeper, by the first call.
+/// The folder of this run of the test binary: made, and given its reaper, by the first call.
 pub fn root() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     ROOT.get_or_init(|| {
@@ -95,7 +95,7 @@ pub fn repository() -> &'static Path {
 }
 
 fn keep(root: &Path) {
-    let keeper = Command::new(binary("keeper"))
+    let reaper = Command::new(binary("reaper"))
         .arg(root)
         .env_clear()
         .current_dir("/")
@@ -103,9 +103,9 @@ fn keep(root: &Path) {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .expect("the keeper starts");
-    // The pipe stays open as long as this process lives: its end is what the keeper waits for.
-    std::mem::forget(keeper);
+        .expect("the reaper starts");
+    // The pipe stays open as long as this process runs: its end is what the reaper waits for.
+    std::mem::forget(reaper);
 }
 
 fn sweep() {
@@ -118,11 +118,11 @@ fn sweep() {
         let Some(pid) = rest.split('-').next().and_then(|pid| pid.parse::<i32>().ok()) else {
             continue;
         };
-        let keeper_had_time = entry
+        let reaper_had_time = entry
             .metadata()
             .and_then(|meta| meta.modified())
             .is_ok_and(|made| made.elapsed().is_ok_and(|age| age > Duration::from_mins(1)));
-        if keeper_had_time && !processes::lives(pid) {
+        if reaper_had_time && !processes::is_alive(pid) {
             clear(&entry.path());
         }
     }

@@ -41,7 +41,7 @@ async fn insist(client: &Client, number: usize, message: &str) -> (String, usize
         let request = client.request(reqwest::Method::POST, "/api/v1/jobs");
         let request = request
             .timeout(Duration::from_secs(40))
-            .header("idempotency-key", format!("weather-{number}"));
+            .header("idempotency-key", format!("outage-{number}"));
         let answer = client.send(request.json(&body)).await;
         match answer.status {
             202 => Some(answer.json["data"]["id"].as_str().unwrap().to_owned()),
@@ -78,7 +78,7 @@ async fn all_end_well(system: &System, ids: &[String]) {
     let client = system.client();
     for job in at_once(ids.iter().map(|id| client.finished(id))).await {
         assert_eq!(job["status"], "done", "{job:#}");
-        assert_one_at_a_time(&system.lives(job["id"].as_str().unwrap()));
+        assert_one_at_a_time(&system.runs(job["id"].as_str().unwrap()));
     }
 }
 
@@ -276,7 +276,7 @@ async fn every_cut_is_found_out(client: &Client) {
 
 /// A firewall forgets the connections, or a machine loses its power: no connection ends, and none brings anything.
 async fn postgresql_falls_silent_under_load() {
-    let folder = tests::place::folder('n');
+    let folder = tests::paths::folder('n');
     let database = Database::fresh(Db::Postgres, &folder).await;
     let proxy = Proxy::before(&database).await;
     let system = System::builder()
@@ -516,8 +516,8 @@ async fn a_directory_that_cannot_be_written_is_told_at_the_start() {
             ended.stderr
         );
     }
-    let fake = tests::place::binary("fake-claude");
-    let url = format!("sqlite://{}/x.db", tests::place::folder('d').display());
+    let fake = tests::paths::binary("fake-claude");
+    let url = format!("sqlite://{}/x.db", tests::paths::folder('d').display());
     let env = [
         ("DATABASE_URL", url.as_str()),
         ("DATA_DIR", "/sys/claude-queue"),

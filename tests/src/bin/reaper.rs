@@ -8,8 +8,8 @@ fn main() {
     let Some(folder) = std::env::args_os().nth(1).map(PathBuf::from) else {
         return;
     };
-    // A session of its own: an interrupt from the terminal must not end the keeper before its work.
+    // A session of its own: an interrupt from the terminal must not end the reaper before its work.
     let _ = rustix::process::setsid();
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
-    tests::place::clear(&folder);
+    tests::paths::clear(&folder);
 }
