@@ -1,6 +1,6 @@
-//! The directories of a run: those that stay (workspace and home, under `DATA_DIR`) and those that end with it
-//! (sockets and temporary files, in a short runtime directory). Whatever a run left in them is removed without
-//! trusting it: links aren't followed, and no depth, name or mode of a directory stands in the way.
+//! The directories of a run. Workspace and home, under `DATA_DIR`, stay. Sockets and temporary files, in a runtime
+//! directory with a short path, are removed with the run. Their content isn't trusted when it is removed: links aren't
+//! followed, and directories of any depth, name or mode are removed.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use shared::id::{JobId, SessionId};
 use uuid::Uuid;
 
-/// The directories of a session, or of a job outside any session.
+/// The directories of a session, or of a job without a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Folders {
     root: PathBuf,
-    /// Where the agent works.
+    /// The agent's working directory.
     pub workspace: PathBuf,
     /// The agent's home, with the CLI's sessions in `.claude`.
     pub home: PathBuf,
@@ -40,10 +40,10 @@ impl Folders {
         }
     }
 
-    /// Makes the directories, for this user only. Existing ones stay as they are.
+    /// Creates the directories, for this user only. Existing ones don't change.
     pub async fn create(&self) -> io::Result<()> {
         let folders = self.clone();
-        // The disk may be far away, and not answer.
+        // A network disk may not respond.
         tokio::task::spawn_blocking(move || folders.make())
             .await
             .map_err(io::Error::other)?
@@ -54,8 +54,8 @@ impl Folders {
         private_directory(&self.home)
     }
 
-    /// Removes the directories with all that is in them; nothing of the run may be alive. Missing ones are no error,
-    /// and a removal that was cut short is taken up again.
+    /// Removes the directories with their content. No process of the run may be alive. Missing directories are no error,
+    /// and an interrupted removal is continued.
     pub async fn remove(&self) -> io::Result<()> {
         let root = self.root.clone();
         tokio::task::spawn_blocking(move || remove_tree(&root))
@@ -63,8 +63,8 @@ impl Folders {
             .map_err(io::Error::other)?
     }
 
-    /// The transcript of a Claude session in this home, if the CLI has written one. The name of the directory that
-    /// holds it depends on where the agent worked, the file's name doesn't.
+    /// The transcript of a Claude session in this home, if the CLI has written one. The name of its directory depends on
+    /// the agent's working directory; the name of the file doesn't.
     pub async fn transcript(&self, claude_session: Uuid) -> io::Result<Option<PathBuf>> {
         let home = self.home.clone();
         tokio::task::spawn_blocking(move || find_transcript(&home, claude_session))
@@ -82,7 +82,7 @@ fn find_transcript(home: &Path, claude_session: Uuid) -> io::Result<Option<PathB
     let real_home = fs::canonicalize(home)?;
     for entry in entries {
         let file = entry?.path().join(format!("{claude_session}.jsonl"));
-        // The agent could have put a link there to a file that isn't its own.
+        // The agent could have created a link there to a file that isn't its own.
         if let Ok(real) = fs::canonicalize(&file)
             && real.starts_with(&real_home)
             && real.is_file()
@@ -97,9 +97,9 @@ fn private_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Removes a directory without recursion: each directory in it is first moved up into one place beside it. So a tree
-/// of any depth needs one open directory and short paths, and a directory without rights is opened up first. Several
-/// may remove the same one at once.
+/// Removes a directory without recursion: each directory in it is first moved into one directory beside it. So a tree
+/// of any depth needs one open directory and short paths. A directory without permissions gets them first. Several
+/// callers may remove the same directory at once.
 fn remove_tree(root: &Path) -> io::Result<()> {
     let mut gathered = Gathered::beside(root);
     match fs::symlink_metadata(root) {
@@ -120,7 +120,7 @@ fn remove_tree(root: &Path) -> io::Result<()> {
         }
         if !found {
             match gone(fs::remove_dir(&gathered.path)) {
-                // Somebody else has moved more into it.
+                // Another caller has moved more into it.
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
                 removed => return removed,
             }
@@ -128,10 +128,10 @@ fn remove_tree(root: &Path) -> io::Result<()> {
     }
 }
 
-/// Where the directories of a tree are gathered to be removed.
+/// The directory in which the directories of a tree are collected for removal.
 struct Gathered {
     path: PathBuf,
-    /// Begins the names that this removal gives; others have left or give names of their own.
+    /// The prefix of names that this removal uses; other removals use their own.
     own: Uuid,
     next: u64,
 }
@@ -169,7 +169,7 @@ impl Gathered {
     }
 }
 
-/// What a directory holds; nothing when it's gone.
+/// The entries of a directory; empty if it doesn't exist.
 fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>> + use<>> {
     match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None.into_iter().flatten()),
@@ -177,7 +177,7 @@ fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::D
     }
 }
 
-/// What was to go and isn't there is gone.
+/// Treats a missing file as removed.
 fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -185,15 +185,15 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// The longest path of a runtime directory that leaves room for a run's sockets in the 107 bytes of an address.
+/// The maximum length of the path of a runtime directory, so that the paths of a run's sockets fit into 107 bytes.
 const MAX_RUNTIME_PATH: usize = 80;
 
-/// How often a runtime directory is tried to be made: another process that starts in the same moment may take it for a
+/// The number of tries to create a runtime directory: a process that starts at the same time may remove it as a
 /// leftover.
 const TRIES: u32 = 10;
 
-/// The runtime directory of this process. It's locked while the process lives, which tells other processes (and the
-/// system's cleaning of `/tmp`) that it's in use, and removed when this value is dropped.
+/// The runtime directory of this process. It is locked while the process lives, so that other processes (and the
+/// system's cleaning of `/tmp`) see that it is in use. It is removed when this value is dropped.
 #[derive(Debug)]
 pub struct Runtime {
     path: PathBuf,
@@ -202,9 +202,9 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Makes `<base>/claude-queue-<pid>-<8 hex digits>` and removes those of processes that are gone. `base` is
-    /// `XDG_RUNTIME_DIR` where it's set; `/tmp` is taken when it's missing, not a directory, or too long. Fails when
-    /// the directory can't be made or locked.
+    /// Creates `<base>/claude-queue-<pid>-<8 hex digits>` and removes those of processes that have ended. `base` is
+    /// `XDG_RUNTIME_DIR`, or `/tmp` if it is unset, not a directory, or too long. Fails if the directory can't be created
+    /// or locked.
     pub fn create(base: Option<&Path>) -> io::Result<Self> {
         let fits = |base: &&Path| {
             base.is_absolute() && base.is_dir() && base.as_os_str().len() + 34 <= MAX_RUNTIME_PATH
@@ -246,7 +246,7 @@ impl Runtime {
         &self.path
     }
 
-    /// Makes the directory of one run.
+    /// Creates the directory of one run.
     pub fn run(&self) -> io::Result<RunDir> {
         let number = self.runs.fetch_add(1, Ordering::Relaxed);
         let run = RunDir {
@@ -270,22 +270,23 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Its path: where the guard's socket and files for this run go.
+    /// Its path, for the guard's socket and the files of this run.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where the gateway of the run listens.
+    /// The socket of the run's gateway.
     pub fn gateway_socket(&self) -> PathBuf {
         self.path.join("gateway.sock")
     }
 
-    /// Temporary files of a run without a sandbox.
+    /// The directory for temporary files of a run without a sandbox.
     pub fn tmp(&self) -> PathBuf {
         self.path.join("tmp")
     }
 
-    /// Removes it, with all that an unsandboxed run left in its temporary directory, without holding up others.
+    /// Removes it, with everything that a run without a sandbox left in its temporary directory. Doesn't block other
+    /// tasks.
     pub async fn remove(self) {
         let _ = tokio::task::spawn_blocking(move || drop(self)).await;
     }
@@ -293,7 +294,7 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        // What can't be removed now goes with the runtime directory.
+        // Anything that can't be removed now is removed with the runtime directory.
         let _ = remove_tree(&self.path);
     }
 }

@@ -1,7 +1,7 @@
-//! One line of the CLI's stdout becomes a [`Message`]. Pure, and it never fails: the CLI's output is only partly
-//! documented and grows with every release, so what isn't understood is [`Message::Other`] and nothing is required.
+//! Parses one line of the CLI's stdout into a [`Message`]. Pure. It never fails: the CLI's output is only partly
+//! documented and grows with every release, so an unknown line is [`Message::Other`], and no member is required.
 //!
-//! Lines are told apart by their `type` member, never by their beginning: the order of members isn't fixed.
+//! The `type` member distinguishes lines. Their beginning doesn't, because the order of members isn't fixed.
 
 mod repair;
 mod result;
@@ -12,22 +12,22 @@ use std::collections::BTreeMap;
 
 pub use result::{ModelUsage, ResultLine};
 
-/// What one line of stdout says.
+/// One line of stdout.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
     /// The CLI accepted a user message and is about to ask the model; once for every message it is sent.
     Init(Init),
-    /// The model said or did something. One for each content block of an answer, all with one message id.
+    /// A content block of an answer of the model. All blocks of an answer have the same message id.
     Assistant(Assistant),
-    /// Tools answered. Also what a subagent was asked, and notes of the CLI, which hold no tool results.
+    /// Results of tools. Also prompts of subagents and notes of the CLI, which contain no tool results.
     User(User),
     /// Tokens of one request so far.
     Usage(RequestUsage),
-    /// A request to the API failed and will be sent again.
+    /// A request to the API failed and will be retried.
     ApiRetry(ApiRetry),
-    /// What a subscription account has left; comes only with an OAuth credential.
+    /// The remaining quota of a subscription; only with an OAuth credential.
     RateLimit(RateLimit),
-    /// The answer to a user message: the verdict of the run, if it has no origin.
+    /// The answer to a user message. Without an origin it is the result of the run.
     Result(Box<ResultLine>),
     /// The answer to a control request.
     ControlResponse(ControlResponse),
@@ -55,15 +55,15 @@ pub struct Assistant {
     pub model: Option<String>,
     /// The tool call whose subagent this comes from; none for the main conversation.
     pub parent: Option<String>,
-    /// What it says and does, in order.
+    /// Its parts, in order.
     pub blocks: Vec<Block>,
-    /// The kind of failure when this stands for an error of the API (`authentication_failed`, `rate_limit` …).
+    /// The kind of error, if this represents an error of the API (`authentication_failed`, `rate_limit` …).
     pub error: Option<String>,
     /// Tokens at the start of the answer; the output isn't counted yet.
     pub usage: Usage,
 }
 
-/// A part of an answer. Thinking isn't kept.
+/// A part of an answer. Thinking is dropped.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Block {
     /// Text for the reader.
@@ -79,60 +79,60 @@ pub enum Block {
     },
 }
 
-/// The other side of the conversation.
+/// A message to the model.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct User {
     /// The tool call whose subagent this goes to; none for the main conversation.
     pub parent: Option<String>,
-    /// The answers of tools.
+    /// The results of tools.
     pub tool_results: Vec<ToolResult>,
 }
 
-/// What a tool answered.
+/// The result of a tool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ToolResult {
-    /// The call that this answers.
+    /// The id of the tool call.
     pub tool_use_id: String,
     /// Whether the tool failed or wasn't permitted.
     pub is_error: bool,
-    /// The answer's text; other content is named in brackets (`[image]`).
+    /// The text of the result; other content is named in brackets (`[image]`).
     pub content: String,
 }
 
-/// Tokens of one request, from its stream. Counters never fall within a request: the last line holds the final ones.
+/// Tokens of one request, from its stream. Counters never decrease within a request; the last line has the final ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RequestUsage {
     /// The message's id. Releases before 2.1.331 give it only where the message starts; a line without it belongs
     /// to the message that started last for the same `parent`.
     pub message_id: Option<String>,
-    /// The tool call whose subagent asks; none for the main conversation.
+    /// The tool call whose subagent sent the request; none for the main conversation.
     pub parent: Option<String>,
     /// The model; known where the message starts.
     pub model: Option<String>,
-    /// What was counted so far.
+    /// The tokens so far.
     pub usage: Usage,
 }
 
-/// A failed request that is about to be repeated.
+/// A failed request that will be retried.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ApiRetry {
-    /// The HTTP status; none when there was no answer.
+    /// The HTTP status; none if there was no response.
     pub status: Option<u16>,
-    /// The CLI's word for it (`overloaded`, `rate_limit`, `server_error`, `unknown` …).
+    /// The CLI's word for the error (`overloaded`, `rate_limit`, `server_error`, `unknown` …).
     pub error: Option<String>,
 }
 
-/// What a subscription account has left.
+/// The remaining quota of a subscription.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RateLimit {
     /// `allowed`, `allowed_warning` or `rejected`.
     pub status: Option<String>,
-    /// When the window ends, in seconds since 1970. None when the rejection isn't the account's usage limit.
+    /// The Unix time at which the window ends. None if the rejection isn't the account's usage limit.
     pub resets_at: Option<i64>,
 }
 
 impl RateLimit {
-    /// Whether a request was refused because of this.
+    /// Whether a request was rejected because of this.
     pub fn is_rejected(&self) -> bool {
         self.status.as_deref() == Some("rejected")
     }
@@ -141,13 +141,13 @@ impl RateLimit {
 /// The answer to a control request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ControlResponse {
-    /// The answer; `null` when there is none, as after a failure.
+    /// The answer; `null` if there is none, as after an error.
     pub response: Value,
 }
 
 impl ControlResponse {
-    /// Usage and cost by model, when this answers `get_usage`. They are sums over the process and, in a resumed
-    /// session, over the runs before it.
+    /// Usage and cost per model, if this answers `get_usage`. They are sums over the process and, in a resumed session,
+    /// over the earlier runs.
     pub fn model_usage(&self) -> Option<BTreeMap<String, ModelUsage>> {
         self.response
             .get("session")?
@@ -157,7 +157,7 @@ impl ControlResponse {
 }
 
 impl Message {
-    /// Reads a line. Never fails and never panics, whatever the bytes.
+    /// Parses a line. Never fails and never panics, for any bytes.
     ///
     /// Invalid UTF-8 and halves of surrogate pairs become U+FFFD (the CLI cuts a tool's output between two UTF-16
     /// units). A line that nests deeper than 128 levels is [`Message::Other`].
@@ -233,7 +233,7 @@ fn user(line: &Value) -> User {
     }
 }
 
-/// A tool's answer is a text or a list of blocks.
+/// The result of a tool is a text or a list of blocks.
 fn tool_result_text(content: &Value) -> String {
     if let Some(text) = content.as_str() {
         return text.to_owned();
@@ -246,7 +246,7 @@ fn tool_result_text(content: &Value) -> String {
     parts.collect::<Vec<_>>().join("\n")
 }
 
-/// The API's own stream, passed through: only the usage in it matters, since whole texts come afterwards.
+/// The API's own stream, passed through. Only its usage matters, because the whole texts follow later.
 fn stream_event(line: &Value) -> Message {
     let event = &line["event"];
     let parent = text(line, "parent_tool_use_id");
@@ -300,7 +300,7 @@ fn model(object: &Value) -> Option<String> {
     text(object, "model").map(|name| model_name(&name))
 }
 
-/// The name so that it can be stored on every database: anything may come out of a run.
+/// Cleans the name so that both databases can store it: a run may print anything.
 fn model_name(name: &str) -> String {
     name.chars()
         .map(|letter| if letter.is_control() { '\u{fffd}' } else { letter })

@@ -1,5 +1,4 @@
-//! Programs of this machine outside any guard: where the CLI is, what version it has, and short questions to programs
-//! that are trusted.
+//! Trusted programs that run outside any guard: finds the CLI, reads its version, asks programs short questions.
 
 use std::ffi::OsStr;
 use std::io;
@@ -10,8 +9,8 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
-/// Runs a program to its end outside any guard, with this environment and no input; for short questions to programs
-/// that are trusted. Ends it after `within`, which is then an error.
+/// Runs a trusted program to its end, outside any guard, with this environment and no input. Kills it after `within`,
+/// which is an error.
 #[expect(clippy::disallowed_methods, reason = "this file starts programs")]
 pub(crate) async fn output(
     program: &Path,
@@ -42,7 +41,7 @@ pub(crate) async fn output(
     }
 }
 
-/// The version that the CLI says it has, e.g. `2.1.331`. Fails when it can't be run or says something else.
+/// The version that the CLI reports, such as `2.1.331`. Fails if the CLI can't be run or prints something else.
 pub async fn cli_version(cli: &Path) -> io::Result<String> {
     let env = [
         ("HOME".to_owned(), "/dev/null".to_owned()),
@@ -68,8 +67,8 @@ pub async fn cli_version(cli: &Path) -> io::Result<String> {
 }
 
 /// The CLI's real file: `configured` (`CLAUDE_CLI_PATH`: a path, or a name to look up), or `claude` on `path` (the
-/// variable `PATH`). Links are followed, since only the file itself is shown to a sandboxed run, and where npm left
-/// a script in the program's place the program of its sister package is taken.
+/// variable `PATH`). Links are followed, because a sandboxed run sees only the file itself. If npm installed a script in
+/// place of the program, the program of the platform's package is used.
 pub fn find_cli(configured: Option<&Path>, path: Option<&OsStr>) -> io::Result<PathBuf> {
     let wanted = configured.unwrap_or(Path::new("claude"));
     let found = find_program(wanted, path).ok_or_else(|| {
@@ -97,7 +96,7 @@ pub(crate) fn find_program(name: &Path, path: Option<&OsStr>) -> Option<PathBuf>
         .find(executable)
 }
 
-/// The program of the platform's package beside `@anthropic-ai/claude-code`, when `file` is a script of the latter.
+/// The program of the platform's package next to `@anthropic-ai/claude-code`, if `file` is a script of the latter.
 fn native_sister(file: &Path) -> Option<PathBuf> {
     use std::io::Read as _;
     let mut start = [0; 4];

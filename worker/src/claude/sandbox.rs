@@ -1,8 +1,8 @@
-//! How the CLI is kept apart from the machine: the command line of bubblewrap, or none.
+//! Isolates the CLI from the machine: builds the command line of bubblewrap, or none.
 //!
-//! In the sandbox a run sees the system read-only, its own workspace, home and `/tmp`, no process but its own, and
-//! no network but the gateway's socket. The workspace is `/workspace` on every machine, so that a session resumes
-//! on any of them. Environment is handed over on the spawn and not in arguments, which all of the machine can read.
+//! In the sandbox a run sees the system read-only, its own workspace, home and `/tmp`, only its own processes, and no
+//! network except the gateway's socket. The workspace is `/workspace` on every machine, so that a session can resume on
+//! any of them. The environment is passed at the spawn, not in arguments, which every user of the machine can read.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -20,11 +20,11 @@ const CLI: &str = "/opt/claude";
 const GATEWAY_SOCKET: &str = "/run/gateway.sock";
 const SYSTEM_PROMPT: &str = "/run/system-prompt";
 
-/// Top folders of the system beside `/usr`: links into it on most systems, folders of their own on some.
+/// Top-level directories of the system besides `/usr`: links into it on most systems, directories on some.
 const SYSTEM_FOLDERS: [&str; 5] = ["bin", "sbin", "lib", "lib64", "lib32"];
 
-/// Parts of `/etc` that programs need and that hold no secret: where the worker is root, the agent may read whatever
-/// it sees, so the folders with private keys beside the certificates stay out. Missing ones are left out.
+/// Parts of `/etc` that programs need and that contain no secret. If the worker is root, the agent can read everything
+/// that it sees, so the directories with private keys beside the certificates are left out. Missing ones are skipped.
 const ETC: [&str; 8] = [
     "ssl/certs",
     "ssl/openssl.cnf",
@@ -36,7 +36,7 @@ const ETC: [&str; 8] = [
     "localtime",
 ];
 
-/// Files of `/etc` that the sandbox has of its own: the agent has one user, and knows one host.
+/// Files of `/etc` that the sandbox replaces: the agent has one user and knows one host.
 const OWN_ETC: [(&str, &str); 3] = [
     (
         "passwd",
@@ -46,45 +46,45 @@ const OWN_ETC: [(&str, &str); 3] = [
     ("hosts", "127.0.0.1 localhost job\n::1 localhost\n"),
 ];
 
-/// How long the trial run of the sandbox may take.
+/// Timeout of the trial run of the sandbox.
 const TRIAL: Duration = Duration::from_secs(20);
 
-/// Why the sandbox can't be used. The text says what to do.
+/// Why the sandbox doesn't work. The text says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no `bwrap` program.
+    /// The program `bwrap` is missing.
     #[error(
         "the sandbox needs bubblewrap, and there is no program `bwrap` on the PATH: install the package `bubblewrap` \
          (Debian, Ubuntu: apt-get install bubblewrap), or set SANDBOX_ENABLED=false to run the agent with all rights \
          of this user"
     )]
     Missing,
-    /// Bubblewrap is there, and the system doesn't let it work.
+    /// The system doesn't let bubblewrap work.
     #[error(
         "bubblewrap can't make a sandbox on this system ({said}): {remedy}; or set SANDBOX_ENABLED=false to run the \
          agent with all rights of this user"
     )]
     Forbidden {
-        /// What bubblewrap wrote to standard error.
+        /// The standard error of bubblewrap.
         said: String,
-        /// What would let it work.
+        /// How to let it work.
         remedy: &'static str,
     },
-    /// The trial couldn't be made.
+    /// The trial run failed.
     #[error("could not try the sandbox")]
     Trial(#[source] io::Error),
 }
 
-/// The files of one run, by the paths that they have for the worker. All are absolute.
+/// The files of one run, with absolute paths as the worker sees them.
 #[derive(Clone, Debug)]
 pub struct Places {
-    /// The CLI's own file, links resolved ([`program::find_cli`]).
+    /// The CLI's own file, with links resolved ([`program::find_cli`]).
     pub cli: PathBuf,
-    /// Where the agent works.
+    /// The agent's working directory.
     pub workspace: PathBuf,
     /// The home directory of the agent, with the CLI's sessions.
     pub home: PathBuf,
-    /// A directory of this run for temporary files; the sandbox has one of its own in memory.
+    /// The directory of this run for temporary files; the sandbox has its own in memory.
     pub tmp: PathBuf,
     /// The socket of the run's gateway.
     pub gateway_socket: PathBuf,
@@ -99,9 +99,9 @@ pub struct Command {
     pub program: PathBuf,
     /// Without the program's name.
     pub args: Vec<String>,
-    /// The directory that it starts in.
+    /// The working directory.
     pub cwd: PathBuf,
-    /// Whether the guard has to forbid a change of user ([`Launch::no_new_privileges`](crate::claude::process::Launch::no_new_privileges)).
+    /// Whether the guard has to forbid a change of the user ([`Launch::no_new_privileges`](crate::claude::process::Launch::no_new_privileges)).
     pub no_new_privileges: bool,
 }
 
@@ -110,7 +110,7 @@ pub struct Command {
 pub enum Isolation {
     /// Each run in a sandbox of its own.
     Sandbox(Bubblewrap),
-    /// None: the CLI runs as the worker's user, with real paths.
+    /// No sandbox: the CLI runs as the worker's user, with real paths.
     Off,
 }
 

@@ -1,18 +1,18 @@
-//! Text that is never shown.
+//! Text that is never printed.
 
 use std::fmt;
 
-/// A credential. It has no way to be printed by accident; [`Secret::expose`] is the one way to its text.
+/// A credential. It can't be printed by accident; only [`Secret::expose`] returns its text.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes the text in.
+    /// Wraps the text.
     pub fn new(text: String) -> Self {
         Self(text)
     }
 
-    /// The text, for the place that needs it.
+    /// The text, for the code that sends it.
     pub fn expose(&self) -> &str {
         &self.0
     }

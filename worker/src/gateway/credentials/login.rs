@@ -1,7 +1,7 @@
-//! The login of the worker's own user: read from the CLI's file, kept fresh by the CLI itself.
+//! The login of the worker's own user, read from the CLI's file and refreshed by the CLI itself.
 //!
-//! The file holds a refresh token that works once. So nothing of it is copied, and the worker never refreshes: it asks
-//! the CLI for the state of the login, which refreshes an old one under the CLI's own lock.
+//! The file contains a refresh token that works once. So the worker copies nothing and never refreshes. It asks the CLI
+//! for the state of the login; the CLI then refreshes an old login under its own lock.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,10 +16,10 @@ use crate::gateway::secret::Secret;
 /// The CLI refreshes a login that is valid for less than this.
 const REFRESH_BEFORE_MS: i64 = 5 * 60 * 1000;
 
-/// How long the CLI may take to say how the login stands.
+/// Timeout of the CLI's report on the login.
 const STATUS_WITHIN: Duration = Duration::from_secs(30);
 
-/// How long a login that couldn't be refreshed is left in peace.
+/// Minimum interval between refresh attempts.
 const AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// Variables that the CLI may need to reach Anthropic from here.
@@ -42,11 +42,11 @@ const PASSED_ON: [&str; 11] = [
 pub struct Login {
     config_dir: PathBuf,
     claude: PathBuf,
-    /// When the CLI was last asked; held while it is, so that it's asked once at a time.
+    /// When the CLI was last asked. Locked during the question, so that there is only one at a time.
     asked: Mutex<Option<Instant>>,
 }
 
-/// What the worker reads of the CLI's file.
+/// The part of the CLI's file that the worker reads.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct State {
@@ -62,7 +62,7 @@ struct CredentialsFile {
 }
 
 impl Login {
-    /// The login in `config_dir`, kept fresh by the program `claude`.
+    /// The login in `config_dir`, refreshed by the program `claude`.
     pub fn new(config_dir: &Path, claude: &Path) -> Self {
         Self {
             config_dir: config_dir.to_owned(),
@@ -71,13 +71,13 @@ impl Login {
         }
     }
 
-    /// Whether anyone is logged in. Reads a small file.
+    /// Whether there is a login. Reads a small file.
     pub fn is_there(&self) -> bool {
         let text = std::fs::read(self.file());
         text.is_ok_and(|text| State::parse(&text).is_some())
     }
 
-    /// The access token, fresh if it can be; `None` when nobody is logged in any more.
+    /// The access token, refreshed if possible; `None` if there is no login any more.
     pub(super) async fn token(&self) -> Option<Secret> {
         let state = self.read().await?;
         if state.needs_refresh() {
@@ -87,14 +87,14 @@ impl Login {
         Some(Secret::new(state.access_token))
     }
 
-    /// Has the CLI look at a login whose token was refused, unless there is another token by now.
+    /// Asks the CLI to check a login whose token was rejected, unless there is another token by now.
     pub(super) async fn refused(&self, token: &Secret) {
         self.refresh(|state| state.access_token != token.expose()).await;
     }
 
     async fn refresh(&self, is_done: impl Fn(&State) -> bool) {
         let mut asked = self.asked.lock().await;
-        // Another run may have waited for the same.
+        // Another run may have done the same while this one waited.
         if self
             .read()
             .await
@@ -115,7 +115,7 @@ impl Login {
             self.config_dir.to_string_lossy().into_owned(),
         ));
         env.push(("DISABLE_AUTOUPDATER".to_owned(), "1".to_owned()));
-        // Its answer isn't needed: what counts is the file. Not logged in is an exit code, not an error here.
+        // Only the file matters, not the output. A missing login is an exit code, not an error here.
         if let Err(error) = program::output(&self.claude, &["auth", "status"], &env, STATUS_WITHIN).await {
             tracing::warn!("the login of the worker's user could not be refreshed: {error}");
         }
@@ -141,7 +141,7 @@ fn own_variable(name: &str) -> Option<String> {
 impl State {
     fn parse(file: &[u8]) -> Option<Self> {
         let file: CredentialsFile = serde_json::from_slice(file).ok()?;
-        // A refusal blanks the token.
+        // A rejection clears the token.
         (!file.claude_ai_oauth.access_token.is_empty()).then_some(file.claude_ai_oauth)
     }
 
