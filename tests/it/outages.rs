@@ -165,8 +165,8 @@ async fn outages_were_told(system: &mut System, outages: usize) {
         let told = eventually(PATIENCE, "the end of the outage in the log", async || {
             let written = process.written();
             let count = |words: &str| written.matches(words).count();
-            let told = count("the database can't be used");
-            (told > 0 && told == count("the database can be used again")).then_some(told)
+            let told = count("the database is unavailable");
+            (told > 0 && told == count("the database is available again")).then_some(told)
         })
         .await;
         let written = process.written();
@@ -357,7 +357,7 @@ async fn postgresql_becomes_read_only() {
         eventually(PATIENCE, "a told outage", async || {
             process
                 .written()
-                .contains("the database can't be used")
+                .contains("the database is unavailable")
                 .then_some(())
         })
         .await;

@@ -53,13 +53,10 @@ impl Store {
             begins
         });
         if !begins {
-            tracing::debug!(error = why, "the database still can't be used");
+            tracing::debug!(error = why, "the database is still unavailable");
             return;
         }
-        tracing::warn!(
-            error = why,
-            "the database can't be used; it is tried again until it can"
-        );
+        tracing::warn!(error = why, "the database is unavailable, retrying");
         let store = self.clone();
         tokio::spawn(async move { store.watch_outage().await });
     }
@@ -106,7 +103,7 @@ impl Store {
         loop {
             match self.try_to_write().await {
                 Err(error) if error.is_locked() && begin.elapsed() < LOCKED_FOR => {
-                    tracing::warn!(error = %chain(&error), "the database is locked; waiting for it");
+                    tracing::warn!(error = %chain(&error), "the database is locked, waiting");
                 }
                 tried => return tried,
             }
@@ -146,7 +143,7 @@ impl Store {
         }
         let since = self.outage.since.send_replace(None);
         let seconds = since.map_or(0.0, |since| since.elapsed().as_secs_f64());
-        tracing::info!("the database can be used again, after {seconds:.1} s");
+        tracing::info!("the database is available again after {seconds:.1} s");
     }
 }
 
