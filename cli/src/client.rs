@@ -15,13 +15,13 @@ use crate::failure::Failure;
 const DEFAULT_URL: &str = "http://127.0.0.1:8000";
 /// Longer than any long poll.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
-/// How often a service that doesn't answer is asked again: for a minute in all, with `FIRST_PAUSE` before the first and
+/// How often an unreachable service is tried again: for a minute in total, with `FIRST_PAUSE` before the first retry and
 /// at most `MAX_PAUSE` before the others. A restart takes less.
 const RETRIES: u32 = 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
 const MAX_PAUSE: Duration = Duration::from_secs(10);
 
-/// Speaks to one service with one key.
+/// A client of one service, with one key.
 #[derive(Debug)]
 pub(crate) struct Client {
     http: reqwest::Client,
@@ -36,7 +36,7 @@ pub(crate) struct Event {
     pub(crate) seq: i64,
     /// `status`, `assistant`, `tool`, …
     pub(crate) kind: String,
-    /// What the type says.
+    /// The data, whose members depend on the type.
     pub(crate) data: Value,
 }
 
@@ -47,7 +47,7 @@ impl Event {
     }
 }
 
-/// How long a service may be away that has answered before.
+/// Retries while a service that has responded before is unreachable.
 #[derive(Debug, Default)]
 pub(crate) struct Retry {
     has_answered: bool,
@@ -55,7 +55,7 @@ pub(crate) struct Retry {
 }
 
 impl Retry {
-    /// The service gave what was asked for.
+    /// Call this after a success.
     pub(crate) fn reset(&mut self) {
         *self = Self {
             has_answered: true,
@@ -63,7 +63,7 @@ impl Retry {
         };
     }
 
-    /// Waits before another try, no longer than `limit`; gives the failure back when there's no sense in one.
+    /// Waits before another try, at most `limit`. Returns the failure if another try makes no sense.
     pub(crate) async fn wait(&mut self, failure: Failure, limit: Duration) -> Result<(), Failure> {
         if !self.has_answered || !failure.may_pass() || self.tries == RETRIES {
             return Err(failure);
@@ -76,8 +76,8 @@ impl Retry {
 }
 
 impl Client {
-    /// The service that `CLAUDE_QUEUE_URL` and `CLAUDE_QUEUE_API_KEY` name. Without them it is the one of this folder's
-    /// `.env`: its key is only ever sent to this machine.
+    /// The service of `CLAUDE_QUEUE_URL` and `CLAUDE_QUEUE_API_KEY`. Without them, the service on this machine with the
+    /// key from `.env`; this key is sent only to this machine.
     pub(crate) fn from_vars(vars: &Vars) -> Result<Self, Failure> {
         let url = vars.text("CLAUDE_QUEUE_URL")?;
         let mut key = vars.text("CLAUDE_QUEUE_API_KEY")?;
@@ -89,7 +89,7 @@ impl Client {
 
     /// A client of the service at `url`.
     pub(crate) fn new(url: &str, key: Option<String>) -> Result<Self, Failure> {
-        // An error would say that there is one already.
+        // An error means that one is installed already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let parsed = Url::parse(url)
             .ok()
@@ -118,7 +118,7 @@ impl Client {
         })
     }
 
-    /// Submits a job; the same idempotency key never makes two.
+    /// Submits a job. The same idempotency key never creates two jobs.
     pub(crate) async fn submit(&self, body: &Value, idempotency_key: &str) -> Result<Value, Failure> {
         let request = self
             .request(Method::POST, "/api/v1/jobs")
@@ -127,7 +127,7 @@ impl Client {
         Ok(answer["data"].take())
     }
 
-    /// The job as it is, or as it is when it ended, within `wait` seconds.
+    /// The job, as soon as it has ended or after `wait` seconds.
     pub(crate) async fn job(&self, id: &str, wait: u64) -> Result<Value, Failure> {
         let request = self.request(Method::GET, &format!("{}?wait={wait}", job_path(id)));
         let mut answer = self.send(request).await?;
@@ -140,7 +140,7 @@ impl Client {
             .await
     }
 
-    /// What the key has done and spent.
+    /// The totals of the key.
     pub(crate) async fn usage(&self, query: &[(&str, String)]) -> Result<Value, Failure> {
         self.send(self.request(Method::GET, "/api/v1/usage").query(query))
             .await
@@ -152,7 +152,7 @@ impl Client {
             .await
     }
 
-    /// Asks for a job's end.
+    /// Cancels a job.
     pub(crate) async fn cancel(&self, id: &str) -> Result<Value, Failure> {
         let mut answer = self
             .send(self.request(Method::POST, &format!("{}/cancel", job_path(id))))
@@ -160,15 +160,15 @@ impl Client {
         Ok(answer["data"].take())
     }
 
-    /// The service's own check of itself.
+    /// Asks the service whether it is ready.
     pub(crate) async fn is_ready(&self) -> Result<(), Failure> {
         self.answered(self.request(Method::GET, "/readyz"))
             .await
             .map(drop)
     }
 
-    /// Gives every event of a job after number `after` to `see`, those that are there and those that come, until the
-    /// last. A stream that is cut is taken up again where it was, also after a restart of the service.
+    /// Passes every event of a job after number `after` to `see`, stored and new ones, up to the last. An interrupted
+    /// stream is resumed where it stopped, also after a restart of the service.
     pub(crate) async fn follow(
         &self,
         id: &str,
@@ -181,7 +181,7 @@ impl Client {
             let request = request
                 .header(ACCEPT, "text/event-stream")
                 .header("last-event-id", after.to_string());
-            // The stream is longer than any single answer may take.
+            // A stream lasts longer than any other response.
             let response = match self.answered(request.timeout(Duration::from_hours(24))).await {
                 Ok(response) => response,
                 Err(failure) => {
@@ -208,7 +208,7 @@ impl Client {
             if reader.said_bye {
                 retry.reset();
             }
-            let ended = self.unreachable("the stream of events ended again and again".to_owned());
+            let ended = self.unreachable("the event stream ended repeatedly".to_owned());
             retry.wait(ended, MAX_PAUSE).await?;
         }
     }
@@ -232,7 +232,7 @@ impl Client {
             .map_err(|error| self.unreachable(cause(&error)))
     }
 
-    /// Sends a request; what isn't a success becomes the problem's sentence.
+    /// Sends a request. A response that isn't a success becomes a failure with the problem's sentence.
     async fn answered(&self, request: RequestBuilder) -> Result<Response, Failure> {
         let response = request
             .send()
@@ -260,7 +260,7 @@ impl Client {
     }
 }
 
-/// A path segment can't smuggle in another path.
+/// Escapes an id, so that it can't change the path.
 fn job_path(id: &str) -> String {
     let id: String = id
         .chars()
@@ -269,7 +269,7 @@ fn job_path(id: &str) -> String {
     format!("/api/v1/jobs/{id}")
 }
 
-/// A problem as one sentence, with each faulty field on a line of its own.
+/// Formats a problem as one sentence, with each field that isn't valid on its own line.
 fn sentence(status: StatusCode, problem: &Value) -> String {
     let detail = problem["detail"].as_str().or(problem["title"].as_str());
     let mut parts = vec![format!(
@@ -286,7 +286,7 @@ fn sentence(status: StatusCode, problem: &Value) -> String {
     let faults = problem["errors"]
         .as_array()
         .map_or(&[] as &[Value], Vec::as_slice);
-    // A single fault is the detail already.
+    // If there is only one fault, it is the detail already.
     for fault in faults.iter().filter(|_| faults.len() > 1) {
         let (field, message) = (fault["field"].as_str(), fault["message"].as_str());
         parts.push(format!(
@@ -298,7 +298,7 @@ fn sentence(status: StatusCode, problem: &Value) -> String {
     parts.concat()
 }
 
-/// The innermost cause of an error: what the network said, without the library's words around it.
+/// The innermost cause of an error, without the library's text around it.
 fn cause(error: &dyn std::error::Error) -> String {
     let mut innermost = error;
     while let Some(source) = innermost.source() {
@@ -307,19 +307,19 @@ fn cause(error: &dyn std::error::Error) -> String {
     innermost.to_string()
 }
 
-/// Server-sent events out of bytes as they come.
+/// Parses server-sent events from a stream of bytes.
 #[derive(Debug, Default)]
 struct EventReader {
     line: Vec<u8>,
     seq: Option<i64>,
     kind: String,
     data: String,
-    /// The service has ended the stream in order; the next one goes on.
+    /// The service has ended the stream on purpose; the next stream continues it.
     said_bye: bool,
 }
 
 impl EventReader {
-    /// The events that are whole with this piece. Those without a number are never stored and not given.
+    /// The events that are complete with this piece. Events without a number are not stored, and are left out.
     fn read(&mut self, piece: &[u8]) -> Vec<Event> {
         let mut events = Vec::new();
         for byte in piece {

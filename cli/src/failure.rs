@@ -1,36 +1,36 @@
-//! How a command fails: what it says, and its exit code.
+//! How a command fails: its message and its exit code.
 
 use std::process::ExitCode;
 
 use shared::{env, storage, telemetry};
 
-/// Why a command didn't do what it was asked to.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
-    /// A variable has a bad value. Exit code 2, as of the services.
+    /// The value of a variable is not valid. Exit code 2, as in the services.
     #[error(transparent)]
     Setting(#[from] env::Error),
-    /// No service answers.
+    /// The service can't be reached.
     #[error("{url} can't be reached ({why}); is the service up, and is CLAUDE_QUEUE_URL right?")]
     Unreachable {
-        /// Where it was looked for.
+        /// Its URL.
         url: String,
-        /// What the connection said.
+        /// The error of the connection.
         why: String,
     },
-    /// The service, or a proxy before it, can't answer now; in a sentence.
+    /// The service, or a proxy in front of it, is unavailable; a sentence.
     #[error("{0}")]
     Unavailable(String),
-    /// The job ended, but not well. The command has said how.
+    /// The job ended, but isn't done. The command has printed why.
     #[error("the job isn't done")]
     NotDone,
-    /// Anything else, in a sentence.
+    /// Any other failure; a sentence.
     #[error("{0}")]
     Other(String),
 }
 
 impl Failure {
-    /// An error of one of the parts, with its causes.
+    /// An error of one of the crates, with its causes.
     pub(crate) fn because(error: &dyn std::error::Error) -> Self {
         Self::Other(telemetry::chain(error))
     }
@@ -40,7 +40,7 @@ impl Failure {
         matches!(self, Self::Unreachable { .. } | Self::Unavailable(_))
     }
 
-    /// What to print; `None` when everything is said already.
+    /// The message to print; `None` if everything was printed already.
     pub(crate) fn message(&self) -> Option<String> {
         (!matches!(self, Self::NotDone)).then(|| self.to_string())
     }

@@ -1,4 +1,4 @@
-//! `usage`: what the key has spent and may spend, or its ledger added up.
+//! `usage`: prints what the key has spent and may spend, or sums of its ledger.
 
 use serde_json::Value;
 use shared::env::Vars;
@@ -7,25 +7,25 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::show;
 
-/// Pages of sums that are read at most: 100,000 lines are enough for anybody.
+/// Maximum number of pages, which is 100,000 lines.
 const PAGES: usize = 100;
 
-/// What to show.
+/// What to print.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// The ledger added up by day, key, model or session, instead of a summary
+    /// Print sums of the ledger by day, key, model or session instead of a summary
     #[arg(long, value_parser = ["day", "key", "model", "session"])]
     by: Option<String>,
-    /// From this time on, such as 2026-05-01T00:00:00Z; 30 days before the end unless given
+    /// Start time, such as 2026-05-01T00:00:00Z (default: 30 days before the end)
     #[arg(long, requires = "by")]
     from: Option<String>,
-    /// Before this time; now unless given. At most 366 days after the beginning
+    /// End time, not included (default: now); at most 366 days after the start
     #[arg(long, requires = "by")]
     to: Option<String>,
-    /// Of this key, by its id; only an administrator may ask for another's
+    /// The id of another key; only for admins
     #[arg(long)]
     user: Option<String>,
-    /// The service's answer as JSON
+    /// Print the response as JSON
     #[arg(long)]
     json: bool,
 }
@@ -70,12 +70,12 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
     }
     println!("{}", table(&by, &rows));
     if cursor.is_some() {
-        eprintln!("there are more; ask for a shorter time");
+        eprintln!("there are more lines; use a shorter span of time");
     }
     Ok(())
 }
 
-/// What a key has spent and done, a line each.
+/// Formats the totals of a key.
 fn summary(usage: &Value) -> String {
     let data = &usage["data"];
     let jobs = ["total", "completed", "running", "queued", "failed", "cancelled"]
@@ -114,7 +114,7 @@ fn summary(usage: &Value) -> String {
     lines.join("\n")
 }
 
-/// Sums, one a line, and their sum.
+/// Formats sums, one per line, and their total.
 fn table(by: &str, rows: &[Value]) -> String {
     let column = if by == "key" { "key_id" } else { by };
     let name = |row: &Value| match row[column].as_str() {
@@ -147,7 +147,7 @@ fn table(by: &str, rows: &[Value]) -> String {
     lines.join("\n")
 }
 
-/// The tokens that were read, whether a cache held them or not.
+/// All input tokens, cached or not.
 fn read(row: &Value, tokens: &impl Fn(&Value, &str) -> i64) -> i64 {
     [
         "input_tokens",

@@ -13,12 +13,12 @@ use crate::show;
 /// Seconds of one long poll; the service may make it shorter.
 const POLL_SECONDS: u64 = 50;
 
-/// Which job, and how long.
+/// The job, and how long to wait.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// The job's id
     id: String,
-    /// Give up after so many seconds
+    /// Maximum number of seconds to wait
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Print the whole job as JSON
@@ -31,7 +31,7 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
     until_end(&client, &arguments.id, arguments.timeout, arguments.json).await
 }
 
-/// Prints the result of the job when it has ended; fails unless it is done.
+/// Waits until the job has ended and prints its result. Fails unless the job is done.
 pub(crate) async fn until_end(
     client: &Client,
     id: &str,
@@ -39,7 +39,7 @@ pub(crate) async fn until_end(
     as_json: bool,
 ) -> Result<(), Failure> {
     let mut retry = Retry::default();
-    // The first look is short: only a service that has answered is waited for.
+    // The first request doesn't wait: retries are only for a service that has responded.
     let mut longest = 0;
     let deadline = timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     loop {
@@ -64,7 +64,7 @@ pub(crate) async fn until_end(
             return Err(Failure::Other(format!("{id} is still {status}; it goes on")));
         }
         if wait > 0 && asked.elapsed() < Duration::from_secs(1) {
-            // The service doesn't wait for us.
+            // The service didn't wait.
             sleep(Duration::from_secs(1)).await;
         }
     }
