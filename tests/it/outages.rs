@@ -584,8 +584,8 @@ async fn a_worker_without_room_begins_nothing_and_fails_nothing(db: Db) {
     let failures = "select cast(sum(failures) as bigint) from job";
     assert_eq!(system.database().number(failures).await, 0);
     let told = |words: &str| system.written().matches(words).count();
-    assert_eq!(told("begins no runs"), 2, "{}", system.written());
-    assert_eq!(told("room for runs again"), 2);
+    assert_eq!(told("starts no runs"), 2, "{}", system.written());
+    assert_eq!(told("starting runs again"), 2);
 }
 
 async fn a_workspace_that_cannot_be_made_fails_no_job_for_good(db: Db) {

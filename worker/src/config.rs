@@ -7,6 +7,7 @@ use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
 use shared::money::MicroUsd;
 use std::path::PathBuf;
 use std::time::Duration;
+use uuid::Uuid;
 
 pub(crate) use anthropic::unusable;
 pub use anthropic::{Address, Anthropic};
@@ -62,8 +63,14 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The pause after this many failures (1 and more); `random` is from 0 to 1.
-    pub fn pause(self, failures: i64, random: f64) -> Duration {
+    /// The pause after this many failures (1 and more), with jitter, so that pauses don't all end at once.
+    pub fn jittered_pause(self, failures: i64) -> Duration {
+        let random = f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
+        self.pause(failures, random)
+    }
+
+    /// `random` is from 0 to 1.
+    fn pause(self, failures: i64, random: f64) -> Duration {
         let exponent = i32::try_from(failures.clamp(1, 64) - 1).unwrap_or(64);
         let seconds = (self.base * self.factor.powi(exponent)).min(self.most);
         Duration::from_secs_f64(seconds * random.clamp(0.0, 1.0).mul_add(0.4, 0.8))

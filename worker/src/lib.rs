@@ -5,12 +5,12 @@
 pub mod claude;
 pub mod config;
 pub mod context;
+mod disk_space;
 pub mod gateway;
 pub mod guard;
+mod heartbeat;
 pub mod pause;
-mod presence;
 mod queues;
-mod room;
 pub mod run_job;
 pub mod spend;
 mod sweep;
@@ -73,7 +73,10 @@ pub async fn run(
         .await
         .unwrap_or(0);
     if ended > 0 {
-        warn!(processes = ended, "ended what a former worker's runs had left");
+        warn!(
+            processes = ended,
+            "killed processes that an earlier worker's runs had left"
+        );
     }
     let path = config.path.as_deref().map(std::ffi::OsStr::new);
     let (cli, cli_version) = find_cli(&config).await?;
@@ -117,9 +120,9 @@ pub async fn run(
         config,
     });
     let concurrency = ctx.config.concurrency;
-    room::check(&ctx).await;
-    presence::announce(&ctx).await?;
-    info!(worker.id = %worker_id, slots = concurrency, sandbox = ctx.config.sandbox, "worker {worker_id} takes jobs");
+    disk_space::check(&ctx).await;
+    heartbeat::announce(&ctx).await?;
+    info!(worker.id = %worker_id, slots = concurrency, sandbox = ctx.config.sandbox, "worker {worker_id} is ready");
     ready(worker_id);
     tokio::select! {
         () = queues::serve(&ctx) => {}

@@ -4,9 +4,9 @@
 mod retention;
 
 use crate::context::Context;
+use crate::disk_space;
 use crate::guard;
-use crate::presence;
-use crate::room;
+use crate::heartbeat;
 use futures_util::FutureExt;
 use futures_util::future::{Fuse, FusedFuture};
 use retention::Retention;
@@ -20,19 +20,19 @@ use tokio::time::Instant;
 use tracing::warn;
 
 /// How often it sweeps.
-const EVERY: Duration = Duration::from_secs(1);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A longer gap between two looks, and nothing can be said about what wasn't looked at.
-const GAP: Duration = Duration::from_secs(2);
+const MAX_WATCH_GAP: Duration = Duration::from_secs(2);
 
 /// How often it looks for old data, and says how the worker is.
-const SLOWLY: Duration = Duration::from_secs(5);
+const SLOW_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often it looks whether runs would have room.
-const LOOK_FOR_ROOM: Duration = Duration::from_secs(2);
+const DISK_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Old things are removed in small batches; no more of them than this each time.
-const MOST_BATCHES: usize = 10;
+const MAX_BATCHES: usize = 10;
 
 /// Watches leases on this process's own clock: a lease is lost when it stood still for `LEASE_SECONDS` while it was
 /// looked at without a gap. So no clock step, no skew and no outage of the database takes anybody's lease.
@@ -45,7 +45,7 @@ struct Watch {
 impl Watch {
     /// Takes note of the leases as they are at `now`; gives those that have stood still for `lease`.
     fn look(&mut self, leases: Vec<RunningLease>, now: Instant, lease: Duration) -> Vec<RunningLease> {
-        if self.last_look.is_some_and(|last| now - last > GAP) {
+        if self.last_look.is_some_and(|last| now - last > MAX_WATCH_GAP) {
             self.seen.clear();
         }
         self.last_look = Some(now);
@@ -68,7 +68,7 @@ pub(crate) async fn sweep(ctx: &Context) {
     tokio::join!(
         Box::pin(watch_leases(ctx)),
         Box::pin(clean_up(ctx)),
-        Box::pin(watch_room(ctx)),
+        Box::pin(watch_disk_space(ctx)),
         Box::pin(remove_what_is_old(ctx))
     );
 }
@@ -76,7 +76,7 @@ pub(crate) async fn sweep(ctx: &Context) {
 /// Looks at the leases each second, and takes the lost ones while it goes on looking.
 async fn watch_leases(ctx: &Context) {
     let mut watch = Watch::default();
-    let mut ticks = tokio::time::interval(EVERY);
+    let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let taking = Fuse::terminated();
     tokio::pin!(taking);
@@ -105,17 +105,17 @@ async fn take(ctx: &Context, lost: Vec<RunningLease>) {
     // A guard that was killed together with its worker has ended nothing.
     let ended = tokio::task::spawn_blocking(guard::kill_orphans).await;
     if let Ok(processes @ 1..) = ended {
-        warn!(processes, "ended what a lost worker's runs had left");
+        warn!(processes, "killed processes that a lost worker's runs had left");
     }
     for lease in lost {
         match take_one(ctx, &lease).await {
             Ok(true) => {
-                warn!(job.id = %lease.job_id, attempt = lease.attempt, "the lease of a run was lost and is taken");
+                warn!(job.id = %lease.job_id, attempt = lease.attempt, "took over the lease of a lost run");
             }
             Ok(false) => {}
             Err(error) if ctx.store.note(&error) => {}
             Err(error) => {
-                warn!(job.id = %lease.job_id, error = %chain(&error), "could not take a lost lease; trying again");
+                warn!(job.id = %lease.job_id, error = %chain(&error), "could not take over a lost lease, retrying");
             }
         }
     }
@@ -132,44 +132,44 @@ async fn take_one(ctx: &Context, lost: &RunningLease) -> Result<bool> {
 
 async fn clean_up(ctx: &Context) {
     let mut slowly = Instant::now();
-    let mut ticks = tokio::time::interval(EVERY);
+    let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let mut swept = once(ctx).await;
         if swept.is_ok() && Instant::now() >= slowly {
-            slowly = Instant::now() + SLOWLY;
+            slowly = Instant::now() + SLOW_INTERVAL;
             swept = rarely(ctx).await;
         }
         if let Err(error) = swept
             && !ctx.store.note(&error)
         {
-            warn!(error = %chain(&error), "could not sweep; trying again each second");
+            warn!(error = %chain(&error), "could not sweep, retrying every second");
         }
     }
 }
 
-/// Looks whether runs would have room.
-async fn watch_room(ctx: &Context) {
-    let mut ticks = tokio::time::interval(LOOK_FOR_ROOM);
+/// Checks whether runs would have room.
+async fn watch_disk_space(ctx: &Context) {
+    let mut ticks = tokio::time::interval(DISK_CHECK_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        room::check(ctx).await;
+        disk_space::check(ctx).await;
     }
 }
 
 /// Removes what ended jobs have left.
 async fn remove_what_is_old(ctx: &Context) {
     let mut retention = Retention::default();
-    let mut ticks = tokio::time::interval(SLOWLY);
+    let mut ticks = tokio::time::interval(SLOW_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         if let Err(error) = retention.sweep(ctx).await
             && !ctx.store.note(&error)
         {
-            warn!(error = %chain(&error), "could not remove old data; trying again");
+            warn!(error = %chain(&error), "could not remove old data, retrying");
         }
     }
 }
@@ -192,9 +192,9 @@ async fn once(ctx: &Context) -> Result<()> {
 }
 
 async fn rarely(ctx: &Context) -> Result<()> {
-    presence::announce(ctx).await?;
+    heartbeat::announce(ctx).await?;
     let expired = clock::now().before(ctx.config.idempotency_ttl);
-    for _ in 0..MOST_BATCHES {
+    for _ in 0..MAX_BATCHES {
         if ctx.store.forget_idempotency(expired).await? == 0 {
             break;
         }

@@ -182,7 +182,7 @@ pub fn usage_line(request_id: &str) -> String {
 /// Why a run must be stopped at its first line: the CLI isn't set up as the arguments say, so it can't be trusted to
 /// keep to the rest of them. `credential` is the variable with the run's credential. What the line doesn't say isn't
 /// wrong. None when all is well.
-pub fn surprise(spec: &RunSpec, init: &Init, credential: &str) -> Option<String> {
+pub fn unexpected_init(spec: &RunSpec, init: &Init, credential: &str) -> Option<String> {
     let servers = &init.mcp_servers;
     if !servers.is_empty() {
         let servers = servers.join(", ");

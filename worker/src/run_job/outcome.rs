@@ -98,8 +98,8 @@ pub enum Stopped {
     Shutdown,
     /// Another worker may hold the job by now.
     LeaseLost,
-    /// The CLI didn't start as its arguments say (`command::surprise`).
-    NotAsTold,
+    /// The CLI didn't start as its arguments say (`command::unexpected_init`).
+    InitMismatch,
     /// The run's processes took more memory than they may.
     OutOfMemory,
     /// The guard around the run died, and the run with it, or heard nothing of this worker in time.
@@ -223,7 +223,7 @@ pub fn judge(ended: &Ended) -> Verdict {
         .is_some_and(|result| is_complete(result, ended.schema_wanted));
     match ended.stopped {
         Some(Stopped::LeaseLost) => Verdict::Lost,
-        Some(Stopped::NotAsTold) => Verdict::failed(
+        Some(Stopped::InitMismatch) => Verdict::failed(
             ErrorCode::ClaudeError,
             sentence(
                 "The Claude CLI didn't start with the settings that it was given",

@@ -1,7 +1,7 @@
 //! Retention: what ended jobs have left is removed when it is old enough, or when its owner has removed the rest. The
 //! workspaces of sessions stay, they are their sessions'.
 
-use super::MOST_BATCHES;
+use super::MAX_BATCHES;
 use crate::context::Context;
 use crate::workspace::Folders;
 use shared::clock;
@@ -25,7 +25,7 @@ impl Retention {
         self.finish_removals(ctx).await?;
         let before = clock::now().before(ctx.config.retention);
         let mut last = None;
-        for _ in 0..MOST_BATCHES {
+        for _ in 0..MAX_BATCHES {
             let jobs = ctx.store.expired_jobs(before, last.as_ref()).await?;
             for job in &jobs {
                 if self.remove_workspace(ctx, job).await {
@@ -43,7 +43,7 @@ impl Retention {
     /// Removes the workspaces of jobs whose owners have removed the rest.
     async fn finish_removals(&mut self, ctx: &Context) -> Result<()> {
         let mut last = 0;
-        for _ in 0..MOST_BATCHES {
+        for _ in 0..MAX_BATCHES {
             let jobs = ctx.store.workspaces_to_remove(last).await?;
             for job in &jobs {
                 if self.remove_workspace(ctx, job).await {
@@ -66,7 +66,7 @@ impl Retention {
             Ok(()) => true,
             Err(error) => {
                 if self.stuck.insert(job.job_id) {
-                    warn!(job.id = %job.job_id, error = %error, "could not remove an ended job's workspace; trying again");
+                    warn!(job.id = %job.job_id, error = %error, "could not remove an ended job's workspace, retrying");
                 }
                 false
             }

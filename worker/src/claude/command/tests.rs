@@ -304,24 +304,24 @@ fn a_run_that_starts_as_asked_is_no_surprise() {
         ..spec()
     };
 
-    assert_eq!(surprise(&spec(), &init, KEY), None);
-    assert_eq!(surprise(&asked, &bypass, KEY), None);
+    assert_eq!(unexpected_init(&spec(), &init, KEY), None);
+    assert_eq!(unexpected_init(&asked, &bypass, KEY), None);
     assert_eq!(
-        surprise(&asked, &init, KEY),
+        unexpected_init(&asked, &init, KEY),
         None,
         "less than was asked for is harmless"
     );
     assert!(
-        surprise(&spec(), &bypass, KEY)
+        unexpected_init(&spec(), &bypass, KEY)
             .unwrap()
             .contains("bypassPermissions")
     );
-    assert!(surprise(&spec(), &server, KEY).unwrap().contains("evil"));
+    assert!(unexpected_init(&spec(), &server, KEY).unwrap().contains("evil"));
     let modeless = Init {
         permission_mode: None,
         ..server
     };
-    assert!(surprise(&spec(), &modeless, KEY).unwrap().contains("evil"));
+    assert!(unexpected_init(&spec(), &modeless, KEY).unwrap().contains("evil"));
 }
 
 #[test]
@@ -331,11 +331,14 @@ fn a_key_from_elsewhere_is_a_surprise() {
         ..Init::default()
     };
 
-    assert_eq!(surprise(&spec(), &from(KEY), KEY), None);
-    assert_eq!(surprise(&spec(), &from("none"), "CLAUDE_CODE_OAUTH_TOKEN"), None);
+    assert_eq!(unexpected_init(&spec(), &from(KEY), KEY), None);
+    assert_eq!(
+        unexpected_init(&spec(), &from("none"), "CLAUDE_CODE_OAUTH_TOKEN"),
+        None
+    );
     for (source, credential) in [("apiKeyHelper", KEY), (KEY, "CLAUDE_CODE_OAUTH_TOKEN")] {
-        let surprise = surprise(&spec(), &from(source), credential).unwrap();
-        assert!(surprise.contains(source), "{surprise}");
+        let unexpected_init = unexpected_init(&spec(), &from(source), credential).unwrap();
+        assert!(unexpected_init.contains(source), "{unexpected_init}");
     }
 }
 
@@ -346,7 +349,7 @@ fn the_recorded_runs_started_as_asked() {
     for (name, fixture) in fixtures::all() {
         for message in fixture.messages() {
             let Message::Init(init) = message else { continue };
-            assert_eq!(surprise(&spec(), &init, KEY), None, "{name}");
+            assert_eq!(unexpected_init(&spec(), &init, KEY), None, "{name}");
             started.insert(name.clone());
         }
         for init in fixture.lines().filter(|line| line["subtype"] == "init") {

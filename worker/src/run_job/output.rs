@@ -1,4 +1,4 @@
-//! What a run said and did, and the wire's `Result` of it.
+//! What a run wrote, and the wire's `Result` of it.
 
 use super::outcome::{Ended, ErrorCode};
 use crate::claude::command::RunSpec;
@@ -9,12 +9,12 @@ use shared::job::{Ending, Lease, Spend};
 
 /// Of a run's texts and of its tools' arguments no more bytes than this are kept, each, and no more calls. Events
 /// have bounds of their own.
-const KEPT: usize = 4 * 1024 * 1024;
+const MAX_KEPT_BYTES: usize = 4 * 1024 * 1024;
 const MAX_TOOLS: usize = 1000;
 
 /// What the CLI has said so far.
 #[derive(Debug)]
-pub(super) struct Said {
+pub(super) struct RunOutput {
     pub(super) ended: Ended,
     texts: Vec<String>,
     text_room: usize,
@@ -24,16 +24,16 @@ pub(super) struct Said {
     tools_cut: bool,
 }
 
-impl Said {
+impl RunOutput {
     /// Nothing so far.
     pub(super) fn new(schema_wanted: bool, now: Timestamp) -> Self {
         Self {
             ended: Ended::new(schema_wanted, now),
             texts: Vec::new(),
-            text_room: KEPT,
+            text_room: MAX_KEPT_BYTES,
             text_cut: false,
             tools: Vec::new(),
-            tool_room: KEPT,
+            tool_room: MAX_KEPT_BYTES,
             tools_cut: false,
         }
     }
@@ -66,20 +66,20 @@ impl Said {
 }
 
 /// The wire's `Result`, also of a run that was cut off: what it said and did until then.
-pub(super) fn result(said: &Said, spend: &Spend, spec: &RunSpec) -> Option<Value> {
-    let line = said.ended.result.as_deref();
-    if line.is_none() && said.texts.is_empty() && said.tools.is_empty() {
+pub(super) fn result(output: &RunOutput, spend: &Spend, spec: &RunSpec) -> Option<Value> {
+    let line = output.ended.result.as_deref();
+    if line.is_none() && output.texts.is_empty() && output.tools.is_empty() {
         return None;
     }
     let answer = line.and_then(|line| line.text.clone());
-    let truncated = said.tools_cut || (answer.is_none() && said.text_cut);
+    let truncated = output.tools_cut || (answer.is_none() && output.text_cut);
     let mut result = json!({
         "session_id": spec.claude_session_id.to_string(),
-        "content": answer.unwrap_or_else(|| said.texts.join("\n")),
+        "content": answer.unwrap_or_else(|| output.texts.join("\n")),
         "cost": spend.total(),
         "duration_ms": line.map_or(0, |line| line.duration_ms),
         "num_turns": line.map_or(0, |line| line.num_turns),
-        "tools_used": said.tools,
+        "tools_used": output.tools,
         "is_error": line.is_none_or(|line| line.is_error),
         "subtype": line.map_or("interrupted", |line| line.subtype.as_str()),
         "structured_output": line.and_then(|line| line.structured_output.clone()),
@@ -152,18 +152,18 @@ mod tests {
         }
     }
 
-    fn of(said: &Said) -> Value {
-        result(said, &Spend::default(), &spec()).unwrap()
+    fn of(output: &RunOutput) -> Value {
+        result(output, &Spend::default(), &spec()).unwrap()
     }
 
     #[test]
     fn what_fits_is_kept_whole() {
-        let mut said = Said::new(false, Timestamp(0));
-        said.text("one");
-        said.text("two");
-        said.tool("Bash", &json!({ "command": "ls" }));
+        let mut output = RunOutput::new(false, Timestamp(0));
+        output.text("one");
+        output.text("two");
+        output.tool("Bash", &json!({ "command": "ls" }));
 
-        let result = of(&said);
+        let result = of(&output);
 
         assert_eq!(result["content"], "one\ntwo");
         assert_eq!(
@@ -175,22 +175,22 @@ mod tests {
 
     #[test]
     fn a_talkative_run_is_cut_and_says_so() {
-        let mut said = Said::new(false, Timestamp(0));
+        let mut output = RunOutput::new(false, Timestamp(0));
         for _ in 0..3 {
-            said.text(&"é".repeat(KEPT / 2 - 1));
+            output.text(&"é".repeat(MAX_KEPT_BYTES / 2 - 1));
         }
 
-        let result = of(&said);
+        let result = of(&output);
 
-        assert!(result["content"].as_str().unwrap().len() <= KEPT + 3);
+        assert!(result["content"].as_str().unwrap().len() <= MAX_KEPT_BYTES + 3);
         assert_eq!(result["truncated"], true);
     }
 
     #[test]
     fn many_and_large_calls_are_left_out_and_the_result_says_so() {
-        let large = json!({ "content": "x".repeat(KEPT / 3) });
-        let mut heavy = Said::new(false, Timestamp(0));
-        let mut many = Said::new(false, Timestamp(0));
+        let large = json!({ "content": "x".repeat(MAX_KEPT_BYTES / 3) });
+        let mut heavy = RunOutput::new(false, Timestamp(0));
+        let mut many = RunOutput::new(false, Timestamp(0));
         for _ in 0..4 {
             heavy.tool("Write", &large);
         }
@@ -210,12 +210,12 @@ mod tests {
 
     #[test]
     fn an_answer_isnt_cut_with_the_texts_before_it() {
-        let mut said = Said::new(false, Timestamp(0));
-        said.text(&"x".repeat(KEPT + 1));
+        let mut output = RunOutput::new(false, Timestamp(0));
+        output.text(&"x".repeat(MAX_KEPT_BYTES + 1));
         let line = br#"{"type":"result","subtype":"success","is_error":false,"result":"all of it"}"#;
-        said.ended.observe(&Message::parse(line));
+        output.ended.observe(&Message::parse(line));
 
-        let result = of(&said);
+        let result = of(&output);
 
         assert_eq!(
             (&result["content"], result.get("truncated")),

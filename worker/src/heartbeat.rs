@@ -1,4 +1,4 @@
-//! The worker's row in the database, for people to look at: that it lives, how many runs it holds, and why it claims
+//! The worker's row in the database, for people to look at: that it runs, how many runs it holds, and why it claims
 //! nothing when it doesn't.
 
 use crate::context::Context;
@@ -6,10 +6,10 @@ use shared::clock;
 use shared::storage::{Result, WorkerRow};
 use std::time::Duration;
 
-/// A worker that hasn't said anything for so long is forgotten.
-const GONE: Duration = Duration::from_hours(1);
+/// A worker whose row wasn't written for this long is removed.
+const FORGET_AFTER: Duration = Duration::from_hours(1);
 
-/// Says how this worker is.
+/// Writes this worker's row.
 pub(crate) async fn announce(ctx: &Context) -> Result<()> {
     // What was found out first is written first.
     let _one_at_a_time = ctx.announcing.lock().await;
@@ -27,7 +27,7 @@ pub(crate) async fn announce(ctx: &Context) -> Result<()> {
         pause_reason: pause.map(|(_, reason)| reason),
         upstream: None,
     };
-    ctx.store.put_worker(&row, now.before(GONE)).await
+    ctx.store.put_worker(&row, now.before(FORGET_AFTER)).await
 }
 
 /// The same at once, for what people should see now. An outage delays it to the next regular time.

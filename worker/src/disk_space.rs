@@ -1,13 +1,13 @@
-//! Whether there is room for a run: a full or read-only disk is no fault of a job. While there is none the worker
-//! claims nothing, so that no job is tried for nothing.
+//! Whether the disk has room for a run: a full or read-only disk is no fault of a job. While it has none, the worker
+//! claims nothing, so that no attempt is wasted.
 
 use crate::context::Context;
-use crate::presence;
+use crate::heartbeat;
 use shared::disk;
 use std::path::Path;
 use tracing::{info, warn};
 
-/// Looks whether a run would have room; says so in the log and to people when that changes.
+/// Checks whether a run would have room; logs and announces a change.
 pub(crate) async fn check(ctx: &Context) -> bool {
     let data = ctx.config.data_dir.clone();
     let sockets = ctx.runtime.path().to_owned();
@@ -16,10 +16,10 @@ pub(crate) async fn check(ctx: &Context) -> bool {
     let room = problem.is_none();
     if ctx.pause.for_room(problem.as_deref()) {
         match problem {
-            Some(problem) => warn!("this worker begins no runs: {problem}"),
-            None => info!("there is room for runs again"),
+            Some(problem) => warn!("this worker starts no runs: {problem}"),
+            None => info!("disk space is back, starting runs again"),
         }
-        presence::announce_now(ctx).await;
+        heartbeat::announce_now(ctx).await;
     }
     room
 }

@@ -1,4 +1,4 @@
-//! How long the CLI has done nothing of its own accord. Pure.
+//! The deadlines of a run that does nothing: first output and idle time. Pure.
 
 use super::outcome::{Deadline, Stopped};
 use crate::claude::message::{Block, Message};
@@ -7,22 +7,22 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// A tool may work longer in silence than the model.
-const TOOL_PATIENCE: u32 = 3;
+const TOOL_IDLE_FACTOR: u32 = 3;
 
 /// More open calls than this, or longer ids, aren't kept.
-const MAX_OPEN: usize = 1000;
-const MAX_ID: usize = 200;
+const MAX_OPEN_TOOLS: usize = 1000;
+const MAX_TOOL_ID: usize = 200;
 
-/// What the CLI has done so far, as far as the deadlines of silence care.
+/// What the CLI has done so far, as far as these deadlines care.
 #[derive(Debug)]
-pub(super) struct Silence {
+pub(super) struct IdleWatchdog {
     started: Instant,
     /// When it last did something; none before it did anything.
     last: Option<Instant>,
     open_tools: HashSet<String>,
 }
 
-impl Silence {
+impl IdleWatchdog {
     /// A run that began at this moment.
     pub(super) fn new(started: Instant) -> Self {
         Self {
@@ -40,8 +40,8 @@ impl Silence {
             Message::Assistant(answer) => {
                 for block in &answer.blocks {
                     if let Block::ToolUse { id, .. } = block
-                        && self.open_tools.len() < MAX_OPEN
-                        && id.len() <= MAX_ID
+                        && self.open_tools.len() < MAX_OPEN_TOOLS
+                        && id.len() <= MAX_TOOL_ID
                     {
                         self.open_tools.insert(id.clone());
                     }
@@ -62,7 +62,7 @@ impl Silence {
         let (since, deadline, after) = match self.last {
             None => (self.started, Deadline::FirstOutput, first_output),
             Some(last) if self.open_tools.is_empty() => (last, Deadline::Idle, idle),
-            Some(last) => (last, Deadline::Idle, idle * TOOL_PATIENCE),
+            Some(last) => (last, Deadline::Idle, idle * TOOL_IDLE_FACTOR),
         };
         (since + after, Stopped::Timeout { deadline, after })
     }
@@ -80,14 +80,14 @@ mod tests {
 
     fn ends(lines: &[&str]) -> (Duration, Deadline) {
         let started = Instant::now();
-        let mut silence = Silence::new(started);
+        let mut watchdog = IdleWatchdog::new(started);
         for (seconds, line) in (10..).step_by(10).zip(lines) {
-            silence.hear(
+            watchdog.hear(
                 &Message::parse(line.as_bytes()),
                 started + Duration::from_secs(seconds),
             );
         }
-        let (until, stopped) = silence.ends(FIRST, IDLE);
+        let (until, stopped) = watchdog.ends(FIRST, IDLE);
         let Stopped::Timeout { deadline, .. } = stopped else {
             panic!("{stopped:?}")
         };

@@ -1,0 +1,242 @@
+//! Follows a run to its end: reads its messages, records them, and stops it when it must not go on.
+
+use super::account::note_account;
+use super::outcome::{self, Deadline, Ended, Stopped};
+use super::output::{self, cut};
+use super::prepare::Run;
+use super::recorder::Recorder;
+use super::stop::{StopAction, StopSequence};
+use super::transcript;
+use super::watchdog::IdleWatchdog;
+use crate::claude::command;
+use crate::claude::message::{Block, Message};
+use crate::claude::process::{EndedBy, Exit, Process};
+use crate::spend::Meter;
+use serde_json::json;
+use shared::clock;
+use shared::event::{EventType, NewEvent};
+use shared::job::{Report, Spend};
+use shared::storage::RunDirective;
+use std::time::Duration;
+use tokio::time::{Instant, sleep_until};
+use tracing::error;
+
+/// How often the cost so far is reported, and how often the CLI is asked for what the stream doesn't show.
+const USAGE_EVENT_INTERVAL: Duration = Duration::from_secs(2);
+const USAGE_QUERY_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A tool's answer in an event holds no more bytes than this.
+const MAX_TOOL_RESULT: usize = 16 * 1024;
+
+impl Run<'_> {
+    /// Runs it to its end. `None` when another worker may hold the job by then, so that nothing may be written.
+    pub(super) async fn follow(mut self, mut recorder: Recorder) -> Option<Report> {
+        let mut meter = Meter::new(self.spec.resume.is_some());
+        if self.spec.resume.is_some() {
+            // What the earlier runs of the conversation cost isn't this run's.
+            self.process.send(&command::usage_line("usage-0"));
+        }
+        self.process.send(&command::user_line(&self.spec));
+
+        let started = Instant::now();
+        let mut stop = StopSequence::new(started, self.total);
+        let mut watchdog = IdleWatchdog::new(started);
+        let mut ask_cost = tokio::time::interval_at(started + USAGE_QUERY_INTERVAL, USAGE_QUERY_INTERVAL);
+        let mut cost_reported = started;
+        let (first_output, idle) = (self.ctx.config.first_output, self.ctx.config.idle);
+        loop {
+            let (silent_until, too_silent) = watchdog.ends(first_output, idle);
+            let lease_ends = recorder.lease_state().held_at + self.ctx.config.lease;
+            let act = tokio::select! {
+                line = self.process.next_line() => {
+                    let Some(line) = line else { break };
+                    let now = Instant::now();
+                    let message = Message::parse(&line);
+                    watchdog.hear(&message, now);
+                    if meter.observe(&message) {
+                        // Kept at once: this is what is paid for if the worker is lost.
+                        recorder.spend(meter.spend());
+                    }
+                    let act = self.react(&message, &mut stop, now);
+                    self.note(message, &mut recorder);
+                    if now >= cost_reported + USAGE_EVENT_INTERVAL {
+                        cost_reported = now;
+                        record_cost(&meter.spend(), &mut recorder);
+                    }
+                    act
+                }
+                lease_state = recorder.changed() => {
+                    self.process.renewed_at(lease_state.held_at.into_std());
+                    match lease_state.signal {
+                        RunDirective::Lost => stop.kill(Stopped::LeaseLost, Instant::now()),
+                        RunDirective::Cancel(_) => stop.interrupt(Stopped::Cancelled, Instant::now()),
+                        RunDirective::Continue => None,
+                    }
+                }
+                () = self.ctx.handing_back.cancelled(), if stop.is_untouched() => {
+                    stop.interrupt(Stopped::Shutdown, Instant::now())
+                }
+                () = sleep_until(silent_until), if stop.is_untouched() => {
+                    stop.interrupt(too_silent, Instant::now())
+                }
+                () = sleep_until(lease_ends), if !stop.is_over() => {
+                    stop.kill(Stopped::LeaseLost, Instant::now())
+                }
+                () = sleep_until(stop.until()), if !stop.is_over() => stop.advance(Instant::now()),
+                _ = ask_cost.tick() => {
+                    self.process.send(&command::usage_line("usage"));
+                    None
+                }
+            };
+            match act {
+                Some(StopAction::Interrupt) => self.process.send(&command::interrupt_line("stop")),
+                Some(StopAction::Close) => self.process.close_stdin(),
+                Some(StopAction::Kill) => self.process.kill(),
+                None => {}
+            }
+        }
+        self.end(&stop, meter, recorder).await
+    }
+
+    /// What a message means for the run as a whole.
+    fn react(&self, message: &Message, stop: &mut StopSequence, now: Instant) -> Option<StopAction> {
+        match message {
+            Message::Init(init) => {
+                let mismatch = command::unexpected_init(&self.spec, init, self.ctx.credentials.variable())?;
+                error!("the CLI did not start with its settings, ending the run: {mismatch}");
+                stop.kill(Stopped::InitMismatch, now)
+            }
+            Message::Result(result) if result.is_verdict() => stop.close(now),
+            _ => None,
+        }
+    }
+
+    /// Takes note of a message, and records it as events.
+    fn note(&mut self, message: Message, recorder: &mut Recorder) {
+        self.output.ended.observe(&message);
+        match message {
+            Message::Assistant(answer) => {
+                for block in answer.blocks {
+                    self.note_block(block, answer.parent.is_none() && answer.error.is_none(), recorder);
+                }
+            }
+            Message::User(user) => {
+                for result in user.tool_results {
+                    let content = cut(&result.content, MAX_TOOL_RESULT);
+                    let mut data = json!({
+                        "tool_use_id": result.tool_use_id, "is_error": result.is_error, "content": content,
+                    });
+                    if content.len() < result.content.len() {
+                        data["truncated"] = json!(true);
+                    }
+                    recorder.event(NewEvent::new(EventType::ToolResult, data));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn note_block(&mut self, block: Block, main: bool, recorder: &mut Recorder) {
+        match block {
+            Block::Text(text) if main => {
+                self.output.text(&text);
+                recorder.event(NewEvent::new(
+                    EventType::Assistant,
+                    json!({ "content": text, "tool_name": null }),
+                ));
+            }
+            Block::Text(_) => {}
+            Block::ToolUse { id, name, input } => {
+                self.output.tool(&name, &input);
+                let data = json!({ "content": null, "tool_name": name, "tool_use_id": id, "input": input });
+                recorder.event(NewEvent::new(EventType::Tool, data));
+            }
+        }
+    }
+
+    /// Waits until nothing of the run lives, and says what became of it.
+    async fn end(self, stop: &StopSequence, meter: Meter, mut recorder: Recorder) -> Option<Report> {
+        let Self {
+            ctx,
+            lease,
+            spec,
+            folders,
+            gateway,
+            process,
+            sockets,
+            total,
+            output,
+        } = self;
+        let exit = end_of(process, stop.left(Instant::now()), &mut recorder).await;
+        let observed = gateway.last_failure();
+        drop(gateway);
+        sockets.remove().await;
+        let stopped = stop.stopped().or(match exit.ended_by {
+            EndedBy::Beat if !recorder.holds(ctx.config.lease)() => Some(Stopped::LeaseLost),
+            EndedBy::Deadline => Some(Stopped::Timeout {
+                deadline: Deadline::Total,
+                after: total,
+            }),
+            EndedBy::Memory => Some(Stopped::OutOfMemory),
+            // Without a beat although the lease is held: this worker was too busy to pass them on.
+            EndedBy::GuardLost | EndedBy::Beat => Some(Stopped::GuardLost),
+            EndedBy::Exited | EndedBy::Worker => None,
+        });
+        recorder.close().await;
+
+        let spend = meter.spend();
+        let now = clock::now();
+        let ended = Ended {
+            exit: exit.code,
+            signal: exit.signal,
+            observed,
+            stopped,
+            stderr_tail: exit.stderr_tail.clone(),
+            now,
+            ..output.ended.clone()
+        };
+        let verdict = outcome::judge(&ended);
+        note_account(ctx, &verdict).await;
+        let pause = ctx.config.backoff.jittered_pause(lease.job.failures + 1);
+        let ending = output::of_budget(verdict.into_ending(now.plus(pause))?, &lease);
+        let written = transcript::is_written(&folders, spec.claude_session_id).await;
+        Some(Report {
+            ending,
+            result: output::result(&output, &spend, &spec),
+            spend,
+            duration: Duration::ZERO,
+            turns: output
+                .ended
+                .result
+                .as_ref()
+                .map_or(0, |result| i64::try_from(result.num_turns).unwrap_or(0)),
+            claude_session_id: written.then(|| spec.claude_session_id.to_string()),
+            exit: output::describe(&exit),
+            stderr_tail: exit.stderr_tail,
+        })
+    }
+}
+
+/// Waits for the end of a process whose output is over. Beats are passed on meanwhile: with a short lease its guard
+/// would take the wait for the worker's end.
+async fn end_of(process: Process, patience: Duration, recorder: &mut Recorder) -> Exit {
+    let beats = process.beats();
+    let end = process.end_within(patience);
+    tokio::pin!(end);
+    loop {
+        tokio::select! {
+            exit = &mut end => return exit,
+            lease_state = recorder.changed() => beats.renewed_at(lease_state.held_at.into_std()),
+        }
+    }
+}
+
+fn record_cost(spend: &Spend, recorder: &mut Recorder) {
+    if spend.models.is_empty() {
+        return;
+    }
+    recorder.event(NewEvent::new(
+        EventType::Usage,
+        json!({ "cost": spend.total(), "usage": spend.usage() }),
+    ));
+}

@@ -1,0 +1,288 @@
+//! Starts a run: folders, the conversation to continue, gateway, guard, sandbox, CLI.
+
+use super::outcome::ErrorCode;
+use super::output::RunOutput;
+use super::recorder::Recorder;
+use super::stop::{CLOSE_GRACE, EXIT_GRACE, INTERRUPT_GRACE};
+use super::transcript;
+use crate::claude::command::{self, RunSpec};
+use crate::claude::process::{self, Launch, PendingGuard, Process};
+use crate::claude::sandbox::Places;
+use crate::context::Context;
+use crate::disk_space;
+use crate::gateway::Gateway;
+use crate::guard;
+use crate::workspace::{Folders, RunDir};
+use shared::clock::{self, Timestamp};
+use shared::job::{Ending, Hold, Lease, Report, Spend};
+use shared::storage::RunDirective;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+use tracing::{error, warn};
+use uuid::Uuid;
+
+/// How long a run may take to start.
+const PREPARE_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// A run under way.
+pub(super) struct Run<'a> {
+    pub(super) ctx: &'a Context,
+    pub(super) lease: Arc<Lease>,
+    pub(super) spec: RunSpec,
+    pub(super) folders: Folders,
+    pub(super) gateway: Gateway,
+    pub(super) process: Process,
+    pub(super) sockets: RunDir,
+    /// How long it may take.
+    pub(super) total: Duration,
+    pub(super) output: RunOutput,
+}
+
+/// Starts the run, in a minute at most.
+pub(super) async fn start<'a>(
+    ctx: &'a Context,
+    lease: &Arc<Lease>,
+    recorder: &Recorder,
+) -> io::Result<Run<'a>> {
+    let until = Instant::now() + PREPARE_TIMEOUT;
+    loop {
+        let prepared = tokio::time::timeout_at(until, Run::prepare(ctx, lease.clone(), recorder)).await;
+        match prepared.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            // The guard found the lease too old, which was renewed meanwhile: the machine is that busy.
+            Err(error)
+                if process::is_too_late(&error)
+                    && recorder.holds(ctx.config.lease)()
+                    && Instant::now() < until => {}
+            prepared => return prepared,
+        }
+    }
+}
+
+impl<'a> Run<'a> {
+    async fn prepare(ctx: &'a Context, lease: Arc<Lease>, recorder: &Recorder) -> io::Result<Self> {
+        let job = &lease.job;
+        let (folders, place) = match &job.session_id {
+            Some(session_id) => (
+                Folders::of_session(&ctx.config.data_dir, session_id),
+                session_id.to_string(),
+            ),
+            None => (
+                Folders::of_job(&ctx.config.data_dir, &job.job_id),
+                job.job_id.to_string(),
+            ),
+        };
+        let marker = guard::marker(&format!("{place}.{}.{}", job.job_id, job.attempt));
+        if job.attempt > 1 || job.session_id.is_some() {
+            kill_stale_runs(marker.clone(), recorder.holds(ctx.config.lease)).await;
+        }
+        let sockets = ctx.runtime.run()?;
+        let guard = PendingGuard::spawn(&marker, sockets.path())?;
+        folders.create().await?;
+        let resume = transcript::find(&folders, &lease).await?;
+        let spec = spec(ctx, &lease, resume.as_ref())?;
+
+        let mut places = Places {
+            cli: ctx.cli.clone(),
+            workspace: folders.workspace.clone(),
+            home: folders.home.clone(),
+            tmp: sockets.tmp(),
+            gateway_socket: sockets.gateway_socket(),
+            system_prompt: None,
+        };
+        if let Some(system) = lease
+            .options
+            .system
+            .as_ref()
+            .or(ctx.config.claude.system_prompt.as_ref())
+        {
+            let file = sockets.path().join("system-prompt");
+            tokio::fs::write(&file, system).await?;
+            places.system_prompt = Some(file);
+        }
+        let spec = RunSpec {
+            system_prompt_file: ctx.isolation.system_prompt(&places),
+            ..spec
+        };
+        let (name, token) = ctx.credentials.dummy();
+        let gateway = Gateway::start(
+            &places.gateway_socket,
+            ctx.credentials.clone(),
+            &token,
+            &ctx.upstream,
+        )?;
+
+        let output = RunOutput::new(spec.json_schema.is_some(), clock::now());
+        let total = job
+            .timeout_seconds
+            .and_then(|seconds| u64::try_from(seconds).ok())
+            .map_or(ctx.config.timeout, Duration::from_secs);
+        let command = ctx.isolation.command(&places, command::arguments(&spec));
+        let launch = Launch {
+            program: command.program,
+            args: command.args,
+            env: command::environment(&ctx.isolation.paths(&places), (name, &token), &marker),
+            cwd: command.cwd,
+            marker,
+            cgroup: ctx.cgroup.clone(),
+            beat_within: ctx.config.lease,
+            // The worker's own deadline comes first; this one is for a worker that can't.
+            deadline: total + INTERRUPT_GRACE + CLOSE_GRACE + EXIT_GRACE,
+            runtime_dir: sockets.path().to_owned(),
+            memory_limit: ctx.config.run_memory,
+            no_new_privileges: command.no_new_privileges,
+        };
+        let process = Process::start(guard, launch, || recorder.lease_state().held_at.into_std()).await?;
+        Ok(Self {
+            ctx,
+            lease,
+            spec,
+            folders,
+            gateway,
+            process,
+            sockets,
+            total,
+            output,
+        })
+    }
+}
+
+/// A run that lost its lease has ended by now, unless its worker and its guard are both stopped, or were killed in the
+/// same moment; then this worker is the one who can end it, if it's on the same machine. Only while it holds the lease
+/// itself: after that, what it would find may be its successor.
+async fn kill_stale_runs(marker: String, holds: impl Fn() -> bool + Send + 'static) {
+    let ended = tokio::task::spawn_blocking(move || guard::kill_stale_runs(&marker, holds)).await;
+    if let Ok(processes @ 1..) = ended {
+        warn!(
+            processes,
+            "killed processes that an earlier run had left in the same workspace"
+        );
+    }
+}
+
+/// What becomes of a job whose run could not start. `None` when another worker holds it.
+pub(super) async fn start_failed(
+    error: &io::Error,
+    ctx: &Context,
+    lease: &Lease,
+    recorder: Recorder,
+) -> Option<Report> {
+    let (held, lost) = (
+        recorder.holds(ctx.config.lease)(),
+        recorder.lease_state().signal == RunDirective::Lost,
+    );
+    recorder.close().await;
+    if lost {
+        warn!("the lease was lost before the run could start");
+        return None;
+    }
+    let why = if !held {
+        warn!("the lease expired before the run could start, the job is released");
+        StartFailure::LeaseExpired
+    } else if disk_space::check(ctx).await {
+        error!(error = %error, "could not start the run");
+        StartFailure::Failed
+    } else {
+        StartFailure::DiskFull
+    };
+    let pause = ctx.config.backoff.jittered_pause(lease.job.failures + 1);
+    Some(Report {
+        ending: why.ending(clock::now().plus(pause)),
+        result: None,
+        spend: Spend::default(),
+        duration: Duration::ZERO,
+        turns: 0,
+        claude_session_id: None,
+        stderr_tail: error.to_string(),
+        exit: "not started".to_owned(),
+    })
+}
+
+/// Why a run could not start.
+#[derive(Clone, Copy)]
+enum StartFailure {
+    /// The lease had expired by then.
+    LeaseExpired,
+    /// The disk had no room for it.
+    DiskFull,
+    Failed,
+}
+
+impl StartFailure {
+    fn ending(self, pause_ends: Timestamp) -> Ending {
+        match self {
+            // Nothing was started, so nothing has failed. Whoever has taken the job meanwhile isn't disturbed.
+            Self::LeaseExpired => Ending::Released,
+            Self::DiskFull | Self::Failed => Ending::Retry {
+                code: ErrorCode::Internal.as_str().to_owned(),
+                message: "The worker could not start the Claude CLI; its log says why.".to_owned(),
+                run_after: pause_ends,
+                hold: Hold::Delay,
+                // A disk without room is no fault of the job.
+                counts: matches!(self, Self::Failed),
+            },
+        }
+    }
+}
+
+/// What this run of the job is asked to do. The claim has filled in what the job didn't say.
+fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> io::Result<RunSpec> {
+    let (job, options, defaults) = (&lease.job, &lease.options, &ctx.config.claude);
+    let unclaimed = |member| io::Error::other(format!("the claim has left the job's {member} open"));
+    let claude_session_id = job
+        .claude_session_id
+        .as_deref()
+        .and_then(|id| Uuid::try_parse(id).ok())
+        .ok_or_else(|| io::Error::other("the attempt has no Claude session id"))?;
+    let interrupted = resume.is_some_and(|found| found.interrupted);
+    Ok(RunSpec {
+        claude_session_id,
+        resume: resume.map(|found| found.claude_session_id),
+        message_id: transcript::message_id(&job.job_id, job.attempt),
+        model: job.model.clone().ok_or_else(|| unclaimed("model"))?,
+        effort: job.effort.clone(),
+        permission_mode: job
+            .permission_mode
+            .clone()
+            .ok_or_else(|| unclaimed("permission mode"))?,
+        max_turns: job.max_turns.and_then(|turns| u32::try_from(turns).ok()),
+        max_cost: lease.reserved,
+        system_prompt_file: None,
+        json_schema: options.json_schema.clone(),
+        allowed_tools: options
+            .allowed_tools
+            .clone()
+            .unwrap_or_else(|| defaults.allowed_tools.clone()),
+        disallowed_tools: options
+            .disallowed_tools
+            .clone()
+            .unwrap_or_else(|| defaults.disallowed_tools.clone()),
+        prompt: if interrupted {
+            command::INTERRUPTED.to_owned()
+        } else {
+            lease.message.clone()
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_came_too_late_to_start_is_no_failure() {
+        assert_eq!(StartFailure::LeaseExpired.ending(Timestamp(7)), Ending::Released);
+        for (why, counts) in [(StartFailure::DiskFull, false), (StartFailure::Failed, true)] {
+            let Ending::Retry {
+                run_after,
+                counts: does,
+                ..
+            } = why.ending(Timestamp(7))
+            else {
+                panic!("another attempt may do better")
+            };
+            assert_eq!((run_after, does), (Timestamp(7), counts));
+        }
+    }
+}
