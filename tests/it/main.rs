@@ -8,6 +8,7 @@ mod cancel; // A cancel, a timeout: final, paid for, and no process left.
 mod chaos; // Everything at once, and what holds afterwards.
 mod commands; // What people type: the demo, the service, the client.
 mod config; // Bad settings stop the start and say which.
+mod contention; // Locks that others hold, and what the database refuses.
 mod crash; // Processes that are killed and stopped: nothing lost, nothing run twice at once.
 mod drain; // A process that is told to stop.
 mod events; // The stream of a job's events: replayed, live, resumed.

@@ -1,5 +1,6 @@
 //! What the database couldn't do.
 
+use sqlx::error::DatabaseError;
 use std::path::Path;
 
 /// The operation that makes a transaction's changes so.
@@ -57,13 +58,7 @@ impl Error {
     /// Whether the database can't be reached, is busy, full or read-only: a later try may succeed. Everything else
     /// is a fault of this program or of the data.
     pub fn is_unavailable(&self) -> bool {
-        match &self.cause {
-            Cause::Database(error) => is_unavailable(error),
-            Cause::SqliteQueue(apalis_sqlite::Error::Database(error)) => is_unavailable(error),
-            Cause::PostgresQueue(apalis_postgres::Error::Database(error)) => is_unavailable(error),
-            Cause::File(_) => true,
-            _ => false,
-        }
+        matches!(self.cause, Cause::File(_)) || self.database().is_some_and(is_unavailable)
     }
 
     /// Whether nobody knows if the transaction came through: it was told to, and there was no answer.
@@ -73,7 +68,7 @@ impl Error {
 
     /// Whether somebody else holds SQLite's write lock.
     pub(crate) fn is_locked(&self) -> bool {
-        let Cause::Database(sqlx::Error::Database(error)) = &self.cause else {
+        let Some(sqlx::Error::Database(error)) = self.database() else {
             return false;
         };
         let code = error.code().unwrap_or_default();
@@ -81,21 +76,29 @@ impl Error {
     }
 
     /// Whether nobody can use the database for now; unlike [`Error::is_unavailable`] this leaves out that this one
-    /// statement met others and gave way to them.
+    /// statement met others and gave way to them, or found no free connection.
     pub(crate) fn is_outage(&self) -> bool {
-        self.is_unavailable() && !self.is_collision()
+        self.is_unavailable() && !self.is_collision() && !self.is_overload()
     }
 
-    /// PostgreSQL's lock timeout, deadlock and serialization failure.
+    /// Whether all connections of this process were in use for too long: load, unless the database is gone too.
+    pub fn is_overload(&self) -> bool {
+        matches!(self.database(), Some(sqlx::Error::PoolTimedOut))
+    }
+
+    /// PostgreSQL gave up this statement in favour of others, or of a change of the tables. Nothing of its transaction
+    /// was stored, and another try may succeed.
     fn is_collision(&self) -> bool {
-        let (Cause::Database(sqlx::Error::Database(error))
-        | Cause::PostgresQueue(apalis_postgres::Error::Database(sqlx::Error::Database(error)))) = &self.cause
-        else {
-            return false;
-        };
-        error
-            .code()
-            .is_some_and(|code| ["55P03", "40P01", "40001"].contains(&&*code))
+        matches!(self.database(), Some(sqlx::Error::Database(error)) if is_collision(&**error))
+    }
+
+    fn database(&self) -> Option<&sqlx::Error> {
+        match &self.cause {
+            Cause::Database(error)
+            | Cause::SqliteQueue(apalis_sqlite::Error::Database(error))
+            | Cause::PostgresQueue(apalis_postgres::Error::Database(error)) => Some(error),
+            _ => None,
+        }
     }
 }
 
@@ -116,15 +119,27 @@ fn is_unavailable(error: &sqlx::Error) -> bool {
             Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed
         );
     };
+    if is_collision(&**error) {
+        return true;
+    }
     let code = error.code().unwrap_or_default();
     // SQLite's primary codes: BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN; extended ones hold them in the low byte.
     let sqlite = code
         .parse::<u32>()
         .is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13 | 14));
-    // PostgreSQL: connection, resources, operator intervention, system; lock timeout, deadlock, serialization,
-    // idle-in-transaction timeout, a read-only server.
+    // PostgreSQL: connection, resources, operator intervention, system; idle-in-transaction timeout, a read-only server.
     let postgres = code.len() == 5
-        && (["08", "53", "57", "58"].contains(&&code[..2])
-            || ["55P03", "40P01", "40001", "25P03", "25006"].contains(&&*code));
+        && (["08", "53", "57", "58"].contains(&&code[..2]) || ["25P03", "25006"].contains(&&*code));
     if code.len() == 5 { postgres } else { sqlite }
+}
+
+/// PostgreSQL's lock timeout, deadlock and serialization failure; and a prepared statement whose table was changed, which
+/// is prepared again when it is next used.
+fn is_collision(error: &dyn DatabaseError) -> bool {
+    let code = error.code().unwrap_or_default();
+    ["55P03", "40P01", "40001"].contains(&&*code)
+        || (code == "0A000"
+            && error
+                .message()
+                .contains("cached plan must not change result type"))
 }

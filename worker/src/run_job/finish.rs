@@ -3,7 +3,7 @@
 use super::outcome::ErrorCode;
 use crate::context::Context;
 use shared::clock;
-use shared::job::{Ending, JobStatus, Lease, ModelCost, Report, Spend, TokenUsage};
+use shared::job::{Ending, JobStatus, Lease, ModelCost, Report, Spend};
 use shared::storage::Finish;
 use shared::telemetry::chain;
 use std::time::Duration;
@@ -12,10 +12,11 @@ use tracing::{info, warn};
 /// The pause before another try.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// A report that was refused so often, by a database that can be used, is given up for a smaller one.
+/// A report that was refused so often is given up for a smaller one.
 const REFUSALS: u32 = 3;
 
-/// Writes the end of the run.
+/// Writes the end of the run. What a later try may store is tried for as long as the lease is held; only a report that
+/// the database refuses for what is in it becomes smaller.
 pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
     let mut report = report;
     let (mut unsure, mut refused) = (false, 0);
@@ -33,15 +34,26 @@ pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
                 // The commit may have come before the error.
                 unsure = true;
                 if !ctx.store.note(&error) {
-                    refused += 1;
                     warn!(error = %chain(&error), "could not store the end of the run; trying again");
+                }
+                if !error.is_unavailable() {
+                    refused += 1;
                     if refused % REFUSALS == 0 {
                         report = reduced(report, refused / REFUSALS);
                     }
                 }
+                keep_lease(ctx, lease, &report).await;
                 tokio::time::sleep(AGAIN).await;
             }
         }
+    }
+}
+
+/// Renews the lease of a run whose end has to wait, and stores what it has cost: what holds up the end may leave this.
+async fn keep_lease(ctx: &Context, lease: &Lease, report: &Report) {
+    let spend = Some(&report.spend).filter(|spend| !spend.models.is_empty());
+    if let Err(error) = ctx.store.record(lease, &[], spend, clock::now()).await {
+        ctx.store.note(&error);
     }
 }
 
@@ -63,12 +75,12 @@ async fn written_before(ctx: &Context, lease: &Lease) -> Option<JobStatus> {
 }
 
 /// The same run with less to store: a job must end, even if the database takes no word of what the run said. `step`
-/// 1 keeps the sum of the cost, 2 and more nothing.
+/// 1 keeps what it cost, 2 the sum of that. More than that is never left out: no end is written without it.
 fn reduced(report: Report, step: u32) -> Report {
     let total = ModelCost {
         model: "unknown".to_owned(),
         cost: report.spend.total(),
-        usage: TokenUsage::default(),
+        usage: report.spend.usage(),
     };
     Report {
         ending: Ending::Failed {
@@ -77,10 +89,13 @@ fn reduced(report: Report, step: u32) -> Report {
                 .to_owned(),
         },
         result: None,
-        spend: Spend {
-            models: if step == 1 { vec![total] } else { Vec::new() },
-            estimated: true,
-            price_version: None,
+        spend: match step {
+            1 => report.spend,
+            _ => Spend {
+                models: vec![total],
+                estimated: true,
+                price_version: None,
+            },
         },
         turns: 0,
         claude_session_id: None,

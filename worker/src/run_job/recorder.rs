@@ -28,7 +28,8 @@ const MAX_BYTES: usize = 16 * 1024 * 1024;
 /// The pause before a renewal that failed is tried again.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// Last events that a database which can be used has refused so often are given up: the job must end.
+/// Events that the database has refused so often for what is in them are left out: the job must end. What a later try
+/// may store is never left out.
 const REFUSALS: u32 = 5;
 
 /// What the recorder knows about the lease.
@@ -78,6 +79,7 @@ impl Recorder {
             dropped: 0,
             renewals: 0,
             tried: None,
+            refused: 0,
         };
         let task = tokio::spawn(writer.write(changes));
         Self {
@@ -158,6 +160,8 @@ struct Writer {
     renewals: i64,
     /// So many of the events are in a renewal that failed, and may be stored all the same.
     tried: Option<usize>,
+    /// How often the events, as they are, were refused.
+    refused: u32,
 }
 
 impl Writer {
@@ -193,47 +197,71 @@ impl Writer {
                 }
             }
             let asked = Instant::now();
-            match self.flush().await {
-                Ok(signal) => {
-                    self.say(signal, Some(asked));
-                    if signal == RunDirective::Lost {
-                        return;
-                    }
-                    renew_at = asked + self.renew_every;
-                    flush_at = None;
-                }
-                Err(error) => {
-                    let job_id = self.lease.job.job_id;
-                    if !self.store.note(&error) {
-                        warn!(job.id = %job_id, error = %shared::telemetry::chain(&error), "the run's events wait");
-                    }
-                    // Soon again: the lease runs out meanwhile.
-                    renew_at = Instant::now() + AGAIN;
-                    flush_at = None;
-                }
+            match self.write_down().await {
+                Some(RunDirective::Lost) => return,
+                Some(_) => renew_at = asked + self.renew_every,
+                // Soon again: the lease runs out meanwhile.
+                None => renew_at = Instant::now() + AGAIN,
             }
+            flush_at = None;
         }
         // The run has ended; its last events come before its end, however long the database takes. What it cost is
         // part of its end.
-        let mut refused = 0;
         while !(self.events.is_empty() && self.dropped == 0) {
-            match self.flush().await {
-                Ok(RunDirective::Lost) => return self.say(RunDirective::Lost, None),
-                Ok(_) => {}
-                Err(error) => {
-                    if !self.store.note(&error) {
-                        let (job_id, error) = (self.lease.job.job_id, shared::telemetry::chain(&error));
-                        refused += 1;
-                        if refused == REFUSALS {
-                            warn!(job.id = %job_id, error, "the run's last events are given up");
-                            return;
-                        }
-                        warn!(job.id = %job_id, error, "the run's last events wait");
-                    }
-                    tokio::time::sleep(AGAIN).await;
-                }
+            match self.write_down().await {
+                Some(RunDirective::Lost) => return,
+                Some(_) => {}
+                None => tokio::time::sleep(AGAIN).await,
             }
         }
+    }
+
+    /// Writes what there is and renews the lease, and says what came of it. `None`: the events have to wait, or some
+    /// were left out.
+    async fn write_down(&mut self) -> Option<RunDirective> {
+        let asked = Instant::now();
+        let error = match self.flush().await {
+            Ok(signal) => {
+                self.refused = 0;
+                self.say(signal, Some(asked));
+                return Some(signal);
+            }
+            Err(error) => error,
+        };
+        if self.store.note(&error) {
+            return None;
+        }
+        let job_id = self.lease.job.job_id;
+        warn!(job.id = %job_id, error = %shared::telemetry::chain(&error), "the run's events wait");
+        if !error.is_unavailable() {
+            self.refused += 1;
+        }
+        if self.refused == REFUSALS {
+            self.refused = 0;
+            warn!(job.id = %job_id, events = self.events.len(), "events of the run are left out");
+            // Where even this can't be said nothing more is tried.
+            let events = i64::try_from(self.events.len()).unwrap_or(i64::MAX);
+            self.dropped = if events == 0 { 0 } else { self.dropped + events };
+            self.events.clear();
+            // What is refused wasn't stored before either.
+            self.tried = None;
+        }
+        // What holds up the events may leave the lease.
+        if self.tried.is_none()
+            && let Ok(signal) = self.renew().await
+            && signal == RunDirective::Lost
+        {
+            return Some(signal);
+        }
+        None
+    }
+
+    /// Renews the lease alone.
+    async fn renew(&mut self) -> shared::storage::Result<RunDirective> {
+        let asked = Instant::now();
+        let signal = self.record(0).await?;
+        self.say(signal, Some(asked));
+        Ok(signal)
     }
 
     /// Takes a note; how old it may become before it is written.
@@ -272,20 +300,34 @@ impl Writer {
                 self.stored(tried);
             }
         }
-        let now = clock::now();
-        let count = self.events.len();
-        self.tried = Some(count);
-        let signal = self
-            .store
-            .record(&self.lease, &self.events, self.spend.as_ref(), now)
-            .await?;
-        self.stored(count);
-        self.spend = None;
+        let signal = self.record(self.events.len()).await?;
         if self.dropped > 0 && signal != RunDirective::Lost {
-            self.store.record_gap(&self.lease, self.dropped, now).await?;
+            self.store
+                .record_gap(&self.lease, self.dropped, clock::now())
+                .await?;
             self.dropped = 0;
         }
         Ok(signal)
+    }
+
+    /// Stores the first `count` events and the cost so far, and renews the lease.
+    async fn record(&mut self, count: usize) -> shared::storage::Result<RunDirective> {
+        self.tried = Some(count);
+        let (events, spend) = (&self.events[..count], self.spend.as_ref());
+        match self.store.record(&self.lease, events, spend, clock::now()).await {
+            Ok(signal) => {
+                self.stored(count);
+                self.spend = None;
+                Ok(signal)
+            }
+            Err(error) => {
+                // Before the commit nothing is stored.
+                if !error.is_undecided() {
+                    self.tried = None;
+                }
+                Err(error)
+            }
+        }
     }
 
     /// The first of the events are stored, with a renewal.

@@ -1,0 +1,141 @@
+//! Somebody else holds a lock of the database for long, or the database refuses what a run has said: what was paid for
+//! is kept and booked.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
+use tests::client::at_once;
+use tests::database::Db;
+use tests::script::{Step, steps};
+use tests::system::System;
+use tests::{both, once};
+
+once!(
+    a_locked_lane_loses_no_result,
+    a_locked_budget_loses_no_result,
+    locked_events_are_stored_later,
+);
+both!(
+    a_result_that_is_refused_is_paid_all_the_same,
+    events_that_are_refused_leave_a_gap
+);
+
+/// Longer than three lock time-outs, and than the lease.
+const HELD: Duration = Duration::from_secs(22);
+
+/// Holds a lock while the runs of several jobs end; they end as if nothing had been, and are paid once.
+async fn runs_end_while(lock: &str) {
+    let system = System::builder()
+        .database(Db::Postgres)
+        .sandbox(false)
+        .env("LEASE_SECONDS", "15")
+        .env("CLAUDE_MAX_COST_PER_USER", "50")
+        .start()
+        .await;
+    let client = system.client();
+    let script = steps([Step::Say("begun".to_owned()), Step::Sleep(2_000)])
+        .then(Step::Say("more".to_owned()))
+        .then(Step::Say("most".to_owned()))
+        .answering("fine");
+    let ids = at_once((0..4).map(|_| client.play(&script))).await;
+    at_once(ids.iter().map(|id| client.event(id, "assistant"))).await;
+
+    let mut holder: PgConnection = system.database().postgres().await;
+    let sql = AssertSqlSafe(format!("begin; {lock}"));
+    holder.execute(sqlx::raw_sql(sql)).await.unwrap();
+    tokio::time::sleep(HELD).await;
+    holder.close().await.unwrap();
+
+    let database = system.database();
+    for job in at_once(ids.iter().map(|id| client.finished(id))).await {
+        assert_eq!(job["status"], "done", "{job:#}");
+        assert_eq!(job["attempt"], 1, "{job:#}");
+        assert_eq!(job["result"]["content"], "fine");
+        let id = job["id"].as_str().unwrap();
+        let booked = format!("select cast(sum(cost) as bigint) from ledger where job_id = '{id}'");
+        let cost = format!("select cost from job where job_id = '{id}'");
+        assert!(database.number(&booked).await > 0);
+        assert_eq!(database.number(&booked).await, database.number(&cost).await);
+        let events = client.all_events(id).await;
+        let said: Vec<&Value> = events
+            .iter()
+            .filter(|event| event["type"] == "assistant" || event["type"] == "gap")
+            .collect();
+        assert_eq!(said.len(), 4, "{events:#?}");
+    }
+    let ledger = "select cast(sum(cost) as bigint) from ledger";
+    let spent = "select cast(sum(spent) as bigint) from budget_period";
+    assert_eq!(database.number(ledger).await, database.number(spent).await);
+    assert_eq!(database.number("select count(*) from reservation").await, 0);
+}
+
+async fn a_locked_lane_loses_no_result() {
+    runs_end_while("lock table lane in access exclusive mode").await;
+}
+
+async fn a_locked_budget_loses_no_result() {
+    runs_end_while("select * from budget_period for update").await;
+}
+
+async fn locked_events_are_stored_later() {
+    runs_end_while("lock table event in exclusive mode").await;
+}
+
+/// Makes the database refuse each row of `table` for which `condition` holds.
+async fn refuse(system: &System, table: &str, condition: &str) {
+    let database = system.database();
+    match database.db() {
+        Db::Sqlite => {
+            let trigger = format!(
+                "create trigger refuse before insert on {table} when {condition}
+                 begin select raise(abort, 'refused'); end"
+            );
+            database.execute(&trigger).await;
+        }
+        Db::Postgres => {
+            let function = "create function refuse() returns trigger language plpgsql as
+                $$ begin raise exception 'refused' using errcode = '23514'; end $$";
+            database.execute(function).await;
+            let trigger = format!(
+                "create trigger refuse before insert on {table} for each row when ({condition})
+                 execute function refuse()"
+            );
+            database.execute(&trigger).await;
+        }
+    }
+}
+
+async fn a_result_that_is_refused_is_paid_all_the_same(db: Db) {
+    let system = System::builder().database(db).sandbox(false).start().await;
+    refuse(&system, "result", "new.result like '%poison%'").await;
+    let client = system.client();
+    let id = client.play(&steps([]).answering("poison").costing(0.5)).await;
+
+    let job = client.finished(&id).await;
+
+    assert_eq!(
+        (&job["status"], &job["error_code"]),
+        (&json!("failed"), &json!("internal")),
+        "{job:#}"
+    );
+    let ledger = format!("select cast(sum(cost) as bigint) from ledger where job_id = '{id}'");
+    assert_eq!(system.database().number(&ledger).await, 500_000, "{job:#}");
+    let other = client.play(&steps([]).answering("fine")).await;
+    assert_eq!(client.finished(&other).await["status"], "done");
+}
+
+async fn events_that_are_refused_leave_a_gap(db: Db) {
+    let system = System::builder().database(db).sandbox(false).start().await;
+    refuse(&system, "event", "new.data like '%poison%'").await;
+    let client = system.client();
+    let script = steps([Step::Say("poison".to_owned())]).answering("fine");
+    let id = client.play(&script).await;
+
+    let job = client.finished(&id).await;
+
+    assert_eq!(job["status"], "done", "{job:#}");
+    let events = client.all_events(&id).await;
+    let gaps = events.iter().filter(|event| event["type"] == "gap").count();
+    assert_eq!(gaps, 1, "{events:#?}");
+}
