@@ -1,4 +1,4 @@
-//! `claude-queue`, the command for people: serves (`up`), shows (`demo`), looks after (`migrate`, `doctor`, `keys`),
+//! `claude-queue`, the command for people: serves (`up`), shows (`demo`), looks after (`migrate`, `doctor`, `keys`, `prices`),
 //! plays the Anthropic API (`simulator`), and is a client of a running service (`submit`, `wait`, `logs`, `cancel`,
 //! `jobs`, `usage`).
 //!
@@ -19,6 +19,7 @@ mod jobs;
 mod keys;
 mod logs;
 mod migrate;
+mod prices;
 mod service;
 mod show;
 mod simulator_command;
@@ -70,6 +71,8 @@ enum Command {
     Jobs(jobs::Arguments),
     /// Show what was spent and what is left of the budget
     Usage(usage::Arguments),
+    /// Print the list prices that are in force
+    Prices,
     /// Create, list, rotate and revoke API keys, in the database itself
     Keys(keys::Arguments),
 }
@@ -115,6 +118,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Cancel(arguments) => cancel::run(&vars, arguments).await,
         Command::Jobs(arguments) => jobs::run(&vars, arguments).await,
         Command::Usage(arguments) => usage::run(&vars, arguments).await,
+        Command::Prices => prices::run(&vars),
         Command::Keys(arguments) => keys::run(&vars, arguments).await,
         Command::Demo(_) | Command::Simulator(_) => Ok(()),
     }

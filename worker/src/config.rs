@@ -2,10 +2,12 @@
 
 mod anthropic;
 
+use crate::spend::price::Prices;
 use shared::env::{Error, Vars};
 use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
 use shared::money::MicroUsd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -41,6 +43,8 @@ pub struct Config {
     pub sandbox: bool,
     /// Memory that the processes of a run may hold together, in bytes. `RUN_MEMORY_MB`, none.
     pub run_memory: Option<u64>,
+    /// What models cost. `PRICES_FILE`, the table that the program brings along.
+    pub prices: Arc<Prices>,
     /// How the CLI is run.
     pub claude: Claude,
     /// How the worker reaches the model.
@@ -153,6 +157,7 @@ impl Config {
             },
             sandbox,
             run_memory: run_memory(vars)?,
+            prices: Arc::new(prices(vars)?),
             claude: Claude::from_vars(vars, sandbox)?,
             anthropic: Anthropic::from_vars(vars)?,
             path: vars.unlisted("PATH"),
@@ -232,6 +237,15 @@ fn run_memory(vars: &Vars) -> Result<Option<u64>, Error> {
         ));
     }
     Ok((megabytes > 0).then_some(megabytes * 1024 * 1024))
+}
+
+/// The table of prices that is in force.
+pub fn prices(vars: &Vars) -> Result<Prices, Error> {
+    let Some(file) = vars.text("PRICES_FILE")? else {
+        return Ok(Prices::default());
+    };
+    let accepted = "a file like worker/prices.json in the source, or nothing for that one";
+    Prices::read(Path::new(&file)).map_err(|problem| Error::new("PRICES_FILE", problem, accepted))
 }
 
 fn money(vars: &Vars, name: &'static str, default: f64, low: f64, high: f64) -> Result<MicroUsd, Error> {

@@ -1,6 +1,6 @@
 //! What a run cost: read from the CLI's result lines, or rebuilt from what was seen when there is none.
 
-use super::price;
+use super::price::{Prices, Terms};
 use super::usage::Usage;
 use crate::claude::message::{Message, ModelUsage, RequestUsage};
 use shared::job::{ModelCost, Spend};
@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 ///
 /// A result line settles what came before it, at the CLI's own price rounded to the nearest micro-dollar. What came
 /// after the last one is estimated, from two sources of which the larger counts, model by model: the usage of each
-/// request in the stream, at the prices of [`price`], and the CLI's answers to `get_usage`, which also know
+/// request in the stream, at list prices, and the CLI's answers to `get_usage`, which also know
 /// subagents and searches. An estimate is marked.
 #[derive(Debug)]
 pub struct Meter {
@@ -107,7 +107,7 @@ impl Meter {
                 })
                 .collect(),
             estimated,
-            price_version: estimated.then(|| price::VERSION.to_owned()),
+            price_version: estimated.then(|| PRICES.version().to_owned()),
         }
     }
 
@@ -146,7 +146,7 @@ impl Meter {
             seen.entry(model.to_owned()).or_default().usage += request.usage;
         }
         for (model, usage) in &mut seen {
-            usage.cost = Some(price::cost(model, usage.usage));
+            usage.cost = Some(list_price(model, usage.usage));
         }
         for (model, usage) in self.reported_since_settled() {
             let seen = seen.entry(model).or_default();
@@ -189,10 +189,20 @@ impl Meter {
     }
 }
 
+static PRICES: std::sync::LazyLock<Prices> = std::sync::LazyLock::new(Prices::default);
+
+fn list_price(model: &str, usage: Usage) -> MicroUsd {
+    let terms = Terms {
+        model,
+        ..Terms::default()
+    };
+    PRICES.cost(terms, usage, shared::clock::now()).to_micros()
+}
+
 /// With the price of the table where the CLI gave none.
 fn priced(model: &str, usage: ModelUsage) -> ModelUsage {
     ModelUsage {
-        cost: usage.cost.or_else(|| Some(price::cost(model, usage.usage))),
+        cost: usage.cost.or_else(|| Some(list_price(model, usage.usage))),
         ..usage
     }
 }

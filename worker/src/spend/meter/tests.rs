@@ -97,7 +97,7 @@ fn a_killed_run_is_rebuilt_from_its_stream() {
         );
         assert_eq!(
             (spend.estimated, spend.price_version.as_deref()),
-            (true, Some(price::VERSION)),
+            (true, Some(PRICES.version())),
             "{name}: {reason}"
         );
     }
