@@ -259,8 +259,8 @@ async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
             tokio::time::sleep(Duration::from_secs(1)).await;
         },
         () = ringing => {}
-        // The library's own statements wait without an end for a connection that fell silent.
-        () = ctx.store.silence() => {}
+        // The library's own statements wait without an end for a connection whose other end is gone.
+        () = ctx.store.connection_lost() => {}
         () = async { ctx.draining.cancelled().await; tokio::time::sleep(STOP).await } => {}
     }
 }

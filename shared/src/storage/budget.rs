@@ -14,6 +14,7 @@ mod manage;
 
 pub use manage::{AdjustBudget, DeleteBudget, PutBudget};
 
+use super::macros::lock;
 use super::{Error, Result, Tx, execute, fetch, fetch_locked};
 use crate::budget::{Period, Scope};
 use crate::clock::Timestamp;
@@ -190,7 +191,8 @@ impl Tx {
     /// Writes an attempt's cost into the ledger and moves it from reserved to spent, in the periods that it was
     /// reserved in. The caller holds the job's row and lane, so this happens once for each attempt. Gives the cost
     /// that was written.
-    pub(super) async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<MicroUsd> {
+    #[doc(hidden)]
+    pub async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<MicroUsd> {
         self.share_global_budget().await?;
         let mut cost = MicroUsd::ZERO;
         for model in &spend.models {
@@ -294,13 +296,12 @@ impl Tx {
 
     /// Holds off, until the end of the transaction, who begins, changes or ends the global budget.
     async fn share_global_budget(&mut self) -> Result<()> {
-        self.postgres_lock("select pg_advisory_xact_lock_shared(2)", None)
-            .await
+        self.postgres_lock(lock!("_shared", "2"), None).await
     }
 
     /// Waits until nobody adds to the global budget, and holds off who wants to.
     async fn own_global_budget(&mut self) -> Result<()> {
-        self.postgres_lock("select pg_advisory_xact_lock(2)", None).await
+        self.postgres_lock(lock!("", "2"), None).await
     }
 
     /// Adds an amount that nobody had reserved to a budget whose state is locked.

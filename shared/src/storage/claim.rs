@@ -2,7 +2,7 @@
 //! oldest. Claims are made one at a time, so caps, turns and budgets are exact.
 
 use super::budget::{self, Allowance, Applicable};
-use super::{Error, Result, Store, Tx, execute, fetch, read};
+use super::{Error, Result, Store, Tx, execute, fetch};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::id::{KeyId, WorkerId};
@@ -35,37 +35,12 @@ pub enum Claim {
     Nothing,
 }
 
-/// The highest priority among a lane's ready jobs; `$1` is the key.
-macro_rules! head {
-    () => {
-        "(select max(priority) from job where key_id = $1 and status = 'queued' and hold = '')"
-    };
-}
-
-/// Corrects a hint that is too low.
-pub(super) const RAISE: &str = concat!(
-    "update lane set top = ",
-    head!(),
-    " where key_id = $1 and coalesce(",
-    head!(),
-    ", -99) > coalesce(top, -99)"
-);
-
 impl Store {
     /// Claims the best runnable job for this worker.
     pub async fn claim(&self, claimant: &Claimant, now: Timestamp) -> Result<Claim> {
         let asked = Instant::now();
         // Most looks find nothing; they needn't wait for the lock.
-        let any = read!(
-            self,
-            "look for a runnable job",
-            fetch_optional => (i64,),
-            "select cast(1 as bigint) from lane
-             where top is not null and hold is null and running < max_running
-               and not exists (select 1 from queue where paused or hold is not null)
-             limit 1"
-        )?;
-        if any.is_none() {
+        if !self.seems_runnable().await? {
             return Ok(Claim::Nothing);
         }
         let mut tx = self.begin().await?;
@@ -74,7 +49,7 @@ impl Store {
             tx.rollback().await?;
             return Ok(Claim::Nothing);
         };
-        // With a hint that was too high this lane may have been preferred to one whose job goes first.
+        // The hint was stale: another lane may have a higher-priority job. Correct the hint and look again.
         let Some(job) = tx.head_of(&key_id).await?.filter(|job| job.priority >= top) else {
             tx.give_back_turn(&key_id).await?;
             tx.commit().await?;
@@ -136,22 +111,6 @@ impl Store {
 }
 
 impl Tx {
-    /// The lane whose turn it is, with its hint.
-    async fn take_turn(&mut self) -> Result<Option<(KeyId, i64)>> {
-        fetch!(
-            self,
-            "take a turn",
-            fetch_optional => (KeyId, i64),
-            "update lane set running = running + 1, turn = (select max(turn) + 1 from lane)
-             where hold is null and running < max_running and key_id = (
-               select key_id from lane
-               where top is not null and hold is null and running < max_running
-                 and not exists (select 1 from queue where paused or hold is not null)
-               order by top desc, turn limit 1)
-             returning key_id, top"
-        )
-    }
-
     async fn head_of(&mut self, key_id: &KeyId) -> Result<Option<Job>> {
         fetch!(
             self,
@@ -161,36 +120,6 @@ impl Tx {
              order by priority desc, job_number limit 1",
             key_id
         )
-    }
-
-    /// The turn led to no run.
-    async fn give_back_turn(&mut self, key_id: &KeyId) -> Result<()> {
-        execute!(
-            self,
-            "give a turn back",
-            "update lane set running = running - 1 where key_id = $1",
-            key_id
-        )?;
-        self.lower(key_id).await
-    }
-
-    /// Corrects a hint that is too high.
-    async fn lower(&mut self, key_id: &KeyId) -> Result<()> {
-        let rows = execute!(
-            self,
-            "lower a lane's hint",
-            concat!(
-                "update lane set top = ",
-                head!(),
-                " where key_id = $1 and top is distinct from ",
-                head!()
-            ),
-            key_id
-        )?;
-        if rows > 0 {
-            self.lowered.push(key_id.clone());
-        }
-        Ok(())
     }
 
     async fn begin_attempt(
@@ -305,24 +234,5 @@ impl Tx {
             }));
         }
         Ok(resumable)
-    }
-
-    async fn hold_for_budget(&mut self, key_id: &KeyId, everybody: bool) -> Result<()> {
-        if everybody {
-            execute!(
-                self,
-                "hold the queue",
-                "update queue set hold = 'budget' where hold is null"
-            )
-            .map(drop)
-        } else {
-            execute!(
-                self,
-                "hold a lane",
-                "update lane set hold = 'budget' where key_id = $1 and hold is null",
-                key_id
-            )
-            .map(drop)
-        }
     }
 }

@@ -1,9 +1,10 @@
 //! Events: appended by whoever holds the job's row, read by number.
 
-use super::{Error, Result, Store, Tx, TxDb, read};
+use super::{Error, Result, Store, Tx, TxDb, execute, read};
 use crate::clock::Timestamp;
 use crate::event::{Event, NewEvent};
 use crate::id::JobId;
+use crate::job::Job;
 use sqlx::{Postgres, QueryBuilder, Sqlite};
 
 impl Tx {
@@ -37,13 +38,34 @@ impl Tx {
                 TxDb::Sqlite(tx) => insert!(Sqlite, tx, events, first),
                 TxDb::Postgres(tx) => {
                     let inserting = async { insert!(Postgres, tx, events, first) };
-                    self.store.silence.in_time(inserting).await
+                    self.store.liveness.in_time(inserting).await
                 }
             }
             .map_err(Error::during("store events"))?;
         }
         self.touch(job_id);
         Ok(last + i64::try_from(events.len()).unwrap_or(i64::MAX))
+    }
+
+    /// Appends events to a job whose row this transaction holds, and counts them there.
+    pub(super) async fn finish_events(
+        &mut self,
+        job: &Job,
+        events: &[NewEvent],
+        now: Timestamp,
+    ) -> Result<()> {
+        let seq = self
+            .append_events(job.job_id, job.last_event_seq, events, now)
+            .await?;
+        execute!(
+            self,
+            "count events",
+            "update job set last_event_seq = $2 where job_id = $1",
+            job.job_id,
+            seq
+        )?;
+        self.touch(job.job_id);
+        Ok(())
     }
 }
 

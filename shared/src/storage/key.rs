@@ -1,15 +1,11 @@
 //! API keys: made, changed, rotated, taken back.
 
-use super::{Error, Result, Store, Tx, execute, fetch, read};
-use crate::clock::{self, Timestamp};
-use crate::id::{JobId, KeyId};
-use crate::job::CancelReason;
+use super::{Result, Store, Tx, execute, fetch, read};
+use crate::clock::Timestamp;
+use crate::id::KeyId;
 use crate::key::{ApiKey, Digest, KeyRights, KeyStatus, NewApiKey, Secret};
 use crate::money::MicroUsd;
 use std::time::Duration;
-
-/// Jobs that are cancelled between two looks for more.
-const CANCELLED_AT_ONCE: i64 = 500;
 
 /// Which keys a list shows.
 #[derive(Clone, Debug, Default)]
@@ -182,26 +178,6 @@ impl Tx {
         self.put_lane(key_id, rights.max_running_jobs.unwrap_or(default_running))
             .await
     }
-
-    /// Makes sure that the key has a lane, with this cap on jobs that run at once. With another cap there may be room
-    /// for one that waits.
-    pub(super) async fn put_lane(&mut self, key_id: &KeyId, max_running: i64) -> Result<()> {
-        let changed = fetch!(
-            self,
-            "set up a key's lane",
-            fetch_optional => (Option<i64>,),
-            "insert into lane (key_id, max_running) values ($1, $2)
-             on conflict (key_id) do update set max_running = excluded.max_running
-             where lane.max_running <> excluded.max_running
-             returning top",
-            key_id,
-            max_running
-        )?;
-        if let Some((Some(_),)) = changed {
-            self.ring();
-        }
-        Ok(())
-    }
 }
 
 impl Store {
@@ -258,16 +234,7 @@ impl Store {
     /// Gives the stored keys that have none of their own the service's present cap on running jobs and its budget.
     pub async fn put_key_defaults(&self, max_running: i64, budget: MicroUsd, now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
-        let lanes = execute!(
-            tx,
-            "set up keys' lanes",
-            "update lane set max_running = $1 where max_running <> $1
-               and key_id in (select key_id from api_key where max_running_jobs is null)",
-            max_running
-        )?;
-        if lanes > 0 {
-            tx.ring();
-        }
+        tx.put_default_caps(max_running).await?;
         tx.commit().await?;
         let others = read!(
             self,
@@ -282,72 +249,5 @@ impl Store {
             self.put_default_budget(&key_id, budget, now).await?;
         }
         Ok(())
-    }
-
-    /// Makes the database know this value derived from `SECRET_KEY`, if it knows none; whether it is the one it knows.
-    pub async fn bind_secret(&self, check: &str) -> Result<bool> {
-        self.instance_id().await?;
-        let mut tx = self.begin().await?;
-        execute!(
-            tx,
-            "bind SECRET_KEY",
-            "update instance set secret_check = $1 where secret_check is null",
-            check
-        )?;
-        let row = fetch!(
-            tx,
-            "bind SECRET_KEY",
-            fetch_optional => (Option<String>,),
-            "select secret_check from instance"
-        )?;
-        tx.commit().await?;
-        let (known,) = row.ok_or_else(|| Error::during("bind SECRET_KEY")("no row".to_owned()))?;
-        Ok(known.as_deref() == Some(check))
-    }
-
-    /// How many of the key's jobs wait, counted up to `limit`.
-    pub async fn queued_jobs(&self, key_id: &KeyId, limit: i64) -> Result<i64> {
-        let (count,) = read!(
-            self,
-            "count a key's jobs",
-            fetch_one => (i64,),
-            "select count(*) from (select 1 from job where key_id = $1 and status = 'queued' limit $2) as waiting",
-            key_id,
-            limit
-        )?;
-        Ok(count)
-    }
-
-    /// Up to `limit` jobs of this key that wait or run. The newest come first: cancelling them in this order makes none
-    /// of them the next of its group.
-    pub async fn unended_jobs(&self, key_id: &KeyId, limit: i64) -> Result<Vec<JobId>> {
-        let rows = read!(
-            self,
-            "list a key's jobs",
-            fetch_all => (JobId,),
-            "select job_id from job where key_id = $1 and status = 'queued'
-             union all select job_id from job where key_id = $1 and status = 'running' and cancel_requested_at is null
-             order by job_id desc limit $2",
-            key_id,
-            limit
-        )?;
-        Ok(rows.into_iter().map(|row| row.0).collect())
-    }
-
-    /// Cancels all jobs of a key that was taken back, those that run included: how many. A job that is submitted
-    /// meanwhile may be left.
-    pub async fn cancel_jobs_of(&self, key_id: &KeyId) -> Result<u64> {
-        let mut cancelled = 0;
-        loop {
-            let jobs = self.unended_jobs(key_id, CANCELLED_AT_ONCE).await?;
-            if jobs.is_empty() {
-                return Ok(cancelled);
-            }
-            for job_id in jobs {
-                self.cancel_job(job_id, CancelReason::KeyRevoked, clock::now())
-                    .await?;
-                cancelled += 1;
-            }
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! Rate limits and open streams, counted in the database so that they hold over any number of processes.
+//! Rate limits, counted in the database so that they hold over any number of processes.
 //!
 //! The limiter is GCRA: a bucket is one time, at which it will be full again. A call moves that time by the interval
 //! between two calls, if it stays within one window from now. So `Remaining`, `Reset` and `Retry-After` follow from
@@ -7,16 +7,14 @@
 //! On SQLite the tables are in a file of their own beside the database, so that reading, which is limited too, never
 //! waits for the one writer of jobs. Losing that file lets everybody begin anew, which does no harm.
 
-use super::{Db, Error, PATIENCE, Result, Store, read};
+use super::{Db, Error, LOCK_TIMEOUT, Result, Store, read};
 use crate::clock::{self, Timestamp};
-use crate::id::KeyId;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{ConnectOptions, Executor};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use uuid::Uuid;
 
 /// So many calls in a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,12 +189,12 @@ async fn open_file(file: &Path) -> sqlx::Result<SqlitePool> {
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Off)
-        .busy_timeout(PATIENCE)
+        .busy_timeout(LOCK_TIMEOUT)
         .disable_statement_logging();
     let pool = SqlitePoolOptions::new()
         .max_connections(1)
         .min_connections(1)
-        .acquire_timeout(PATIENCE)
+        .acquire_timeout(LOCK_TIMEOUT)
         .test_before_acquire(false)
         .connect_with(options)
         .await?;
@@ -225,17 +223,19 @@ async fn open_file(file: &Path) -> sqlx::Result<SqlitePool> {
 macro_rules! change {
     ($store:expr, $operation:literal, $sql:expr $(, $bind:expr)* $(,)?) => {
         match &*$store.db {
-            Db::Sqlite { limits, .. } => {
+            $crate::storage::Db::Sqlite { limits, .. } => {
                 sqlx::query($sql)$(.bind($bind))*.execute(limits).await.map(|done| done.rows_affected())
             }
-            Db::Postgres(pool) => {
+            $crate::storage::Db::Postgres(pool) => {
                 let statement = sqlx::query($sql)$(.bind($bind))*.execute(pool);
-                $store.silence.in_time(statement).await.map(|done| done.rows_affected())
+                $store.liveness.in_time(statement).await.map(|done| done.rows_affected())
             }
         }
-        .map_err(Error::during($operation))
+        .map_err($crate::storage::Error::during($operation))
     };
 }
+
+pub(super) use change;
 
 impl Store {
     /// Takes one call out of a bucket, or finds that there is none left, by the database's clock (this machine's on
@@ -245,7 +245,8 @@ impl Store {
     }
 
     /// The same at a given time.
-    pub(super) async fn take_at(&self, bucket: &str, rate: Rate, now: Option<Timestamp>) -> Result<Quota> {
+    #[doc(hidden)]
+    pub async fn take_at(&self, bucket: &str, rate: Rate, now: Option<Timestamp>) -> Result<Quota> {
         const ON_SQLITE: &str = take!("$4");
         // Read before the statement waits for the bucket's row, so it may be a little early: on the safe side.
         const ON_POSTGRES: &str = take!(
@@ -268,7 +269,7 @@ impl Store {
                     .bind(rate.burst())
                     .bind(now)
                     .fetch_one(pool);
-                self.silence.in_time(taking).await
+                self.liveness.in_time(taking).await
             }
         }
         .map_err(Error::during("count a request"))?;
@@ -302,7 +303,7 @@ impl Store {
             Db::Sqlite { limits, .. } => sqlx::query_as(sql).bind(bucket).fetch_optional(limits).await,
             Db::Postgres(pool) => {
                 let reading = sqlx::query_as(sql).bind(bucket).fetch_optional(pool);
-                self.silence.in_time(reading).await
+                self.liveness.in_time(reading).await
             }
         }
         .map_err(Error::during("read a rate limit"))?;
@@ -317,81 +318,6 @@ impl Store {
             granted: quota.remaining() > 0,
             ..quota
         })
-    }
-
-    /// Counts an event stream of this key that is about to open, unless `max` are open already, in all processes.
-    /// `None`: there are. It counts until it is closed or, when it isn't renewed, until `valid_until`.
-    pub async fn open_stream(
-        &self,
-        key_id: &KeyId,
-        process_id: Uuid,
-        max: i64,
-        now: Timestamp,
-        valid_until: Timestamp,
-    ) -> Result<Option<Uuid>> {
-        const OPEN: &str = "insert into open_stream (stream_id, process_id, key_id, valid_until)
-            select $1, $2, $3, $4
-            where (select count(*) from open_stream where key_id = $3 and valid_until > $5) < $6";
-        let stream_id = Uuid::new_v4();
-        let opened = match &*self.db {
-            Db::Sqlite { limits, .. } => sqlx::query(OPEN)
-                .bind(stream_id.to_string())
-                .bind(process_id.to_string())
-                .bind(key_id)
-                .bind(valid_until)
-                .bind(now)
-                .bind(max)
-                .execute(limits)
-                .await
-                .map(|done| done.rows_affected()),
-            Db::Postgres(pool) => {
-                // Two that count at once would both find room.
-                let counted = async {
-                    let mut tx = pool.begin().await?;
-                    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 1))")
-                        .bind(key_id)
-                        .execute(&mut *tx)
-                        .await?;
-                    let done = sqlx::query(OPEN)
-                        .bind(stream_id.to_string())
-                        .bind(process_id.to_string())
-                        .bind(key_id)
-                        .bind(valid_until)
-                        .bind(now)
-                        .bind(max)
-                        .execute(&mut *tx)
-                        .await?;
-                    tx.commit().await?;
-                    Ok(done.rows_affected())
-                };
-                self.silence.in_time(counted).await
-            }
-        }
-        .map_err(Error::during("count an event stream"))?;
-        Ok((opened > 0).then_some(stream_id))
-    }
-
-    /// A stream goes on to count.
-    pub async fn renew_stream(&self, stream_id: Uuid, valid_until: Timestamp) -> Result<()> {
-        change!(
-            self,
-            "renew an event stream",
-            "update open_stream set valid_until = $2 where stream_id = $1",
-            stream_id.to_string(),
-            valid_until
-        )
-        .map(drop)
-    }
-
-    /// A stream counts no more.
-    pub async fn close_stream(&self, stream_id: Uuid) -> Result<()> {
-        change!(
-            self,
-            "close an event stream",
-            "delete from open_stream where stream_id = $1",
-            stream_id.to_string()
-        )
-        .map(drop)
     }
 
     /// Forgets buckets that are full and streams that count no more, as of [`Store::limits_now`].

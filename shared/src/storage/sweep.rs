@@ -1,6 +1,6 @@
 //! What the sweeper does in the database: the same work every time, safe in every worker at once.
 
-use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, execute, read};
+use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, read};
 use crate::budget::{BudgetStatus, Scope};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
@@ -131,25 +131,6 @@ impl Store {
         Ok(count)
     }
 
-    /// Corrects hints that are too low because a process died between its commit and its correction. On SQLite,
-    /// where nobody writes at the same time, none can be.
-    async fn repair_hints(&self) -> Result<()> {
-        if matches!(&*self.db, Db::Sqlite { .. }) {
-            return Ok(());
-        }
-        let low = read!(
-            self,
-            "look for hints that are too low",
-            fetch_all => (KeyId,),
-            "select key_id from lane
-             where coalesce((
-               select max(priority) from job where key_id = lane.key_id and status = 'queued' and hold = ''), -99)
-               > coalesce(top, -99)"
-        )?;
-        let low: Vec<KeyId> = low.into_iter().map(|row| row.0).collect();
-        self.raise_again(&[], &low).await
-    }
-
     /// Lanes, and the queue, that wait for money look again when there is some: a period may have turned. A
     /// transaction for each, because one that held several lanes and budgets could wait in a circle.
     async fn release_budget_holds(&self, now: Timestamp) -> Result<()> {
@@ -239,7 +220,7 @@ impl Store {
                 .bind(QUEUE)
                 .bind(tickets)
                 .execute(pool);
-                let deleted = self.silence.in_time(used).await;
+                let deleted = self.liveness.in_time(used).await;
                 deleted.map_err(Error::during("delete tickets"))?;
                 let gone = sqlx::query(
                     "delete from apalis.workers as w where w.last_seen < now() - $1 * interval '1 second'
@@ -247,7 +228,7 @@ impl Store {
                 )
                 .bind(workers)
                 .execute(pool);
-                let deleted = self.silence.in_time(gone).await;
+                let deleted = self.liveness.in_time(gone).await;
                 deleted.map_err(Error::during("delete the queue's workers"))?;
             }
         }
@@ -256,27 +237,6 @@ impl Store {
 }
 
 impl Tx {
-    /// Lets the key's jobs, or the whole queue, look for money again.
-    pub(super) async fn free_from_budget(&mut self, scope: &Scope) -> Result<()> {
-        let freed = match scope {
-            Scope::Global => execute!(
-                self,
-                "free the queue",
-                "update queue set hold = null where hold = 'budget'"
-            )?,
-            Scope::Key(key_id) => execute!(
-                self,
-                "free a lane",
-                "update lane set hold = null where key_id = $1 and hold = 'budget'",
-                key_id
-            )?,
-        };
-        if freed > 0 {
-            self.ring();
-        }
-        Ok(())
-    }
-
     /// Makes these jobs of one lane, which is locked, ready: those of them that still are due.
     async fn release(&mut self, key_id: &KeyId, job_ids: &[JobId], now: Timestamp) -> Result<u64> {
         // Two builders, because a builder is of one database.
@@ -302,7 +262,7 @@ impl Tx {
             TxDb::Sqlite(tx) => update!(Sqlite, tx),
             TxDb::Postgres(tx) => {
                 let releasing = async { update!(Postgres, tx) };
-                self.store.silence.in_time(releasing).await
+                self.store.liveness.in_time(releasing).await
             }
         }
         .map_err(Error::during("make due jobs ready"))?;

@@ -1,11 +1,10 @@
 //! "Something was committed": from any process to whoever waits in this one. A wake-up is a hint, never data.
 //!
-//! PostgreSQL says it by `NOTIFY`, sent with the commit. On SQLite one connection asks `pragma data_version`, which
+//! PostgreSQL reports it by `NOTIFY`, sent with the commit. On SQLite one connection asks `pragma data_version`, which
 //! changes with every commit of any other connection, every few milliseconds and after each commit of this process, and
-//! then reads which jobs have new events. Beneath both,
-//! everyone who waits also looks now and then by himself.
+//! then reads which jobs have new events. Wake-ups may be lost, so everyone who waits also polls every 2 s.
 
-use super::{Error, PATIENCE, Result, Store};
+use super::{Error, LOCK_TIMEOUT, Result, Store};
 use crate::id::JobId;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use sqlx::{ConnectOptions, Executor, SqliteConnection};
@@ -24,7 +23,10 @@ pub(super) const CHANNEL: &str = "claude_queue";
 pub(super) const RING: &str = "ring";
 
 /// A connection to PostgreSQL that brought nothing for so long is asked whether it lives.
-const QUIET: Duration = Duration::from_secs(15);
+const LISTEN_KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// A wake-up can be lost, so everyone who waits for a job looks this often anyway.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Where to wait for changes that any process commits. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -41,14 +43,19 @@ struct Hub {
 pub struct JobWakeup {
     hub: Arc<Hub>,
     job_id: JobId,
-    pub(super) changes: watch::Receiver<()>,
+    changes: watch::Receiver<()>,
 }
 
 impl JobWakeup {
     /// Waits until something was committed about the job since the last call (or since this was made), or for 2 s:
     /// a wake-up can be lost, so its receiver looks by itself too.
     pub async fn changed(&mut self) {
-        let _ = timeout(Duration::from_secs(2), self.changes.changed()).await;
+        self.changed_within(POLL_INTERVAL).await;
+    }
+
+    /// The same, for so long as `limit`; whether there was a wake-up.
+    pub async fn changed_within(&mut self, limit: Duration) -> bool {
+        timeout(limit, self.changes.changed()).await.is_ok()
     }
 }
 
@@ -139,16 +146,16 @@ impl Hub {
 
 async fn listen_to(store: &Store, pool: &sqlx::PgPool, hub: &Hub) -> Result<()> {
     let mut listener = store
-        .silence
+        .liveness
         .in_time(connect(pool))
         .await
         .map_err(Error::during("listen for wake-ups"))?;
     // What was committed before it listened.
     hub.wake_all();
     loop {
-        let Ok(told) = timeout(QUIET, listener.try_recv()).await else {
+        let Ok(told) = timeout(LISTEN_KEEPALIVE, listener.try_recv()).await else {
             // Nothing was committed, or nothing gets through any more.
-            let asked = store.silence.in_time(listener.execute("select 1")).await;
+            let asked = store.liveness.in_time(listener.execute("select 1")).await;
             asked.map_err(Error::during("listen for wake-ups"))?;
             continue;
         };
@@ -172,7 +179,7 @@ async fn listen_to(store: &Store, pool: &sqlx::PgPool, hub: &Hub) -> Result<()> 
 async fn connect(pool: &sqlx::PgPool) -> sqlx::Result<PgListener> {
     let own = PgPoolOptions::new()
         .max_connections(1)
-        .acquire_timeout(PATIENCE)
+        .acquire_timeout(LOCK_TIMEOUT)
         .connect_lazy_with(pool.connect_options().as_ref().clone());
     let mut listener = PgListener::connect_with(&own).await?;
     listener.listen(CHANNEL).await?;

@@ -1,0 +1,277 @@
+-- Times are microseconds since 1970 in UTC, money is millionths of a dollar, JSON is carried as text.
+
+create table instance (
+  instance_number integer primary key check (instance_number = 1),
+  instance_id text not null,          -- DATA_DIR holds the same value
+  secret_check text,                  -- derived from SECRET_KEY; finds a changed one
+  created_at integer not null
+) strict;
+
+create table queue (
+  queue_number integer primary key check (queue_number = 1),
+  paused integer not null default 0,  -- by a person
+  hold text,                          -- 'budget': the global budget is used up or reserved
+  resumes integer not null default 0   -- how often somebody lifted the workers' pauses
+) strict;
+insert into queue (queue_number) values (1);
+
+-- One row for each key: its cap, how many of its jobs run, and the best of those that could.
+create table lane (
+  key_id text not null primary key,
+  max_running integer not null,
+  running integer not null default 0 check (running >= 0),
+  hold text,                          -- 'budget'
+  top_priority integer, -- highest among its ready jobs; a hint that is never too low for long
+  last_served integer not null default 0 -- the number of its last turn; the lowest is next
+) strict;
+create index lane_next on lane (top_priority desc, last_served) where top_priority is not null and hold is null and running < max_running;
+create index lane_last_served on lane (last_served);
+
+create table session (
+  session_number integer primary key autoincrement,
+  session_id text not null unique,
+  key_id text not null,
+  name text not null,
+  settings text not null,
+  claude_session_id text,
+  total_cost integer not null default 0,
+  total_turns integer not null default 0,
+  created_at integer not null,
+  updated_at integer not null,
+  unique (key_id, name)
+) strict;
+
+create table job (
+  job_number integer primary key autoincrement,
+  job_id text not null unique,
+  key_id text not null,
+  kind text not null,
+  status text not null default 'queued',
+  hold text not null default '',      -- '' is ready
+  priority integer not null default 0,
+  group_key text,                     -- 's:<session id>' or 'k:<concurrency key>'
+  session_id text,
+  run_after integer,
+  deadline_at integer,
+  attempt integer not null default 0,
+  failures integer not null default 0,
+  wait_since integer,                  -- its first wait for the Messages API, while no run has got past it
+  wait_reason text,                   -- what the last such wait is for, in a sentence
+  max_attempts integer not null,
+  on_worker_lost text not null,
+  lease_owner text,
+  renewals integer not null default 0, -- of the lease; a sweeper takes it after it has watched it stand still
+  model text,
+  effort text,
+  permission_mode text,
+  max_turns integer,
+  timeout_seconds integer,
+  max_cost integer not null,
+  webhook_url text,
+  custom_id text,
+  metadata text not null,
+  retry_of text,
+  claude_session_id text,
+  cost integer not null default 0,
+  duration_ms integer not null default 0,
+  usage text,
+  error text,
+  error_code text,
+  cancel_requested_at integer,
+  cancel_reason text,
+  created_at integer not null,
+  started_at integer,
+  completed_at integer,
+  last_event_seq integer not null default 0,
+  version integer not null default 1,
+  data_removed integer not null default 0,
+  remove_requested integer not null default 0 -- by its owner: its workspace is still to be removed
+) strict;
+create index job_queue on job (key_id, hold, priority desc, job_number) where status = 'queued';
+create index job_running on job (key_id) where status = 'running';
+create index job_group on job (key_id, group_key, job_number) where group_key is not null and status in ('queued', 'running');
+create unique index job_group_head on job (key_id, group_key)
+  where group_key is not null and status in ('queued', 'running') and hold <> 'order';
+create index job_due on job (run_after) where status = 'queued' and hold in ('delay', 'usage_limit', 'upstream');
+create index job_wait on job (wait_since) where wait_since is not null and status = 'queued';
+create index job_deadline on job (deadline_at) where deadline_at is not null and status in ('queued', 'running');
+create index job_retention on job (completed_at, job_number) where completed_at is not null and not data_removed;
+create index job_remove on job (job_number) where remove_requested;
+create index job_list on job (key_id, job_number desc);
+create index job_session on job (session_id, job_number desc) where session_id is not null;
+
+create table prompt (
+  job_id text not null primary key,
+  message text not null,
+  options text not null
+) strict;
+
+create table result (
+  job_id text not null primary key,
+  result text not null
+) strict;
+
+create table attempt (
+  job_id text not null,
+  attempt integer not null,
+  worker_id text not null,
+  claude_session_id text not null,
+  cli_version text,
+  reserved integer not null,
+  spend text,                         -- what it has cost so far, while it runs
+  started_at integer not null,
+  ended_at integer,
+  ending text,                        -- done, failed, cancelled, retry, lost, released
+  error_code text,
+  cost integer not null default 0,
+  turns integer not null default 0,
+  exit text,
+  stderr_tail text,
+  primary key (job_id, attempt)
+) strict;
+
+create table event (
+  event_number integer primary key autoincrement,
+  job_id text not null,
+  seq integer not null,
+  event_type text not null,
+  at integer not null,
+  data text not null,
+  unique (job_id, seq)
+) strict;
+
+create table idempotency (
+  key_id text not null,
+  route text not null,
+  idempotency_key text not null,
+  fingerprint text not null,
+  job_id text,
+  status integer not null,
+  body text not null,
+  created_at integer not null,
+  primary key (key_id, route, idempotency_key)
+) strict;
+create index idempotency_age on idempotency (created_at);
+
+-- What was spent. Rows are only ever added; a row without a job is an adjustment.
+create table ledger (
+  ledger_number integer primary key autoincrement,
+  at integer not null,
+  key_id text not null,
+  job_id text,
+  attempt integer,
+  session_id text,
+  model text,
+  cost integer not null,
+  input_tokens integer not null default 0,
+  output_tokens integer not null default 0,
+  cache_creation_input_tokens integer not null default 0,
+  cache_read_input_tokens integer not null default 0,
+  estimated integer not null default 0,
+  price_version text,
+  reason text,
+  unique (job_id, attempt, model)
+) strict;
+create index ledger_key on ledger (key_id, at);
+create index ledger_at on ledger (at);
+
+create table budget (
+  scope text not null,                -- 'global' or 'key'
+  scope_id text not null,             -- the key's id; '' for global
+  limit_amount integer not null,
+  period text not null,               -- total, day, week, month; UTC, weeks begin on Monday
+  alert_thresholds text not null,
+  on_exceeded text not null,          -- reject, hold
+  origin text not null,               -- 'default': follows CLAUDE_MAX_COST_PER_USER; 'set': by a person
+  version integer not null default 1,
+  updated_at integer not null,
+  primary key (scope, scope_id)
+) strict;
+
+create table budget_period (
+  scope text not null,
+  scope_id text not null,
+  period_start integer not null,      -- 0 for the period 'total'
+  spent integer not null default 0,
+  reserved integer not null default 0 check (reserved >= 0),
+  primary key (scope, scope_id, period_start)
+) strict;
+
+create table budget_alert (
+  scope text not null,
+  scope_id text not null,
+  period_start integer not null,
+  threshold integer not null,
+  at integer not null,
+  primary key (scope, scope_id, period_start, threshold)
+) strict;
+
+-- What running attempts may still spend; a row is deleted when its attempt is settled.
+create table reservation (
+  job_id text not null,
+  attempt integer not null,
+  scope text not null,
+  scope_id text not null,
+  period_start integer not null,
+  amount integer not null,
+  primary key (job_id, attempt, scope, scope_id)
+) strict;
+
+-- The worker processes, for people to look at. Nothing is decided by it.
+create table worker (
+  worker_id text not null primary key,
+  host text not null,
+  slots integer not null,
+  busy integer not null,
+  cli_version text not null,
+  started_at integer not null,
+  last_seen_at integer not null,
+  paused_until integer,                   -- it claims nothing until then
+  pause_reason text,
+  upstream text                           -- what the Messages API last answered to the worker itself
+) strict;
+
+-- Keys that are kept here, beside those of the environment. A secret is never stored, only its digest under a pepper
+-- that isn't in the database. While a key is rotated, its former secret works too, until a time.
+create table api_key (
+  key_number integer primary key autoincrement,
+  key_id text not null unique,        -- 'key_' and the public part of its secrets
+  name text not null,
+  secret_digest text not null,
+  last4 text not null,                -- of the secret, for people
+  previous_digest text,
+  previous_valid_until integer,
+  scopes text not null,               -- words with blanks between them
+  allowed_ips text not null,          -- a JSON list; empty allows all
+  allowed_models text not null,       -- a JSON list; empty allows all
+  rate_submit integer,                -- what is null here is as the service is set up
+  rate_read integer,
+  rate_window integer,                -- seconds
+  max_running_jobs integer,
+  max_queued_jobs integer,
+  max_streams integer,
+  max_priority integer,
+  metadata text not null,
+  created_at integer not null,
+  created_by text not null,           -- a key's id, or 'cli'
+  expires_at integer,
+  revoked_at integer,
+  revoke_reason text,
+  last_used_at integer,
+  version integer not null default 1
+) strict;
+
+-- What was changed or refused: who, when, what. Refused authentications are counted, one row for each address, key
+-- and quarter of an hour.
+create table audit (
+  audit_number integer primary key autoincrement,
+  at integer not null,
+  actor text not null,                -- a key's id, 'anonymous', 'cli', or '' when it isn't known
+  action text not null,               -- 'key.create', 'budget.put', 'auth.refused' …
+  object_id text not null,            -- what it was done to
+  address text not null,              -- where it came from; '' is unknown
+  request_id text not null,
+  times integer not null default 1,
+  detail text not null                -- JSON; never a secret
+) strict;
+create unique index audit_refused on audit (at, address, object_id) where action = 'auth.refused';

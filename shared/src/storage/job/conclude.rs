@@ -1,0 +1,78 @@
+//! The end of jobs: one place where a job becomes final.
+
+use crate::clock::Timestamp;
+use crate::event::{EventType, NewEvent};
+use crate::id::JobId;
+use crate::job::{CancelReason, Ending, Hold, Job, JobStatus};
+use crate::storage::{Result, Tx, fetch};
+use serde_json::json;
+
+impl Tx {
+    /// Ends a job that waits, whose lane and group are locked; `false` if it doesn't wait any more. `Cancelled`
+    /// takes the reason; `Failed` has its own.
+    #[doc(hidden)]
+    pub async fn end_waiting(
+        &mut self,
+        job_id: JobId,
+        ending: &Ending,
+        reason: CancelReason,
+        now: Timestamp,
+    ) -> Result<bool> {
+        let (status, reason, code, message, event) = match ending {
+            Ending::Failed { code, message } => {
+                let data = json!({ "error": message, "code": code });
+                (
+                    JobStatus::Failed,
+                    None,
+                    Some(code),
+                    Some(message),
+                    NewEvent::new(EventType::Error, data),
+                )
+            }
+            _ => {
+                let data = json!({ "reason": reason.as_str() });
+                (
+                    JobStatus::Cancelled,
+                    Some(reason),
+                    None,
+                    None,
+                    NewEvent::new(EventType::Cancelled, data),
+                )
+            }
+        };
+        let ended = fetch!(
+            self,
+            "end a waiting job",
+            fetch_optional => Job,
+            "update job set status = $2, cancel_reason = $3, error_code = $4, error = $5, completed_at = $6,
+               version = version + 1
+             where job_id = $1 and status = 'queued' returning *",
+            job_id,
+            status,
+            reason,
+            code,
+            message,
+            now
+        )?;
+        let Some(job) = ended else { return Ok(false) };
+        self.conclude(&job, &[event], now).await?;
+        Ok(true)
+    }
+
+    /// What follows when a job becomes final, whichever way it ended: its last event, and the next job of its group may
+    /// start. Whatever else the end of a job brings about belongs here. The caller has written the final status, and
+    /// `job` is the row as it was while it waited or ran.
+    pub(in crate::storage) async fn conclude(
+        &mut self,
+        job: &Job,
+        events: &[NewEvent],
+        now: Timestamp,
+    ) -> Result<()> {
+        self.finish_events(job, events, now).await?;
+        // A job that waits for earlier ones of its group holds back none.
+        if job.hold != Hold::Order.as_str() {
+            self.free_group(job, now).await?;
+        }
+        Ok(())
+    }
+}

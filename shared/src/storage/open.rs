@@ -1,0 +1,166 @@
+//! Opening the database and bringing its tables up to date.
+
+use super::{DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, limit, liveness};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
+use sqlx::{ConnectOptions, Connection, Executor};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use tokio::sync::Notify;
+
+/// What every connection to PostgreSQL is set to. Said after connecting: a pooler between may drop what is said while
+/// connecting.
+const SETTINGS: &str = "
+    -- Plans made while the tables were empty would scan them for ever, and the penalty starts the JIT.
+    set enable_seqscan = off;
+    set jit = off;
+    -- A process that was stopped in a transaction must not hold the others for longer.
+    set idle_in_transaction_session_timeout = '5s';
+    set lock_timeout = '5s';
+    -- The order of locks and the conditions of updates are made for this one, whatever the database's default is.
+    set default_transaction_isolation = 'read committed'";
+
+impl Store {
+    /// Opens the database, making a SQLite file that isn't there, and brings its tables up to date.
+    /// `slots`: how many runs this process holds at once, which decides the number of connections.
+    pub async fn open(url: &DatabaseUrl, slots: u32) -> Result<Self> {
+        let liveness = Arc::default();
+        let db = match url {
+            DatabaseUrl::Sqlite(path) => Self::open_sqlite(path).await?,
+            DatabaseUrl::Postgres(url) => Self::open_postgres(url, slots, &liveness).await?,
+        };
+        let store = Self {
+            db: Arc::new(db),
+            tickets: Arc::default(),
+            outage: Arc::default(),
+            liveness,
+        };
+        store.wait_for_lock().await?;
+        Ok(store)
+    }
+
+    async fn open_sqlite(path: &std::path::Path) -> Result<Db> {
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .map_err(Error::with("make the folder of the database", folder))?;
+        }
+        // Already the switch to WAL can fail when several processes make it at once. Unlocked when the file is
+        // closed, also by a kill.
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".migrate-lock");
+        let lock = path.with_file_name(name);
+        let lock =
+            std::fs::File::create(&lock).map_err(Error::with("make the lock file of the database", &lock))?;
+        let lock = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock))
+            .await
+            .map_err(|error| Error::during("lock the lock file")(error.to_string()))?
+            .map_err(Error::during("lock the lock file"))?;
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // A 202 survives a power cut.
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(LOCK_TIMEOUT)
+            .disable_statement_logging();
+        let pool = |connections| {
+            SqlitePoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(WRITER_TIMEOUT)
+                .test_before_acquire(false)
+                // A full disk makes SQLite roll back by itself. The library doesn't learn of it, and would refuse to
+                // begin another transaction on this connection for ever.
+                .before_acquire(|connection, _| {
+                    let usable = !connection.is_in_transaction();
+                    Box::pin(async move { Ok(usable) })
+                })
+        };
+        let writer = pool(1)
+            .connect_with(options.clone())
+            .await
+            .map_err(Error::during("open the database"))?;
+        Self::migrate_sqlite(&writer).await?;
+        let limits = limit::open_limits(path).await?;
+        drop(lock);
+        let reader = pool(4)
+            .min_connections(1)
+            .connect_with(options.read_only(true).create_if_missing(false))
+            .await
+            .map_err(Error::during("open the database"))?;
+        Ok(Db::Sqlite {
+            writer,
+            reader,
+            limits,
+            committed: Notify::new(),
+            rings: AtomicBool::new(false),
+        })
+    }
+
+    async fn open_postgres(
+        url: &str,
+        slots: u32,
+        liveness: &Arc<liveness::ConnectionLiveness>,
+    ) -> Result<Db> {
+        let options = url
+            .parse::<PgConnectOptions>()
+            .map_err(Error::during("read DATABASE_URL"))?
+            .application_name("claude-queue")
+            .disable_statement_logging();
+        let pool = liveness
+            .watch(PgPoolOptions::new())
+            .after_connect(|connection, _| {
+                Box::pin(async move { connection.execute(SETTINGS).await.map(drop) })
+            })
+            .max_connections((slots + 5).min(16))
+            .min_connections(1)
+            .acquire_timeout(LOCK_TIMEOUT)
+            .connect_with(options)
+            .await
+            .map_err(Error::during("connect to the database"))?;
+        Self::migrate_postgres(&pool).await?;
+        Ok(Db::Postgres(pool))
+    }
+
+    /// Brings the tables up to date, ours and the queue library's. The caller holds the lock over all processes.
+    async fn migrate_sqlite(writer: &SqlitePool) -> Result<()> {
+        let mut ours = sqlx::migrate!("../migrations/sqlite");
+        ours.dangerous_set_table_name("migration");
+        ours.run(writer)
+            .await
+            .map_err(Error::during("bring the tables up to date"))?;
+        apalis_sqlite::SqliteStorage::<()>::migrations()
+            .run(writer)
+            .await
+            .map_err(Error::during("bring the queue's tables up to date"))?;
+        // It would make each acknowledgement walk all rows of its worker.
+        sqlx::query("drop index if exists LIdx")
+            .execute(writer)
+            .await
+            .map_err(Error::during("bring the queue's tables up to date"))?;
+        Ok(())
+    }
+
+    /// Brings the tables up to date, ours and the queue library's, under one lock over all processes.
+    async fn migrate_postgres(pool: &PgPool) -> Result<()> {
+        let options = pool.connect_options();
+        let mut lock = options
+            .connect()
+            .await
+            .map_err(Error::during("connect to the database"))?;
+        lock.execute("set lock_timeout = 0; select pg_advisory_lock(1668638068, 0)")
+            .await
+            .map_err(Error::during("lock the database for migration"))?;
+        let mut ours = sqlx::migrate!("../migrations/postgres");
+        ours.dangerous_set_table_name("migration");
+        ours.run(pool)
+            .await
+            .map_err(Error::during("bring the tables up to date"))?;
+        apalis_postgres::PostgresStorage::setup(pool)
+            .await
+            .map_err(Error::during("bring the queue's tables up to date"))?;
+        let _ = lock.close().await;
+        Ok(())
+    }
+}
