@@ -19,6 +19,21 @@ impl Tx {
         }
     }
 
+    /// Whether a job of this group, which is locked, waits or runs.
+    pub(super) async fn has_earlier_in_group(&mut self, key_id: &KeyId, group_key: &str) -> Result<bool> {
+        let row = fetch!(
+            self,
+            "look for earlier jobs of the group",
+            fetch_optional => (i64,),
+            "select cast(1 as bigint) from job
+             where key_id = $1 and group_key = $2 and group_key is not null and status in ('queued', 'running')
+             limit 1",
+            key_id,
+            group_key
+        )?;
+        Ok(row.is_some())
+    }
+
     /// The next job of the group may go on, now that this one, its first, has ended.
     pub(super) async fn free_group(&mut self, job: &Job, now: Timestamp) -> Result<()> {
         let Some(group_key) = &job.group_key else {

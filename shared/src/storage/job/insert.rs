@@ -16,19 +16,7 @@ impl Tx {
         };
         self.lock_group(&job.key_id, group_key.as_deref()).await?;
         let ahead = match &group_key {
-            Some(_) => {
-                fetch!(
-                    self,
-                    "look for earlier jobs of the group",
-                    fetch_optional => (i64,),
-                    "select cast(1 as bigint) from job
-                     where key_id = $1 and group_key = $2 and group_key is not null and status in ('queued', 'running')
-                     limit 1",
-                    &job.key_id,
-                    &group_key
-                )?
-                .is_some()
-            }
+            Some(group) => self.has_earlier_in_group(&job.key_id, group).await?,
             None => false,
         };
         let hold = match (ahead, in_future(job.run_after, job.created_at)) {
