@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure that programs are there: as root it installs their Debian packages, otherwise it says which are missing.
-# Usage: install-debian.sh PROGRAM…   with PROGRAM one of cc, bwrap, npm, postgres.
+# Usage: install-debian.sh PROGRAM…   with PROGRAM one of cc, bwrap, npm, pgbouncer, postgres.
 # Prints nothing when there is nothing to do.
 set -eu
 
@@ -13,6 +13,7 @@ is_there() {
             done
             return 1
             ;;
+        pgbouncer) command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] ;;
         npm) command -v npm >/dev/null && command -v node >/dev/null ;;
         *) command -v "$1" >/dev/null ;;
     esac
@@ -23,6 +24,7 @@ package_of() {
         cc) echo "gcc libc6-dev" ;;
         bwrap) echo "bubblewrap" ;;
         npm) echo "nodejs npm" ;;
+        pgbouncer) echo "pgbouncer" ;;
         postgres) echo "postgresql" ;;
         *)
             echo "install-debian.sh doesn't know the program $1" >&2

@@ -11,7 +11,7 @@ step() {
 }
 
 step "what the tests need"
-scripts/install-debian.sh cc bwrap postgres
+scripts/install-debian.sh cc bwrap pgbouncer postgres
 scripts/install-claude.sh
 step "format"
 cargo fmt --check

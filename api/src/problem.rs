@@ -413,7 +413,11 @@ struct Body<'p> {
 impl From<storage::Error> for Problem {
     fn from(error: storage::Error) -> Self {
         if error.is_unavailable() {
-            let detail = "The database is not available at the moment";
+            let detail = if error.is_overload() {
+                "The service is overloaded at the moment"
+            } else {
+                "The database is not available at the moment"
+            };
             Self::Unavailable {
                 detail,
                 source: Some(Box::new(error)),

@@ -12,6 +12,7 @@
 mod audit;
 mod budget;
 mod claim;
+mod connect;
 mod error;
 mod event;
 mod group;
@@ -169,7 +170,10 @@ impl Store {
                     reader.close().await;
                     writer.close().await;
                 }
-                Db::Postgres(pool) => pool.close().await,
+                Db::Postgres(pool) => {
+                    self.outage.close().await;
+                    pool.close().await;
+                }
             }
         };
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, closing).await;

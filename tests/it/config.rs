@@ -1,6 +1,6 @@
 //! Bad settings stop the start and say which.
 
-use tests::database::Db;
+use tests::database::{Database, Db};
 use tests::script::answer;
 use tests::system::{System, run};
 use tests::{once, paths};
@@ -9,6 +9,7 @@ once!(
     a_bad_setting_stops_the_start,
     a_secret_is_never_repeated,
     a_database_that_is_not_there_stops_the_start,
+    a_missing_database_is_named_at_the_start,
     the_python_services_database_urls_are_understood,
     a_worker_without_a_credential_says_how_to_give_one
 );
@@ -107,6 +108,25 @@ async fn a_database_that_is_not_there_stops_the_start() {
         !finished.stderr.contains("s3cret") && !finished.stderr.contains("panicked"),
         "{finished:?}"
     );
+    for part in ["127.0.0.1", "port 1,", "\"db\"", "DATABASE_URL", "refused"] {
+        assert!(finished.stderr.contains(part), "{part}: {}", finished.stderr);
+    }
+}
+
+async fn a_missing_database_is_named_at_the_start() {
+    let folder = paths::folder('d');
+    let database = Database::fresh(Db::Postgres, &folder).await;
+    let (url, parameters) = database.url().split_once('?').unwrap();
+    let (server, _) = url.rsplit_once('/').unwrap();
+    let missing = format!("{server}/no_such_database?{parameters}");
+
+    let finished = run(API, &[], &[("DATABASE_URL", &missing), ("API_PORT", "0")]).await;
+
+    assert!(finished.code.is_some_and(|code| code != 0), "{finished:?}");
+    for part in ["\"no_such_database\" does not exist", "DATABASE_URL"] {
+        assert!(finished.stderr.contains(part), "{part}: {}", finished.stderr);
+    }
+    assert!(!finished.stderr.contains("at line"), "{finished:?}");
 }
 
 async fn the_python_services_database_urls_are_understood() {

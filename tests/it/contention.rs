@@ -5,16 +5,20 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
-use tests::client::at_once;
-use tests::database::Db;
+use tests::client::{PATIENCE, at_once};
+use tests::database::{Database, Db};
 use tests::script::{Step, steps};
 use tests::system::System;
-use tests::{both, once};
+use tests::{both, eventually, once};
 
 once!(
     a_locked_lane_loses_no_result,
     a_locked_budget_loses_no_result,
     locked_events_are_stored_later,
+    a_locked_queue_leaves_the_service_ready,
+    locked_lanes_make_the_service_unready,
+    connections_that_are_all_in_use_are_no_outage,
+    repeatable_reads_by_default_refuse_no_submission,
 );
 both!(
     a_result_that_is_refused_is_paid_all_the_same,
@@ -138,4 +142,92 @@ async fn events_that_are_refused_leave_a_gap(db: Db) {
     let events = client.all_events(&id).await;
     let gaps = events.iter().filter(|event| event["type"] == "gap").count();
     assert_eq!(gaps, 1, "{events:#?}");
+}
+
+/// The service while somebody holds a lock: what a look at its readiness says, and what becomes of a submission.
+async fn held(system: &System, lock: &str) -> (u16, u16) {
+    let client = system.client();
+    let mut holder: PgConnection = system.database().postgres().await;
+    let sql = AssertSqlSafe(format!("begin; {lock}"));
+    holder.execute(sqlx::raw_sql(sql)).await.unwrap();
+    // The result of the look before it is reused for a second.
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    let body = json!({ "message": steps([]).answering("fine").prompt() });
+    let (ready, submitted) = tokio::join!(client.get("/readyz"), client.submit(&body));
+    holder.close().await.unwrap();
+    eventually(PATIENCE, "ready again", async || {
+        (client.get("/readyz").await.status == 200).then_some(())
+    })
+    .await;
+    (ready.status, submitted.status)
+}
+
+async fn a_locked_queue_leaves_the_service_ready() {
+    let system = System::builder().database(Db::Postgres).workers(0).start().await;
+    let lock = "update queue set paused = paused";
+    assert_eq!(held(&system, lock).await, (200, 202));
+}
+
+async fn locked_lanes_make_the_service_unready() {
+    let system = System::builder().database(Db::Postgres).workers(0).start().await;
+    for lock in [
+        "lock table lane in exclusive mode",
+        "select * from lane for update",
+        "lock table event in share mode",
+        "lock table apalis.jobs in share mode",
+    ] {
+        assert_eq!(held(&system, lock).await, (503, 503), "{lock}");
+    }
+}
+
+async fn connections_that_are_all_in_use_are_no_outage() {
+    let system = System::builder()
+        .database(Db::Postgres)
+        .sandbox(false)
+        .start()
+        .await;
+    let client = system.client();
+    let id = client.play(&steps([]).answering("fine")).await;
+    client.finished(&id).await;
+    let mut holder: PgConnection = system.database().postgres().await;
+    let lock = "begin; lock table result in access exclusive mode";
+    holder.execute(sqlx::raw_sql(lock)).await.unwrap();
+
+    // Each waits for the lock on a connection of its own, and the rest for a connection.
+    let (reads, ready) = tokio::join!(
+        at_once((0..80).map(|_| client.job(&id))),
+        eventually(PATIENCE, "a full pool", async || {
+            let full = system.written().contains("all database connections are in use");
+            let ready = client.get("/readyz").await.status;
+            assert_eq!(ready, 200);
+            full.then_some(ready)
+        })
+    );
+    holder.close().await.unwrap();
+
+    assert_eq!(ready, 200);
+    let overloaded = reads.iter().filter(|read| read.text.contains("overloaded"));
+    for read in overloaded.clone() {
+        read.assert_problem(503, "unavailable");
+    }
+    assert!(overloaded.count() > 0);
+    assert!(!system.written().contains("the database is unavailable"));
+}
+
+async fn repeatable_reads_by_default_refuse_no_submission() {
+    let folder = tests::paths::folder('r');
+    let database = Database::fresh(Db::Postgres, &folder).await;
+    let name = database.texts("select current_database()").await.remove(0);
+    let isolation = format!("alter database {name} set default_transaction_isolation = 'repeatable read'");
+    database.execute(&isolation).await;
+    let system = System::builder().on(database).sandbox(false).start().await;
+    let client = system.client();
+    let body = json!({ "message": steps([]).answering("fine").prompt() });
+
+    let answers = at_once((0..20).map(|_| client.submit(&body))).await;
+
+    for answer in answers {
+        let id = answer.data(202)["id"].as_str().unwrap();
+        assert_eq!(client.finished(id).await["status"], "done");
+    }
 }

@@ -21,6 +21,7 @@ mod order; // Which job runs when.
 mod outages;
 mod outcomes; // What a run can end as.
 mod ownership; // Nobody sees what another owns, on any path there is.
+mod pooler; // PgBouncer between the product and PostgreSQL.
 mod real_cli; // The real Claude CLI against the simulator.
 mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.

@@ -6,6 +6,7 @@ pub mod client;
 pub mod database;
 pub mod disk;
 pub mod paths;
+pub mod pooler;
 pub mod processes;
 pub mod proxy;
 pub mod script;

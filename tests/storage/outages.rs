@@ -65,11 +65,8 @@ async fn probes_at_once_find_out_together(db: Db) {
         }
         Db::Postgres => {
             let mut other = world.database.postgres().await;
-            let lock = lock.replace(" immediate", "");
-            other
-                .execute(sqlx::raw_sql(sqlx::AssertSqlSafe(lock)))
-                .await
-                .unwrap();
+            let lock = "begin; lock table lane in exclusive mode";
+            other.execute(sqlx::raw_sql(lock)).await.unwrap();
             probes.await;
             other.close().await.unwrap();
         }

@@ -21,6 +21,14 @@ pub(crate) enum Cause {
     /// The database or the way to it.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+    /// The way to PostgreSQL when this process starts. Never names a user or a password.
+    #[error("{place} (DATABASE_URL): {}", super::connect::reason(.reason))]
+    Connection {
+        /// The host, the port and the database.
+        place: String,
+        /// What happened there.
+        reason: sqlx::Error,
+    },
     /// The migrations.
     #[error(transparent)]
     Migration(#[from] sqlx::migrate::MigrateError),
@@ -96,7 +104,8 @@ impl Error {
         match &self.cause {
             Cause::Database(error)
             | Cause::SqliteQueue(apalis_sqlite::Error::Database(error))
-            | Cause::PostgresQueue(apalis_postgres::Error::Database(error)) => Some(error),
+            | Cause::PostgresQueue(apalis_postgres::Error::Database(error))
+            | Cause::Connection { reason: error, .. } => Some(error),
             _ => None,
         }
     }

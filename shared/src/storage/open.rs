@@ -1,7 +1,7 @@
 //! Opening the database and bringing its tables up to date.
 
-use super::{DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, limit, liveness};
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use super::{DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, connect, limit, liveness};
+use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
@@ -9,18 +9,6 @@ use sqlx::{ConnectOptions, Connection, Executor};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tokio::sync::Notify;
-
-/// What every connection to PostgreSQL is set to. Said after connecting: a pooler between may drop what is said while
-/// connecting.
-const SETTINGS: &str = "
-    -- Plans made while the tables were empty would scan them for ever, and the penalty starts the JIT.
-    set enable_seqscan = off;
-    set jit = off;
-    -- A process that was stopped in a transaction must not hold the others for longer.
-    set idle_in_transaction_session_timeout = '5s';
-    set lock_timeout = '5s';
-    -- The order of locks and the conditions of updates are made for this one, whatever the database's default is.
-    set default_transaction_isolation = 'read committed'";
 
 impl Store {
     /// Opens the database, making a SQLite file that isn't there, and brings its tables up to date.
@@ -103,16 +91,11 @@ impl Store {
         slots: u32,
         liveness: &Arc<liveness::ConnectionLiveness>,
     ) -> Result<Db> {
-        let options = url
-            .parse::<PgConnectOptions>()
-            .map_err(Error::during("read DATABASE_URL"))?
-            .application_name("claude-queue")
-            .disable_statement_logging();
+        let options = connect::options(url)?;
+        connect::check(&options).await?;
         let pool = liveness
             .watch(PgPoolOptions::new())
-            .after_connect(|connection, _| {
-                Box::pin(async move { connection.execute(SETTINGS).await.map(drop) })
-            })
+            .after_connect(|connection, _| Box::pin(connect::set_up(connection)))
             .max_connections((slots + 5).min(16))
             .min_connections(1)
             .acquire_timeout(LOCK_TIMEOUT)

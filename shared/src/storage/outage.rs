@@ -1,9 +1,11 @@
 //! Outages: the database can't be reached, or is locked, full or read-only. All parts of the process see the same
 //! outage, so it is logged only twice: when it starts and when it is over.
 
-use super::{Db, Error, Result, Store, execute};
+use super::{Db, Error, Result, Store, connect, execute};
 use crate::disk;
 use crate::telemetry::chain;
+use sqlx::postgres::{PgConnection, PgPool};
+use sqlx::{Connection, Executor};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,25 +25,66 @@ const LOCKED_FOR: Duration = Duration::from_secs(30);
 /// How long the result of a check is reused.
 const CHECKED_FOR: Duration = Duration::from_secs(1);
 
+const WRITE: &str = "write to the database";
+
+/// How often the log says that the database is overloaded or locked.
+const LOGGED_EVERY: Duration = Duration::from_secs(10);
+
+/// Writes as a submission does: with its locks, in one message, so that a process which is stopped in it holds nothing.
+/// What it writes is a row that nobody waits for. A lane's row is locked by claims for moments; that all are locked for
+/// long holds up every submission.
+const WRITE_TO_POSTGRES: &str = "
+    begin;
+    set local lock_timeout = '1s';
+    lock table job, prompt, event, lane, idempotency, apalis.jobs in row exclusive mode;
+    update instance set instance_number = instance_number;
+    do $$
+    begin
+      perform 1 from lane limit 1 for no key update skip locked;
+      if not found then
+        perform 1 from lane limit 1 for no key update;
+      end if;
+    end $$;
+    commit";
+
 /// Whether the database is available, as far as this process knows.
 #[derive(Debug, Default)]
 pub(super) struct Outage {
     /// When the current outage began.
     since: watch::Sender<Option<Instant>>,
     last_error: Mutex<Option<Instant>>,
-    /// When a write last succeeded.
-    checked: tokio::sync::Mutex<Option<Instant>>,
+    /// The result of the last check.
+    checked: tokio::sync::Mutex<Option<(Instant, bool)>>,
+    /// When this process last committed something.
+    wrote: Mutex<Option<Instant>>,
+    /// The check's own connection to PostgreSQL: a pool that is in full use says nothing about the database.
+    own: tokio::sync::Mutex<Option<PgConnection>>,
+    /// When the log last said that it is overloaded or locked.
+    logged: Mutex<Option<Instant>>,
 }
 
 impl Store {
-    /// Records an error. Returns true if it belongs to an outage, which is logged once for the whole process. The caller
-    /// logs other errors. Needs a runtime.
+    /// Records an error. Returns true if it belongs to an outage or an overload, which is logged for the whole process.
+    /// The caller logs other errors. Needs a runtime.
     pub fn note(&self, error: &Error) -> bool {
+        if error.is_overload() {
+            self.note_overload(error);
+            return true;
+        }
         let outage = error.is_outage();
         if outage {
             self.note_outage(&chain(error));
         }
         outage
+    }
+
+    /// Records that no connection was free: load, or the first sign of an outage, which a look will show.
+    fn note_overload(&self, error: &Error) {
+        if self.outage.may_log() {
+            tracing::warn!(error = %chain(error), "all database connections are in use, retrying");
+            let store = self.clone();
+            tokio::spawn(async move { store.is_usable().await });
+        }
     }
 
     /// Records that the database is unavailable.
@@ -83,18 +126,26 @@ impl Store {
         if self.is_out() {
             return false;
         }
-        if checked.is_some_and(|at| at.elapsed() < CHECKED_FOR) {
-            return true;
+        if let Some((at, usable)) = *checked
+            && at.elapsed() < CHECKED_FOR
+        {
+            return usable;
         }
-        match timeout(WRITES_WITHIN, self.try_to_write()).await {
-            Ok(Ok(())) => *checked = Some(Instant::now()),
+        let usable = match timeout(WRITES_WITHIN, self.try_to_write()).await {
+            Ok(Ok(())) => true,
             Ok(Err(error)) => {
-                self.note(&error);
-                return false;
+                if !self.note(&error) && self.outage.may_log() {
+                    tracing::warn!(error = %chain(&error), "the database refuses writes, retrying");
+                }
+                false
             }
-            Err(_) => self.note_outage("it doesn't write within 2 s"),
-        }
-        !self.is_out()
+            Err(_) => {
+                self.note_outage("it doesn't write within 2 s");
+                false
+            }
+        };
+        *checked = Some((Instant::now(), usable));
+        usable && !self.is_out()
     }
 
     /// Waits at start for the holder of SQLite's write lock, which may be a stopped process.
@@ -111,22 +162,57 @@ impl Store {
     }
 
     async fn try_to_write(&self) -> Result<()> {
-        if let Db::Sqlite { reader, .. } = &*self.db {
-            // SQLite's write-ahead log has reserved space, so a small write may succeed when a large one doesn't.
-            let file = reader.connect_options().get_filename().to_owned();
-            let tried = spawn_blocking(move || disk::try_to_write(file.parent().unwrap_or(Path::new("."))));
-            tried
-                .await
-                .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-                .map_err(Error::during("write beside the database"))?;
+        let reader = match &*self.db {
+            Db::Postgres(pool) => return self.write_to_postgres(pool).await,
+            Db::Sqlite { reader, .. } => reader,
+        };
+        // SQLite's write-ahead log has reserved space, so a small write may succeed when a large one doesn't.
+        let file = reader.connect_options().get_filename().to_owned();
+        let tried = spawn_blocking(move || disk::try_to_write(file.parent().unwrap_or(Path::new("."))));
+        tried
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(Error::during("write beside the database"))?;
+        // Who writes all the time holds the one lock all the time.
+        if self.outage.wrote_lately() {
+            return Ok(());
         }
         let mut tx = self.begin().await?;
         execute!(
             tx,
             "write to the database",
-            "update queue set paused = paused where queue_number = 1"
+            "update instance set instance_number = instance_number"
         )?;
         tx.commit().await
+    }
+
+    async fn write_to_postgres(&self, pool: &PgPool) -> Result<()> {
+        let mut own = self.outage.own.lock().await;
+        // Taken out, so that a connection on which this was given up is closed.
+        if let Some(mut connection) = own.take() {
+            match connection
+                .execute(sqlx::raw_sql(WRITE_TO_POSTGRES))
+                .await
+                .map_err(Error::during(WRITE))
+            {
+                Ok(_) => {
+                    *own = Some(connection);
+                    return Ok(());
+                }
+                // The server may have closed it long ago.
+                Err(error) if error.is_outage() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let mut connection = connect::connect(&pool.connect_options())
+            .await
+            .map_err(Error::during("connect to the database"))?;
+        connection
+            .execute(sqlx::raw_sql(WRITE_TO_POSTGRES))
+            .await
+            .map_err(Error::during(WRITE))?;
+        *own = Some(connection);
+        Ok(())
     }
 
     async fn watch_outage(&self) {
@@ -148,6 +234,33 @@ impl Store {
 }
 
 impl Outage {
+    /// Whether the log may say again that the database is overloaded or locked.
+    fn may_log(&self) -> bool {
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = logged.is_none_or(|at| at.elapsed() >= LOGGED_EVERY);
+        if may {
+            *logged = Some(Instant::now());
+        }
+        may
+    }
+
+    /// Records a commit of this process.
+    pub(super) fn wrote(&self) {
+        *self.wrote.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    fn wrote_lately(&self) -> bool {
+        let wrote = *self.wrote.lock().unwrap_or_else(PoisonError::into_inner);
+        wrote.is_some_and(|at| at.elapsed() < CHECKED_FOR)
+    }
+
+    /// Closes what the checks have open.
+    pub(super) async fn close(&self) {
+        if let Some(connection) = self.own.lock().await.take() {
+            let _ = connection.close().await;
+        }
+    }
+
     fn last_error(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
     }

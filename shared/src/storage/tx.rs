@@ -70,6 +70,7 @@ impl Tx {
                     ..
                 } = &*store.db
                 {
+                    store.outage.wrote();
                     rung.fetch_or(rings, Ordering::Relaxed);
                     committed.notify_one();
                 }
