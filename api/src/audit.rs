@@ -1,22 +1,25 @@
 //! Who changed what over HTTP, and the list of it.
 
 use http::StatusCode;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use shared::clock::{self, Timestamp};
 use shared::storage::{AuditEntry, AuditRow};
 use warp::reply::Response;
 
-use crate::caller::Caller;
-use crate::problem::Problem;
-use crate::reply::{self, Meta};
-use crate::request::Request;
-use crate::request::fields::choice;
+use crate::context::Context;
+use crate::gate::caller::Caller;
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Meta};
+use crate::http::request::Request;
+use crate::http::request::fields::choice;
 
 /// So many entries are shown at most; more are asked for page by page.
 const LARGEST_PAGE: i64 = 200;
 
 /// What is noted about a change that this request makes.
 pub fn entry(
+    context: &Context,
     request: &Request,
     caller: &Caller,
     action: &'static str,
@@ -28,14 +31,14 @@ pub fn entry(
         actor: caller.key_id.to_string(),
         action,
         object_id: object_id.to_owned(),
-        address: request.client().to_string(),
+        address: context.client(request).to_string(),
         request_id: request.id.clone(),
         detail,
     }
 }
 
 /// `GET /audit?kind=admin`: changes of keys, budgets and webhooks, and refused authentications, newest first.
-pub async fn list(request: &Request, _caller: &Caller) -> Result<Response, Problem> {
+pub async fn list(context: &Context, request: &Request, _caller: &Caller) -> Result<Response, Problem> {
     let query = request.query();
     let kind = query.value("kind", |word| choice(&["admin"])(word.into()))?;
     if kind.is_none() {
@@ -50,28 +53,53 @@ pub async fn list(request: &Request, _caller: &Caller) -> Result<Response, Probl
         .min(LARGEST_PAGE);
     let before = query.integer("before", 0..=i64::MAX)?.unwrap_or(0);
     let actor = query.text("user_id").unwrap_or_default();
-    let rows = request.context.store.audit_entries(actor, before, limit).await?;
-    let shown = rows.iter().map(show).collect::<Result<Vec<_>, _>>()?;
-    let body = json!({
-        "count": shown.len(),
-        "data": shown,
-        "user_id": query.text("user_id"),
-        "meta": Meta::of(request),
-    });
-    reply::json(StatusCode::OK, &body)
+    let rows = context.store.audit_entries(actor, before, limit).await?;
+    let data = rows.iter().map(AuditView::of).collect::<Result<Vec<_>, _>>()?;
+    let page = AuditPage {
+        count: data.len(),
+        data,
+        meta: Meta::of(request),
+        user_id: query.text("user_id"),
+    };
+    reply::json(StatusCode::OK, &page)
 }
 
-fn show(row: &AuditRow) -> Result<Value, Problem> {
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-    Ok(json!({
-        "id": row.audit_number,
-        "created_at": Timestamp(row.at.0),
-        "user_id": text(&row.actor),
-        "action": row.action,
-        "object_id": text(&row.object_id),
-        "address": text(&row.address),
-        "request_id": text(&row.request_id),
-        "count": row.times,
-        "detail": serde_json::from_str::<Value>(&row.detail).map_err(Problem::internal)?,
-    }))
+/// The list, in the form of the Python service.
+#[derive(Debug, Serialize)]
+struct AuditPage<'p> {
+    count: usize,
+    data: Vec<AuditView<'p>>,
+    meta: Meta<'p>,
+    user_id: Option<&'p str>,
+}
+
+/// An entry as clients see it.
+#[derive(Debug, Serialize)]
+pub struct AuditView<'r> {
+    action: &'r str,
+    address: Option<&'r str>,
+    count: i64,
+    created_at: Timestamp,
+    detail: Value,
+    id: i64,
+    object_id: Option<&'r str>,
+    request_id: Option<&'r str>,
+    user_id: Option<&'r str>,
+}
+
+impl<'r> AuditView<'r> {
+    fn of(row: &'r AuditRow) -> Result<Self, Problem> {
+        let text = |text: &'r String| Some(text.as_str()).filter(|text| !text.is_empty());
+        Ok(Self {
+            action: &row.action,
+            address: text(&row.address),
+            count: row.times,
+            created_at: Timestamp(row.at.0),
+            detail: serde_json::from_str(&row.detail).map_err(Problem::internal)?,
+            id: row.audit_number,
+            object_id: text(&row.object_id),
+            request_id: text(&row.request_id),
+            user_id: text(&row.actor),
+        })
+    }
 }

@@ -1,7 +1,7 @@
-//! Budgets over HTTP: seen by those whose jobs count in them, set by administrators; and what a submission learns of
-//! them.
+//! Budgets over HTTP: seen by those whose jobs count in them, set by administrators.
 
-use http::{HeaderName, Method, StatusCode};
+use http::{Method, StatusCode};
+use serde::Serialize;
 use serde_json::{Value, json};
 use shared::budget::{Budget, BudgetStatus, OnExceeded, Period, Scope};
 use shared::clock::{self, Timestamp};
@@ -12,22 +12,21 @@ use shared::storage::{AdjustBudget, DeleteBudget, IdempotencyOutcome, PutBudget}
 use warp::reply::Response;
 
 use crate::audit;
-use crate::caller::Caller;
 use crate::context::Context;
-use crate::problem::Problem;
-use crate::repeat::{REPLAYED, Repeat};
-use crate::reply::{self, Headers, Pagination, TextCursor, etag, more_than};
-use crate::request::fields::{Fault, Fields, Reading, choice, dollars, integer, list, text};
-use crate::request::{Request, Segment, headers as request_headers, invalid};
+use crate::gate::budget::{GLOBAL_ID, shown_id};
+use crate::gate::caller::Caller;
+use crate::gate::idempotency::{IdempotentRequest, REPLAYED};
+use crate::http::page::{Pagination, TextCursor, more_than};
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers, etag};
+use crate::http::request::fields::{Fault, Fields, Reading, choice, dollars, integer, list, text};
+use crate::http::request::{Request, Segment, headers, invalid};
 
 /// The largest limit, and the largest adjustment either way: a million dollars.
 pub const LARGEST: MicroUsd = MicroUsd(1_000_000_000_000);
 
-/// The id of the global budget in addresses and answers.
-const GLOBAL_ID: &str = "global";
-
 /// `/api/v1/budgets`.
-pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+pub async fn collection(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let query = request.query();
     let limit = query.integer("limit", 1..=100)?.unwrap_or(20);
     let all = sees_all(caller);
@@ -37,28 +36,29 @@ pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, 
         None => None,
     };
     let owner = (!all).then_some(&caller.key_id);
-    let store = &request.context.store;
     // One more than is shown tells whether there are more.
-    let mut budgets = store
+    let mut budgets = context
+        .store
         .budgets(owner, after.as_ref(), limit + 1, clock::now())
         .await?;
     let next = more_than(limit, &mut budgets, |status| {
         let scope = &status.budget.scope;
         TextCursor(format!("{}/{}", scope.name(), scope.id())).encode(&bound_to)
     });
-    let shown = budgets.iter().map(show).collect::<Vec<_>>();
+    let shown = budgets.iter().map(BudgetView::of).collect::<Vec<_>>();
     let pagination = Pagination::new(limit, next);
     Ok(pagination.link(request, reply::list(request, shown, &pagination)?))
 }
 
 /// The budget that a cursor stands at.
-fn position(place: &str) -> Result<Scope, Problem> {
-    let (name, id) = place.split_once('/').ok_or(Problem::InvalidCursor)?;
+fn position(text: &str) -> Result<Scope, Problem> {
+    let (name, id) = text.split_once('/').ok_or(Problem::InvalidCursor)?;
     Scope::parse(name, id).ok_or(Problem::InvalidCursor)
 }
 
 /// `/api/v1/budgets/{scope}/{id}`.
 pub async fn item(
+    context: &Context,
     request: &Request,
     caller: &Caller,
     scope: &Segment,
@@ -67,31 +67,32 @@ pub async fn item(
     let scope = visible(caller, scope, id)?;
     match request.method {
         Method::GET => {
-            let status = find(request, &scope).await?;
+            let status = find(context, &scope).await?;
             answer(request, &status)
         }
-        Method::PUT => put(request, caller, scope).await,
-        _ => delete(request, caller, &scope).await,
+        Method::PUT => put(context, request, caller, scope).await,
+        _ => delete(context, request, caller, &scope).await,
     }
 }
 
 /// `POST /api/v1/budgets/{scope}/{id}/adjust`: more or less spent than the attempts cost, with a reason.
 pub async fn adjust(
+    context: &Context,
     request: &Request,
     caller: &Caller,
     scope: &Segment,
     id: &Segment,
 ) -> Result<Response, Problem> {
-    let context = &request.context;
     let scope = visible(caller, scope, id)?;
     let body = request.json().await?;
-    let repeat = Repeat::of(request, caller, &body)?;
+    let ttl = context.config.idempotency_ttl;
+    let idempotent = IdempotentRequest::of(request, caller, &body, ttl)?;
     let mut fields = body.fields()?;
     let delta = fields.required("delta_usd", delta);
     let reason = fields.required("reason", text(1..=200));
     let (delta, reason) = fields.finish(delta.zip(reason))?;
-    if let Some(first) = Repeat::earlier(context, repeat.as_ref()).await? {
-        return answer_again(request, &first.body);
+    if let Some(first) = IdempotentRequest::earlier(idempotent.as_ref(), &context.store).await? {
+        return replay(request, &first.body);
     }
     let now = clock::now();
     let mut tx = context.store.begin().await?;
@@ -99,16 +100,17 @@ pub async fn adjust(
         return Err(Problem::NoSuch("Budget"));
     }
     let status = tx.budget(&scope, now).await?.ok_or(Problem::NoSuch("Budget"))?;
-    if let Some(repeat) = repeat {
-        let record = repeat.record(None, StatusCode::OK, show(&status).to_string());
-        if let IdempotencyOutcome::Replay(first) = tx.remember(&record, repeat.expired_before).await? {
+    if let Some(idempotent) = idempotent {
+        let record = idempotent.record(None, StatusCode::OK, json!(BudgetView::of(&status)).to_string());
+        if let IdempotencyOutcome::Replay(first) = tx.remember(&record, idempotent.expired_before).await? {
             tx.rollback().await?;
-            repeat.check(&first)?;
-            return answer_again(request, &first.body);
+            idempotent.check(&first)?;
+            return replay(request, &first.body);
         }
     }
     let detail = json!({"delta_usd": delta, "reason": reason, "spent_usd": status.spent});
     tx.audit(&audit::entry(
+        context,
         request,
         caller,
         "budget.adjust",
@@ -121,13 +123,17 @@ pub async fn adjust(
 }
 
 /// The answer to a request that was answered before.
-fn answer_again(request: &Request, body: &str) -> Result<Response, Problem> {
+fn replay(request: &Request, body: &str) -> Result<Response, Problem> {
     let shown = serde_json::from_str::<Value>(body).map_err(Problem::internal)?;
     Ok(reply::data(request, StatusCode::OK, shown)?.with(REPLAYED, "true"))
 }
 
-async fn put(request: &Request, caller: &Caller, scope: Scope) -> Result<Response, Problem> {
-    let context = &request.context;
+async fn put(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    scope: Scope,
+) -> Result<Response, Problem> {
     let mut fields = request.json().await?.fields()?;
     for (name, value) in [("scope", scope.name()), ("id", shown_id(&scope))] {
         if fields
@@ -140,8 +146,8 @@ async fn put(request: &Request, caller: &Caller, scope: Scope) -> Result<Respons
             );
         }
     }
-    let wanted = Terms::read(&mut fields);
-    let budget = fields.finish(wanted)?.of(scope);
+    let spec = BudgetSpec::read(&mut fields);
+    let budget = fields.finish(spec)?.into_budget(scope);
     let now = clock::now();
     let before = context.store.budget(&budget.scope, now).await?;
     let expected = expected(request, before.as_ref())?;
@@ -156,9 +162,12 @@ async fn put(request: &Request, caller: &Caller, scope: Scope) -> Result<Respons
         .budget(&budget.scope, now)
         .await?
         .ok_or(Problem::NoSuch("Budget"))?;
-    let detail =
-        json!({"before": before.as_ref().map(|status| terms(&status.budget)), "after": terms(&budget)});
+    let detail = json!({
+        "before": before.as_ref().map(|status| BudgetSpecView::of(&status.budget)),
+        "after": BudgetSpecView::of(&budget),
+    });
     tx.audit(&audit::entry(
+        context,
         request,
         caller,
         "budget.put",
@@ -170,10 +179,14 @@ async fn put(request: &Request, caller: &Caller, scope: Scope) -> Result<Respons
     answer(request, &status)
 }
 
-async fn delete(request: &Request, caller: &Caller, scope: &Scope) -> Result<Response, Problem> {
-    let context = &request.context;
+async fn delete(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    scope: &Scope,
+) -> Result<Response, Problem> {
     let now = clock::now();
-    let before = find(request, scope).await?;
+    let before = find(context, scope).await?;
     let expected = expected(request, Some(&before))?;
     let mut tx = context.store.begin().await?;
     let default = context.config.max_cost_per_user;
@@ -182,8 +195,9 @@ async fn delete(request: &Request, caller: &Caller, scope: &Scope) -> Result<Res
         DeleteBudget::NoSuchBudget => return Err(Problem::NoSuch("Budget")),
         DeleteBudget::Changed => return Err(changed()),
     }
-    let detail = json!({"before": terms(&before.budget)});
+    let detail = json!({"before": BudgetSpecView::of(&before.budget)});
     tx.audit(&audit::entry(
+        context,
         request,
         caller,
         "budget.delete",
@@ -220,18 +234,18 @@ pub fn is_key_id(text: &str) -> bool {
     (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
-async fn find(request: &Request, scope: &Scope) -> Result<BudgetStatus, Problem> {
-    let found = request.context.store.budget(scope, clock::now()).await?;
+async fn find(context: &Context, scope: &Scope) -> Result<BudgetStatus, Problem> {
+    let found = context.store.budget(scope, clock::now()).await?;
     found.ok_or(Problem::NoSuch("Budget"))
 }
 
 /// The version that `If-Match` wants changed and no other; `None` without that header.
 fn expected(request: &Request, present: Option<&BudgetStatus>) -> Result<Option<i64>, Problem> {
-    let Some(tags) = request_headers::text(&request.headers, "if-match") else {
+    let Some(tags) = headers::text(&request.headers, "if-match") else {
         return Ok(None);
     };
     match present {
-        Some(status) if request_headers::names_etag(tags, &etag(status.version)) => Ok(Some(status.version)),
+        Some(status) if headers::names_etag(tags, &etag(status.version)) => Ok(Some(status.version)),
         _ => Err(changed()),
     }
 }
@@ -248,14 +262,14 @@ pub fn below_spent(field: &str, spent: MicroUsd) -> Problem {
 
 /// How a budget is set, whatever it bounds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Terms {
+pub struct BudgetSpec {
     limit: MicroUsd,
     period: Period,
     alert_thresholds: Vec<i64>,
     on_exceeded: OnExceeded,
 }
 
-impl Terms {
+impl BudgetSpec {
     /// Reads the members of a budget. `None` means that the limit was a fault.
     pub fn read(fields: &mut Fields) -> Option<Self> {
         let limit = fields.required("limit_usd", dollars(LARGEST));
@@ -281,8 +295,8 @@ impl Terms {
         })
     }
 
-    /// The budget of this scope with these terms.
-    pub fn of(self, scope: Scope) -> Budget {
+    /// The budget of this scope.
+    pub fn into_budget(self, scope: Scope) -> Budget {
         Budget {
             scope,
             limit: self.limit,
@@ -305,17 +319,9 @@ fn delta(value: Value) -> Reading<MicroUsd> {
 }
 
 fn answer(request: &Request, status: &BudgetStatus) -> Result<Response, Problem> {
-    let response = reply::data(request, StatusCode::OK, show(status))?;
-    // The tag is that of the terms, for `If-Match`; what was spent changes without it.
+    let response = reply::data(request, StatusCode::OK, BudgetView::of(status))?;
+    // The tag is that of the settings, for `If-Match`; what was spent changes without it.
     Ok(response.etag_unkept(&etag(status.version)))
-}
-
-/// The id beside the scope's name in addresses and answers.
-fn shown_id(scope: &Scope) -> &str {
-    match scope {
-        Scope::Key(key_id) => key_id.as_str(),
-        Scope::Global => GLOBAL_ID,
-    }
 }
 
 /// As the audit names it: `key/env_0123abcd`.
@@ -323,125 +329,101 @@ fn path(scope: &Scope) -> String {
     format!("{}/{}", scope.name(), shown_id(scope))
 }
 
-/// A budget as it was set.
-pub fn terms(budget: &Budget) -> Value {
-    json!({
-        "scope": budget.scope.name(),
-        "id": shown_id(&budget.scope),
-        "limit_usd": budget.limit,
-        "period": budget.period,
-        "alert_thresholds": budget.alert_thresholds,
-        "on_exceeded": budget.on_exceeded,
-    })
+/// A budget as it was set, as clients see it.
+#[derive(Debug, Serialize)]
+pub struct BudgetSpecView {
+    alert_thresholds: Vec<i64>,
+    id: String,
+    limit_usd: MicroUsd,
+    on_exceeded: OnExceeded,
+    period: Period,
+    scope: &'static str,
 }
 
-/// A budget and where it stands.
-pub fn show(status: &BudgetStatus) -> Value {
-    let mut shown = terms(&status.budget);
-    let alerts = status.alerts.iter();
-    shown["period_start"] = json!(status.period_start);
-    shown["resets_at"] = json!(status.resets_at);
-    shown["spent_usd"] = json!(status.spent);
-    shown["reserved_usd"] = json!(status.reserved);
-    shown["remaining_usd"] = json!(status.remaining());
-    shown["alerts"] = alerts
-        .map(|(threshold, at)| json!({"threshold": threshold, "at": at}))
-        .collect();
-    shown["is_default"] = json!(status.is_default);
-    shown["version"] = json!(status.version);
-    shown
-}
-
-/// Refuses a submission of this owner for which the money is spent already; gives the budget that leaves least.
-pub async fn admit(
-    context: &Context,
-    owner: &KeyId,
-    now: Timestamp,
-) -> Result<Option<BudgetStatus>, Problem> {
-    let mut budgets = context.store.budgets_of(owner, now).await?;
-    if let Some(place) = budgets.iter().position(BudgetStatus::refuses) {
-        return Err(Problem::BudgetExceeded(Box::new(budgets.swap_remove(place))));
+impl BudgetSpecView {
+    /// Shows a budget.
+    pub fn of(budget: &Budget) -> Self {
+        Self {
+            alert_thresholds: budget.alert_thresholds.clone(),
+            id: shown_id(&budget.scope).to_owned(),
+            limit_usd: budget.limit,
+            on_exceeded: budget.on_exceeded,
+            period: budget.period,
+            scope: budget.scope.name(),
+        }
     }
-    Ok(budgets.into_iter().min_by_key(BudgetStatus::remaining))
 }
 
-/// The headers by which a submission learns how a budget stands.
-pub fn headers(status: &BudgetStatus) -> impl Iterator<Item = (HeaderName, String)> {
-    let amount = |amount: MicroUsd| amount.to_string().replace('$', "");
-    let reset = status.resets_at.map(|at| at.unix_seconds().to_string());
-    [
-        (
-            HeaderName::from_static("x-budget-limit"),
-            Some(amount(status.budget.limit)),
-        ),
-        (
-            HeaderName::from_static("x-budget-remaining"),
-            Some(amount(status.remaining())),
-        ),
-        (HeaderName::from_static("x-budget-reset"), reset),
-    ]
-    .into_iter()
-    .filter_map(|(name, value)| value.map(|value| (name, value)))
+/// A budget and where it stands, as clients see it.
+#[derive(Debug, Serialize)]
+pub struct BudgetView {
+    alert_thresholds: Vec<i64>,
+    alerts: Vec<AlertView>,
+    id: String,
+    is_default: bool,
+    limit_usd: MicroUsd,
+    on_exceeded: OnExceeded,
+    period: Period,
+    period_start: Timestamp,
+    remaining_usd: MicroUsd,
+    reserved_usd: MicroUsd,
+    resets_at: Option<Timestamp>,
+    scope: &'static str,
+    spent_usd: MicroUsd,
+    version: i64,
 }
 
-/// Why a submission is refused, in words.
-pub fn exceeded(status: &BudgetStatus) -> String {
-    let whose = match status.budget.scope {
-        Scope::Key(_) => "User",
-        Scope::Global => "Global",
-    };
-    let (spent, limit) = (status.spent, status.budget.limit);
-    let next = match status.resets_at {
-        Some(at) => format!("it begins anew at {at}, or an administrator raises it"),
-        None => "an administrator can raise it".to_owned(),
-    };
-    format!("{whose} budget exceeded: {spent} >= {limit}; {next}")
+/// A threshold that was reached.
+#[derive(Debug, Serialize)]
+struct AlertView {
+    at: Timestamp,
+    threshold: i64,
 }
 
-/// Why a submission is refused, in numbers.
-pub fn summary(status: &BudgetStatus) -> Value {
-    let scope = &status.budget.scope;
-    json!({
-        "scope": scope.name(),
-        "id": shown_id(scope),
-        "limit": status.budget.limit,
-        "spent": status.spent,
-        "reserved": status.reserved,
-        "period": status.budget.period,
-        "resets_at": status.resets_at,
-    })
+impl BudgetView {
+    /// Shows a budget.
+    pub fn of(status: &BudgetStatus) -> Self {
+        let budget = &status.budget;
+        Self {
+            alert_thresholds: budget.alert_thresholds.clone(),
+            alerts: status
+                .alerts
+                .iter()
+                .map(|(threshold, at)| AlertView {
+                    at: *at,
+                    threshold: *threshold,
+                })
+                .collect(),
+            id: shown_id(&budget.scope).to_owned(),
+            is_default: status.is_default,
+            limit_usd: budget.limit,
+            on_exceeded: budget.on_exceeded,
+            period: budget.period,
+            period_start: status.period_start,
+            remaining_usd: status.remaining(),
+            reserved_usd: status.reserved,
+            resets_at: status.resets_at,
+            scope: budget.scope.name(),
+            spent_usd: status.spent,
+            version: status.version,
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn status(limit: i64, spent: i64, reserved: i64) -> BudgetStatus {
-        BudgetStatus {
-            budget: Budget {
-                period: Period::Month,
-                ..Budget::default_of(&KeyId::known("env_12345678"), MicroUsd(limit))
-            },
-            is_default: false,
-            version: 3,
-            period_start: Timestamp::parse("2026-11-01T00:00:00Z").unwrap(),
-            resets_at: Timestamp::parse("2026-12-01T00:00:00Z"),
-            spent: MicroUsd(spent),
-            reserved: MicroUsd(reserved),
-            alerts: vec![(80, Timestamp::parse("2026-11-20T08:00:00Z").unwrap())],
-        }
-    }
-
-    fn read(value: Value) -> Result<Terms, Problem> {
+    fn read(value: Value) -> Result<BudgetSpec, Problem> {
         let mut fields = Fields::of("body", value).unwrap();
-        let terms = Terms::read(&mut fields);
-        fields.finish(terms)
+        let spec = BudgetSpec::read(&mut fields);
+        fields.finish(spec)
     }
 
     #[test]
     fn a_limit_alone_is_a_budget_for_ever() {
-        let terms = read(json!({"limit_usd": 12.5})).unwrap();
-        let budget = terms.of(Scope::Key(KeyId::known("k")));
+        let spec = read(json!({"limit_usd": 12.5})).unwrap();
+        let budget = spec.into_budget(Scope::Key(KeyId::known("k")));
         assert_eq!(
             budget,
             Budget::default_of(&KeyId::known("k"), MicroUsd(12_500_000))
@@ -505,29 +487,5 @@ mod tests {
         ] {
             assert!(format!("{:?}", delta(value)).contains(kind), "{kind}");
         }
-    }
-
-    #[test]
-    fn a_refusal_says_how_much_and_until_when() {
-        assert_eq!(
-            exceeded(&status(50_000_000, 50_120_000, 0)),
-            "User budget exceeded: $50.12 >= $50.00; it begins anew at 2026-12-01T00:00:00.000000+00:00, or an \
-             administrator raises it"
-        );
-    }
-
-    #[test]
-    fn a_submission_learns_what_is_left() {
-        let shown = headers(&status(50_000_000, 1, 2_000_000))
-            .map(|(name, value)| format!("{name}: {value}"))
-            .collect::<Vec<_>>();
-        assert_eq!(
-            shown,
-            [
-                "x-budget-limit: 50.00",
-                "x-budget-remaining: 47.999999",
-                "x-budget-reset: 1796083200"
-            ]
-        );
     }
 }

@@ -7,10 +7,10 @@ use shared::storage::Rate;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use crate::address::Proxies;
-use crate::caller::Keys;
-use crate::cors::Cors;
-use crate::limits::Rates;
+use crate::gate::caller::{Exposure, Keys};
+use crate::gate::limits::Rates;
+use crate::http::address::Proxies;
+use crate::http::cors::Cors;
 
 /// How the API is set up.
 #[derive(Clone, Debug)]
@@ -116,6 +116,15 @@ impl Config {
             retention: vars.retention()?,
             drain: vars.drain()?,
         })
+    }
+
+    /// To whom the service is exposed when there is no key.
+    pub fn exposure(&self) -> Exposure<'_> {
+        Exposure {
+            allow_anonymous: self.allow_anonymous,
+            loopback: self.address.ip().is_loopback(),
+            cors: &self.cors,
+        }
     }
 
     /// Refuses to serve strangers by accident. `stored`: the database holds keys.

@@ -1,15 +1,19 @@
 //! Everything that a handler may touch.
 
 use shared::storage::{self, Store, Wakeups};
+use shared::telemetry::chain;
 use shared::{clock, env};
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::keyring::Keyring;
-use crate::limits::Limits;
-use crate::streams::Streams;
+use crate::gate::keyring::Keyring;
+use crate::gate::limits::Limits;
+use crate::gate::streams::Streams;
+use crate::http::problem::Problem;
+use crate::http::request::Request;
 
 /// What handlers share. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -22,7 +26,7 @@ pub struct Parts {
     pub config: Config,
     /// The database.
     pub store: Store,
-    /// Whose secret opens.
+    /// Whose secrets are valid.
     pub keyring: Keyring,
     /// How often a caller may ask.
     pub limits: Limits,
@@ -84,7 +88,7 @@ impl Context {
             .await?;
         let stopping = CancellationToken::new();
         Ok(Self(Arc::new(Parts {
-            keyring: Keyring::new(store.clone(), config.secret_key.clone()),
+            keyring: Keyring::new(store.clone(), config.keys.clone(), config.secret_key.clone()),
             limits: Limits::new(store.clone()),
             streams: Streams::new(store.clone()),
             config,
@@ -93,9 +97,50 @@ impl Context {
             stopping,
         })))
     }
+
+    /// The address of the client, also behind proxies that are trusted.
+    pub fn client(&self, request: &Request) -> IpAddr {
+        self.config.proxies.client(request.peer.ip(), &request.headers)
+    }
+
+    /// Logs what the client of a problem isn't told, in one line; the request's span says which request it was.
+    pub fn report(&self, problem: &Problem) {
+        match problem {
+            Problem::Internal(source) => tracing::error!(error = %chain(source.as_ref()), "a request failed"),
+            Problem::Unavailable {
+                source: Some(source), ..
+            } => {
+                // An outage is logged once, not with each request that it meets.
+                let noted = source.downcast_ref().is_some_and(|error| self.store.note(error));
+                if !noted {
+                    tracing::warn!(error = %chain(source.as_ref()), "a request was answered as unavailable");
+                }
+            }
+            _ => {}
+        }
+    }
 }
 
-/// Without the right one no key of the database would open, and nobody would know why.
+/// A database that can't be reached is a reason to try again; everything else is a fault of the service.
+impl From<storage::Error> for Problem {
+    fn from(error: storage::Error) -> Self {
+        if error.is_unavailable() {
+            let detail = if error.is_overload() {
+                "The service is overloaded at the moment"
+            } else {
+                "The database is not available at the moment"
+            };
+            Self::Unavailable {
+                detail,
+                source: Some(Box::new(error)),
+            }
+        } else {
+            Self::Internal(Box::new(error))
+        }
+    }
+}
+
+/// Without the right one no key of the database would be valid, and nobody would know why.
 fn secret_key_error(problem: &str) -> env::Error {
     env::Error::new("SECRET_KEY", problem, "the value that it had then")
 }

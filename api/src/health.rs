@@ -8,9 +8,10 @@ use std::time::Duration;
 use tokio::time::timeout;
 use warp::reply::Response;
 
-use crate::problem::{Database, Problem};
-use crate::reply::{self, Meta};
-use crate::request::Request;
+use crate::context::Context;
+use crate::http::problem::{Database, Problem};
+use crate::http::reply::{self, Meta};
+use crate::http::request::Request;
 
 /// A database that hasn't answered by then can't be used.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
@@ -19,16 +20,16 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 const SEEN_WITHIN: Duration = Duration::from_secs(30);
 
 /// `GET /livez`: the process lives. Touches nothing else.
-pub async fn livez(request: &Request) -> Result<Response, Problem> {
+pub async fn livez(_context: &Context, request: &Request) -> Result<Response, Problem> {
     only_get(request)?;
     Ok(reply::text(StatusCode::OK, "ok".to_owned()))
 }
 
 /// `GET /readyz`: 200 when requests can be served, 503 while the process stops or the database can't be written.
-pub async fn readyz(request: &Request) -> Result<Response, Problem> {
+pub async fn readyz(context: &Context, request: &Request) -> Result<Response, Problem> {
     only_get(request)?;
-    let store = &request.context.store;
-    let draining = request.context.stopping.is_cancelled();
+    let store = &context.store;
+    let draining = context.stopping.is_cancelled();
     let database = match store.is_usable().await {
         true => Database::Writes,
         false if workers(store).await.is_some() => Database::Reads,
@@ -44,9 +45,9 @@ pub async fn readyz(request: &Request) -> Result<Response, Problem> {
 }
 
 /// `GET /api/v1/health`: always 200; the body says how things are, for the service as a whole.
-pub async fn health(request: &Request) -> Result<Response, Problem> {
+pub async fn health(context: &Context, request: &Request) -> Result<Response, Problem> {
     only_get(request)?;
-    let store = &request.context.store;
+    let store = &context.store;
     let usable = store.is_usable().await;
     let workers = workers(store).await;
     let mut body = describe(workers.as_deref(), usable, clock::now());
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn every_check_is_told_whatever_is_wrong() {
+    fn every_check_is_shown_whatever_is_wrong() {
         let checks = |workers: Option<&[WorkerRow]>, usable| describe(workers, usable, NOW)["checks"].clone();
         let all = |database: &str, claude_cli: &str, workers: &str| json!({"database": database, "claude_cli": claude_cli, "workers": workers, "queue": database});
         assert_eq!(checks(None, false), all("error", "unknown", "unknown"));

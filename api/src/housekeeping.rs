@@ -12,11 +12,11 @@ use uuid::Uuid;
 use crate::context::Context;
 
 /// How often uses and refusals are written down.
-const NOTE_EVERY: Duration = Duration::from_secs(2);
+const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 /// How often open streams are renewed.
-const RENEW_EVERY: Duration = Duration::from_secs(10);
+const RENEW_INTERVAL: Duration = Duration::from_secs(10);
 /// How often full buckets and old counts are forgotten.
-const SWEEP_EVERY: Duration = Duration::from_hours(1);
+const SWEEP_INTERVAL: Duration = Duration::from_hours(1);
 
 /// Does it until all requests have `ended`, and once more then.
 pub async fn keep(context: Context, ended: CancellationToken) {
@@ -30,24 +30,28 @@ pub async fn keep(context: Context, ended: CancellationToken) {
     };
     // Streams that are closed and count still.
     let mut left = Vec::new();
-    let (mut note, mut renew, mut sweep) = (every(NOTE_EVERY), every(RENEW_EVERY), every(SWEEP_EVERY));
+    let (mut uses, mut renew, mut sweep) = (
+        every(REPORT_INTERVAL),
+        every(RENEW_INTERVAL),
+        every(SWEEP_INTERVAL),
+    );
     loop {
         tokio::select! {
             Some(stream_id) = closed.recv() => close(&context, stream_id, &mut left).await,
-            _ = note.tick() => told(&context, context.keyring.note().await),
+            _ = uses.tick() => report(&context, context.keyring.report().await),
             _ = renew.tick() => {
                 for stream_id in std::mem::take(&mut left) {
                     close(&context, stream_id, &mut left).await;
                 }
-                told(&context, context.streams.renew().await);
+                report(&context, context.streams.renew().await);
             }
-            _ = sweep.tick() => told(&context, sweep_all(&context).await),
+            _ = sweep.tick() => report(&context, sweep_all(&context).await),
             () = ended.cancelled() => break,
         }
     }
-    told(&context, context.keyring.note().await);
+    report(&context, context.keyring.report().await);
     while let Ok(stream_id) = closed.try_recv() {
-        told(&context, context.store.close_stream(stream_id).await);
+        report(&context, context.store.close_stream(stream_id).await);
     }
 }
 
@@ -56,7 +60,7 @@ async fn close(context: &Context, stream_id: Uuid, left: &mut Vec<Uuid>) {
     if closed.is_err() {
         left.push(stream_id);
     }
-    told(context, closed);
+    report(context, closed);
 }
 
 async fn sweep_all(context: &Context) -> storage::Result<()> {
@@ -65,11 +69,11 @@ async fn sweep_all(context: &Context) -> storage::Result<()> {
     context.store.sweep_audit(clock::now()).await
 }
 
-fn told(context: &Context, done: storage::Result<()>) {
-    // An outage is told once, for everything that it meets.
+fn report(context: &Context, done: storage::Result<()>) {
+    // An outage is logged once, for everything that it meets.
     if let Err(error) = done
         && !context.store.note(&error)
     {
-        tracing::warn!(error = %chain(&error), "a part of the housekeeping has to wait");
+        tracing::warn!(error = %chain(&error), "background maintenance failed, will retry");
     }
 }

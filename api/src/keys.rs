@@ -1,8 +1,8 @@
 //! Keys over HTTP. A secret is in one answer only, the one to the request that made it.
 
 mod change;
+mod request;
 mod view;
-mod wish;
 
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -15,71 +15,76 @@ use std::time::Duration;
 use warp::reply::Response;
 
 use crate::audit;
-use crate::budgets::{self, Terms};
-use crate::caller::Caller;
-use crate::problem::Problem;
-use crate::reply::{self, Cursor, Headers, Pagination, etag, more_than};
-use crate::request::fields::{boolean, choice, integer, text};
-use crate::request::{Request, Segment, headers};
+use crate::budgets::{self, BudgetSpec, BudgetSpecView, BudgetView};
+use crate::context::Context;
+use crate::gate::caller::Caller;
+use crate::http::page::{Cursor, Pagination, more_than};
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers, etag};
+use crate::http::request::fields::{boolean, choice, integer, text};
+use crate::http::request::{Request, Segment, headers};
 use change::Change;
-use wish::Wish;
+use request::KeyRequest;
+use view::KeyView;
 
 /// How often a change is tried that somebody else's comes before.
 const TRIES: usize = 5;
 
 /// `/api/v1/keys`.
-pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+pub async fn collection(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     match request.method {
-        Method::GET => list(request).await,
-        _ => create(request, caller).await,
+        Method::GET => list(context, request).await,
+        _ => create(context, request, caller).await,
     }
 }
 
 /// `/api/v1/keys/{id}`.
-pub async fn item(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
+pub async fn item(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    id: &Segment,
+) -> Result<Response, Problem> {
     match request.method {
-        Method::GET => show(request, id.as_ref()).await,
-        Method::PATCH => patch(request, caller, id).await,
-        _ => delete(request, caller, id).await,
+        Method::GET => show(context, request, id.as_ref()).await,
+        Method::PATCH => patch(context, request, caller, id).await,
+        _ => delete(context, request, caller, id).await,
     }
 }
 
 /// `GET /keys/me`: the caller's own key, its budgets and its limits, for every caller.
-pub async fn me(request: &Request, caller: &Caller) -> Result<Response, Problem> {
-    let context = &request.context;
+pub async fn me(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let mut shown = match stored(&context.store, &caller.key_id).await? {
-        Some(key) => view::show(context, &key).await?,
-        None => view::show_other(context, caller).await?,
+        Some(key) => KeyView::of_stored(context, &key).await?,
+        None => KeyView::of_other(context, caller).await?,
     };
     let own = context.store.budgets_of(&caller.key_id, clock::now()).await?;
-    shown.insert(
-        "budget_status".to_owned(),
-        own.iter().map(budgets::show).collect(),
-    );
-    shown.insert(
-        "rate_limit_status".to_owned(),
-        view::rate_limits(context, caller).await?,
-    );
+    shown.budget_status = Some(own.iter().map(BudgetView::of).collect());
+    shown.rate_limit_status = Some(view::rate_limits(context, caller).await?);
     reply::data(request, StatusCode::OK, shown)
 }
 
-/// `POST /keys/{id}/rotate`: another secret; the present one opens for `grace_seconds` more.
-pub async fn rotate(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
+/// `POST /keys/{id}/rotate`: another secret; the old one stays valid for `grace_seconds` more.
+pub async fn rotate(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    id: &Segment,
+) -> Result<Response, Problem> {
     let mut body = request.json_or_nothing().await?.fields()?;
     let grace = body
         .optional("grace_seconds", integer(0..=604_800))
         .unwrap_or(86_400);
     body.finish(Some(()))?;
-    let context = &request.context;
     for _ in 0..TRIES {
-        let key = find(request, id).await?;
+        let key = find(context, id).await?;
         check_match(request, &key)?;
         may_change(caller, &key)?;
         if key.status(clock::now()) != KeyStatus::Active {
             return Err(Problem::KeyNotActive);
         }
         let kid = Kid::of(key.key_id.as_str()).ok_or(Problem::NoSuch("Key"))?;
-        let (secret, digest) = new_secret(request, KeyKind::of(key.is_admin()), &kid)?;
+        let (secret, digest) = new_secret(context, KeyKind::of(key.is_admin()), &kid)?;
         let grace = Duration::from_secs(u64::try_from(grace).unwrap_or(0));
         let fresh = NewSecret::new((&secret, digest), grace, clock::now());
         let mut tx = context.store.begin().await?;
@@ -89,6 +94,7 @@ pub async fn rotate(request: &Request, caller: &Caller, id: &Segment) -> Result<
         };
         let detail = json!({"grace_seconds": grace.as_secs()});
         tx.audit(&audit::entry(
+            context,
             request,
             caller,
             "key.rotate",
@@ -98,22 +104,26 @@ pub async fn rotate(request: &Request, caller: &Caller, id: &Segment) -> Result<
         .await?;
         tx.commit().await?;
         context.keyring.forget(&key.key_id);
-        let mut shown = view::show(context, &rotated).await?;
-        shown.insert("key".to_owned(), secret.expose().into());
+        let mut shown = KeyView::of_stored(context, &rotated).await?;
+        shown.key = Some(secret.expose().to_owned());
         return Ok(reply::data(request, StatusCode::OK, shown)?.etag_unkept(&etag(rotated.version)));
     }
     Err(Problem::PreconditionFailed("The key was changed meanwhile"))
 }
 
-/// `POST /keys/{id}/revoke`: the key opens nothing any more, everywhere within seconds. Its jobs go on unless the
+/// `POST /keys/{id}/revoke`: the key stops working everywhere within seconds. Its jobs go on unless the
 /// request wants them cancelled.
-pub async fn revoke(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
+pub async fn revoke(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    id: &Segment,
+) -> Result<Response, Problem> {
     let mut body = request.json_or_nothing().await?.fields()?;
     let reason = body.optional("reason", text(0..=200));
     let cancel_jobs = body.optional("cancel_jobs", boolean).unwrap_or(false);
     body.finish(Some(()))?;
-    let context = &request.context;
-    let key = find(request, id).await?;
+    let key = find(context, id).await?;
     let mut tx = context.store.begin().await?;
     let revoked = tx
         .revoke_api_key(&key.key_id, reason.as_deref(), clock::now())
@@ -122,6 +132,7 @@ pub async fn revoke(request: &Request, caller: &Caller, id: &Segment) -> Result<
     if revoked.version != key.version || cancel_jobs {
         let detail = json!({"reason": reason, "cancel_jobs": cancel_jobs});
         tx.audit(&audit::entry(
+            context,
             request,
             caller,
             "key.revoke",
@@ -138,26 +149,29 @@ pub async fn revoke(request: &Request, caller: &Caller, id: &Segment) -> Result<
         let cancelling = tokio::spawn(async move { store.cancel_jobs_of(&key.key_id).await });
         cancelling.await.map_err(Problem::internal)??;
     }
-    reply::data(request, StatusCode::OK, view::show(context, &revoked).await?)
+    reply::data(
+        request,
+        StatusCode::OK,
+        KeyView::of_stored(context, &revoked).await?,
+    )
 }
 
 /// `POST /keys`.
-async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem> {
-    let context = &request.context;
-    let wish = Wish::read(request.json().await?.fields()?, clock::now())?;
-    within_own(caller, &wish.rights)?;
+async fn create(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
+    let new = KeyRequest::read(request.json().await?.fields()?, clock::now())?;
+    within_own(caller, &new.rights)?;
     let kid = Kid::generate().map_err(Problem::internal)?;
-    let kind = KeyKind::of(wish.rights.scopes.contains(Scope::KeysAdmin));
-    let (secret, secret_digest) = new_secret(request, kind, &kid)?;
+    let kind = KeyKind::of(new.rights.scopes.contains(Scope::KeysAdmin));
+    let (secret, secret_digest) = new_secret(context, kind, &kid)?;
     let now = clock::now();
     let key = NewApiKey {
         key_id: kid.key_id(),
-        name: wish.name,
+        name: new.name,
         secret_digest,
         last4: secret.last4().to_owned(),
-        rights: wish.rights,
-        metadata: Value::Object(wish.metadata).to_string(),
-        expires_at: wish.expires_at,
+        rights: new.rights,
+        metadata: Value::Object(new.metadata).to_string(),
+        expires_at: new.expires_at,
         created_at: now,
         created_by: caller.key_id.to_string(),
     };
@@ -165,7 +179,7 @@ async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem>
     let made = tx
         .insert_api_key(&key, context.config.key_max_running_jobs)
         .await?;
-    match &wish.budget {
+    match &new.budget {
         Some(budget) => put_budget(&mut tx, &key.key_id, budget, now).await?,
         None => {
             tx.put_default_budget(&key.key_id, context.config.max_cost_per_user, now)
@@ -175,9 +189,10 @@ async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem>
     let detail = json!({
         "name": key.name,
         "scopes": key.rights.scopes.to_string(),
-        "budget": shown_budget(wish.budget.as_ref(), &key.key_id),
+        "budget": shown_budget(new.budget.as_ref(), &key.key_id),
     });
     tx.audit(&audit::entry(
+        context,
         request,
         caller,
         "key.create",
@@ -187,8 +202,8 @@ async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem>
     .await?;
     tx.commit().await?;
     context.keyring.forget(&key.key_id);
-    let mut shown = view::show(context, &made).await?;
-    shown.insert("key".to_owned(), secret.expose().into());
+    let mut shown = KeyView::of_stored(context, &made).await?;
+    shown.key = Some(secret.expose().to_owned());
     let response = reply::data(request, StatusCode::CREATED, shown)?;
     Ok(response
         .location(&format!("/api/v1/keys/{}", made.key_id))
@@ -196,8 +211,8 @@ async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem>
 }
 
 /// `GET /keys`: newest first, those of the environment last.
-async fn list(request: &Request) -> Result<Response, Problem> {
-    let (context, query) = (&request.context, request.query());
+async fn list(context: &Context, request: &Request) -> Result<Response, Problem> {
+    let query = request.query();
     let limit = query.integer("limit", 1..=100)?.unwrap_or(20);
     let status = query.value("status", |word| {
         choice(&["active", "revoked", "expired"])(word.into())
@@ -214,7 +229,7 @@ async fn list(request: &Request) -> Result<Response, Problem> {
         None => i64::MAX,
     };
     let mut shown = Vec::new();
-    // The keys of the environment have the places -1, -2 … after all others.
+    // The keys of the environment have the positions -1, -2 … after all others.
     if after > 0 {
         let filter = KeyFilter {
             status,
@@ -222,42 +237,47 @@ async fn list(request: &Request) -> Result<Response, Problem> {
             before: Some(after),
         };
         for key in context.store.api_keys(&filter, limit + 1, clock::now()).await? {
-            shown.push((key.key_number, view::show(context, &key).await?));
+            shown.push((key.key_number, KeyView::of_stored(context, &key).await?));
         }
     }
     if status.is_none_or(|status| status == KeyStatus::Active) {
-        for (place, key) in (1..).zip(context.config.keys.callers()) {
+        for (position, key) in (1..).zip(context.config.keys.callers()) {
             let fits = name.as_deref().is_none_or(|name| name == view::other_name(key));
-            if -place < after && fits {
-                shown.push((-place, view::show_other(context, key).await?));
+            if -position < after && fits {
+                shown.push((-position, KeyView::of_other(context, key).await?));
             }
         }
     }
-    let next = more_than(limit, &mut shown, |(place, _)| Cursor(*place).encode(&bound_to));
+    let next = more_than(limit, &mut shown, |(position, _)| {
+        Cursor(*position).encode(&bound_to)
+    });
     let pagination = Pagination::new(limit, next);
     let shown = shown.into_iter().map(|(_, key)| key).collect::<Vec<_>>();
     Ok(pagination.link(request, reply::list(request, shown, &pagination)?))
 }
 
 /// `GET /keys/{id}`.
-async fn show(request: &Request, id: &str) -> Result<Response, Problem> {
-    let context = &request.context;
-    if let Some(other) = of_environment(request, id) {
-        return reply::data(request, StatusCode::OK, view::show_other(context, other).await?);
+async fn show(context: &Context, request: &Request, id: &str) -> Result<Response, Problem> {
+    if let Some(other) = of_environment(context, id) {
+        return reply::data(request, StatusCode::OK, KeyView::of_other(context, other).await?);
     }
     let key = stored(&context.store, &KeyId::known(id))
         .await?
         .ok_or(Problem::NoSuch("Key"))?;
-    let shown = view::show(context, &key).await?;
+    let shown = KeyView::of_stored(context, &key).await?;
     Ok(reply::data(request, StatusCode::OK, shown)?.etag(&etag(key.version)))
 }
 
 /// `PATCH /keys/{id}`: what is absent stays, what is null is as the service is set up.
-async fn patch(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    let context = &request.context;
+async fn patch(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    id: &Segment,
+) -> Result<Response, Problem> {
     let change = Change::read(request.json().await?.fields()?, clock::now())?;
     for _ in 0..TRIES {
-        let mut key = find(request, id).await?;
+        let mut key = find(context, id).await?;
         check_match(request, &key)?;
         may_change(caller, &key)?;
         change.apply_to(&mut key);
@@ -281,6 +301,7 @@ async fn patch(request: &Request, caller: &Caller, id: &Segment) -> Result<Respo
         }
         let detail = json!({"changed": change.names(), "budget": shown_budget(change.budget.as_ref().and_then(Option::as_ref), &key.key_id)});
         tx.audit(&audit::entry(
+            context,
             request,
             caller,
             "key.update",
@@ -290,16 +311,20 @@ async fn patch(request: &Request, caller: &Caller, id: &Segment) -> Result<Respo
         .await?;
         tx.commit().await?;
         context.keyring.forget(&key.key_id);
-        let shown = view::show(context, &changed).await?;
+        let shown = KeyView::of_stored(context, &changed).await?;
         return Ok(reply::data(request, StatusCode::OK, shown)?.etag(&etag(changed.version)));
     }
     Err(Problem::PreconditionFailed("The key was changed meanwhile"))
 }
 
 /// `DELETE /keys/{id}`.
-async fn delete(request: &Request, caller: &Caller, id: &Segment) -> Result<Response, Problem> {
-    let context = &request.context;
-    let key = find(request, id).await?;
+async fn delete(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    id: &Segment,
+) -> Result<Response, Problem> {
+    let key = find(context, id).await?;
     let mut tx = context.store.begin().await?;
     if !tx.delete_api_key(&key.key_id, clock::now()).await? {
         tx.rollback().await?;
@@ -307,6 +332,7 @@ async fn delete(request: &Request, caller: &Caller, id: &Segment) -> Result<Resp
     }
     let detail = json!({"name": key.name});
     tx.audit(&audit::entry(
+        context,
         request,
         caller,
         "key.delete",
@@ -320,12 +346,12 @@ async fn delete(request: &Request, caller: &Caller, id: &Segment) -> Result<Resp
 }
 
 /// The key of this id that can be changed.
-async fn find(request: &Request, id: &Segment) -> Result<ApiKey, Problem> {
-    if of_environment(request, id.as_ref()).is_some() {
+async fn find(context: &Context, id: &Segment) -> Result<ApiKey, Problem> {
+    if of_environment(context, id.as_ref()).is_some() {
         return Err(Problem::KeyReadOnly);
     }
     let key_id = KeyId::known(id.as_ref());
-    stored(&request.context.store, &key_id)
+    stored(&context.store, &key_id)
         .await?
         .ok_or(Problem::NoSuch("Key"))
 }
@@ -338,8 +364,8 @@ async fn stored(store: &Store, key_id: &KeyId) -> storage::Result<Option<ApiKey>
     }
 }
 
-fn of_environment<'r>(request: &'r Request, id: &str) -> Option<&'r Caller> {
-    let mut keys = request.context.config.keys.callers();
+fn of_environment<'c>(context: &'c Context, id: &str) -> Option<&'c Caller> {
+    let mut keys = context.config.keys.callers();
     keys.find(|key| key.key_id.as_str() == id)
 }
 
@@ -353,7 +379,7 @@ fn check_match(request: &Request, key: &ApiKey) -> Result<(), Problem> {
     }
 }
 
-/// Nobody gives what they haven't.
+/// Nobody gives what they don't have.
 fn within_own(caller: &Caller, rights: &KeyRights) -> Result<(), Problem> {
     match rights.scopes.beyond(caller.rights.scopes) {
         Some(scope) => Err(Problem::InsufficientScope(scope)),
@@ -366,8 +392,8 @@ fn may_change(caller: &Caller, key: &ApiKey) -> Result<(), Problem> {
     within_own(caller, &key.rights)
 }
 
-fn new_secret(request: &Request, kind: KeyKind, kid: &Kid) -> Result<(Secret, Digest), Problem> {
-    let secret_key = request.context.keyring.secret_key().ok_or(Problem::Unavailable {
+fn new_secret(context: &Context, kind: KeyKind, kid: &Kid) -> Result<(Secret, Digest), Problem> {
+    let secret_key = context.keyring.secret_key().ok_or(Problem::Unavailable {
         detail: "Keys need SECRET_KEY, which this service is started without",
         source: None,
     })?;
@@ -375,8 +401,8 @@ fn new_secret(request: &Request, kind: KeyKind, kid: &Kid) -> Result<(Secret, Di
 }
 
 /// Gives the key a budget of its own.
-async fn put_budget(tx: &mut Tx, key_id: &KeyId, terms: &Terms, now: Timestamp) -> Result<(), Problem> {
-    let budget = terms.clone().of(BudgetScope::Key(key_id.clone()));
+async fn put_budget(tx: &mut Tx, key_id: &KeyId, spec: &BudgetSpec, now: Timestamp) -> Result<(), Problem> {
+    let budget = spec.clone().into_budget(BudgetScope::Key(key_id.clone()));
     match tx.put_budget(&budget, None, now).await? {
         PutBudget::Stored => Ok(()),
         PutBudget::BelowSpent(spent) => Err(budgets::below_spent("body -> budget -> limit_usd", spent)),
@@ -385,9 +411,7 @@ async fn put_budget(tx: &mut Tx, key_id: &KeyId, terms: &Terms, now: Timestamp) 
 }
 
 /// A budget that was set with its key, for the audit.
-fn shown_budget(terms: Option<&Terms>, key_id: &KeyId) -> Value {
-    match terms {
-        Some(terms) => budgets::terms(&terms.clone().of(BudgetScope::Key(key_id.clone()))),
-        None => Value::Null,
-    }
+fn shown_budget(spec: Option<&BudgetSpec>, key_id: &KeyId) -> Option<BudgetSpecView> {
+    let budget = spec?.clone().into_budget(BudgetScope::Key(key_id.clone()));
+    Some(BudgetSpecView::of(&budget))
 }

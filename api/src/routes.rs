@@ -3,35 +3,49 @@
 
 use futures_util::FutureExt;
 use http::{Method, StatusCode};
+use http_body_util::Empty;
+use hyper::body::Bytes;
 use shared::key::Scope;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use tower::ServiceExt;
+use tower::util::BoxCloneService;
 use warp::Filter;
 use warp::filters::BoxedFilter;
 use warp::reply::Response;
 
-use crate::caller::Caller;
-use crate::limits::Policy;
-use crate::problem::Problem;
-use crate::request::{Request, Segment};
-use crate::{audit, budgets, cors, health, jobs, keys, reply, sessions, usage};
+use crate::context::Context;
+use crate::gate::limits::{Decided, Policy};
+use crate::gate::{self, Rule};
+use crate::http::problem::Problem;
+use crate::http::request::{Request, Segment};
+use crate::http::serve::App;
+use crate::http::{cors, reply};
+use crate::{audit, budgets, health, jobs, keys, sessions, usage};
 
-/// What a method of a path needs and counts as.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rule {
-    /// The method.
-    pub method: Method,
-    /// The scope that the key must have; `None`: any key will do.
-    pub scope: Option<Scope>,
-    /// The limit that a call counts for.
-    pub policy: Policy,
+/// Who may call a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Who has a key that fits the rule of the method.
+    Keyed(&'static [Rule]),
+    /// Everybody.
+    Open,
+}
+
+impl Access {
+    /// The rules of its methods; none where everybody may call.
+    pub const fn rules(self) -> &'static [Rule] {
+        match self {
+            Self::Keyed(rules) => rules,
+            Self::Open => &[],
+        }
+    }
 }
 
 /// A path of the API.
 struct Route {
     path: String,
-    /// `None`: everybody may call it, without a key.
-    rules: Option<&'static [Rule]>,
+    access: Access,
     filter: BoxedFilter<(Response,)>,
 }
 
@@ -44,8 +58,9 @@ macro_rules! scope {
     };
 }
 
-/// A path whose handler gets the request and the path's variable parts: `keyed` after its caller is known and may call
-/// it, `open` for everybody. In brackets stands for each method the scope that it needs and the limit it counts for.
+/// A path whose handler gets the context, the request, and the path's variable parts: `keyed` also its caller, who is
+/// known then and may call it, `open` for everybody. In brackets stands for each method the scope that it needs and
+/// the limit it counts for.
 macro_rules! route {
     (keyed $($part:tt)/ + $(, $param:ident)* => $handler:path [$($method:ident $scope:ident $policy:ident),+]) => {{
         const METHODS: &[Method] = &[$(Method::$method),+];
@@ -55,24 +70,33 @@ macro_rules! route {
             policy: Policy::$policy,
         }),+];
         let filter = warp::path!($($part)/ +)
+            .and(warp::ext::get::<Context>())
             .and(warp::ext::get::<Arc<Request>>())
-            .then(|$($param: Segment,)* request: Arc<Request>| async move {
+            .then(|$($param: Segment,)* context: Context, request: Arc<Request>| async move {
                 let handled = async {
-                    let caller = admit(&request, METHODS, RULES).await?;
-                    let handling = $handler(&request, &caller $(, &$param)*);
-                    while_open(&request, &caller, handling).await
+                    let admission = gate::admit(&context, &request, METHODS, RULES).await;
+                    let handled = async {
+                        let caller = admission.caller?;
+                        let handling = $handler(&context, &request, &caller $(, &$param)*);
+                        gate::while_active(&context, &request, &caller, handling).await
+                    };
+                    (admission.decided, handled.await)
                 };
-                answer(&request, handled).await
+                answer(&context, &request, handled).await
             })
             .boxed();
-        Route { path: written(stringify!($($part)/ +)), rules: Some(RULES), filter }
+        Route { path: written(stringify!($($part)/ +)), access: Access::Keyed(RULES), filter }
     }};
     (open $($part:tt)/ + => $handler:path) => {{
         let filter = warp::path!($($part)/ +)
+            .and(warp::ext::get::<Context>())
             .and(warp::ext::get::<Arc<Request>>())
-            .then(|request: Arc<Request>| async move { answer(&request, $handler(&request)).await })
+            .then(|context: Context, request: Arc<Request>| async move {
+                let handled = async { (None, $handler(&context, &request).await) };
+                answer(&context, &request, handled).await
+            })
             .boxed();
-        Route { path: written(stringify!($($part)/ +)), rules: None, filter }
+        Route { path: written(stringify!($($part)/ +)), access: Access::Open, filter }
     }};
 }
 
@@ -88,7 +112,7 @@ fn table() -> Vec<Route> {
         route!(keyed "api" / "v1" / "sessions" => sessions::collection
             [GET SessionsRead Read, POST SessionsWrite Read]),
         route!(keyed "api" / "v1" / "sessions" / Segment, name => sessions::item [GET SessionsRead Read]),
-        route!(keyed "api" / "v1" / "sessions" / Segment / "jobs", name => sessions::jobs
+        route!(keyed "api" / "v1" / "sessions" / Segment / "jobs", name => jobs::of_session
             [GET JobsRead Read, POST JobsWrite Submit]),
         route!(keyed "api" / "v1" / "keys" => keys::collection [GET KeysAdmin Read, POST KeysAdmin Read]),
         route!(keyed "api" / "v1" / "keys" / "me" => keys::me [GET any Read]),
@@ -110,25 +134,31 @@ fn table() -> Vec<Route> {
     ]
 }
 
-/// Everything that answers requests.
-pub fn routes() -> BoxedFilter<(Response,)> {
-    let nothing = warp::ext::get::<Arc<Request>>()
-        .then(
-            |request: Arc<Request>| async move { answer(&request, async { Err(Problem::NoSuchPath) }).await },
-        )
+/// Everything that answers requests, for the handlers of this context.
+pub fn app(context: Context) -> App {
+    let nothing = warp::ext::get::<Context>()
+        .and(warp::ext::get::<Arc<Request>>())
+        .then(|context: Context, request: Arc<Request>| async move {
+            answer(&context, &request, async { (None, Err(Problem::NoSuchPath)) }).await
+        })
         .boxed();
-    table()
+    let routes = table()
         .into_iter()
         .rev()
-        .fold(nothing, |others, route| route.filter.or(others).unify().boxed())
+        .fold(nothing, |others, route| route.filter.or(others).unify().boxed());
+    let service = warp::service(routes).map_request(move |mut request: http::Request<Empty<Bytes>>| {
+        request.extensions_mut().insert(context.clone());
+        request
+    });
+    BoxCloneService::new(service)
 }
 
-/// Every path, its variable parts written `{}`, and its rules (`None`: no key is needed): for the documentation, and
-/// for the test that a new path can't be forgotten.
-pub fn listed() -> Vec<(String, Option<&'static [Rule]>)> {
+/// Every path, its variable parts written `{}`, and who may call it: for the documentation, and for the test that a
+/// new path can't be forgotten.
+pub fn listed() -> Vec<(String, Access)> {
     table()
         .into_iter()
-        .map(|route| (route.path, route.rules))
+        .map(|route| (route.path, route.access))
         .collect()
 }
 
@@ -145,46 +175,27 @@ fn written(parts: &str) -> String {
     parts.fold(String::new(), |path, part| path + "/" + part)
 }
 
-/// Who asks, if they may do this: first the key, then its rate, then whether the path has the method, then the scope,
-/// then whether the query can mean anything.
-async fn admit(request: &Request, methods: &'static [Method], rules: &[Rule]) -> Result<Caller, Problem> {
-    let rule = rules.iter().find(|rule| rule.method == request.method);
-    let caller = request
-        .admit(rule.map_or(Policy::Read, |rule| rule.policy))
-        .await?;
-    let rule = rule.ok_or(Problem::MethodNotAllowed(methods))?;
-    if let Some(scope) = rule.scope {
-        caller.require(scope)?;
-    }
-    request.query().check()?;
-    Ok(caller)
-}
-
-/// Waits for a handler that reads, unless the caller's key stops opening meanwhile: a long wait is no way around a
-/// revocation. What writes has been allowed, and is finished.
-async fn while_open(
-    request: &Request,
-    caller: &Caller,
-    handling: impl Future<Output = Result<Response, Problem>>,
-) -> Result<Response, Problem> {
-    if request.method != Method::GET {
-        return handling.await;
-    }
-    tokio::select! {
-        handled = handling => handled,
-        () = request.context.keyring.lost(caller) => Err(Problem::Unauthorized),
-    }
-}
-
 /// What a handler makes of the request, as a response: also when it failed, and when it panicked.
-async fn answer(request: &Request, handled: impl Future<Output = Result<Response, Problem>>) -> Response {
+async fn answer(
+    context: &Context,
+    request: &Request,
+    handled: impl Future<Output = (Option<Decided>, Result<Response, Problem>)>,
+) -> Response {
     if cors::is_preflight(&request.method, &request.headers) {
         return reply::empty(StatusCode::NO_CONTENT);
     }
-    let answered = AssertUnwindSafe(handled).catch_unwind().await;
-    let answered = answered.unwrap_or_else(|_| Err(Problem::internal("the handler panicked")));
+    let handled = AssertUnwindSafe(handled).catch_unwind().await;
+    let (decided, answered) =
+        handled.unwrap_or_else(|_| (None, Err(Problem::internal("the handler panicked"))));
     request.discard_body().await;
-    answered.unwrap_or_else(|problem| problem.reply(request))
+    let mut response = answered.unwrap_or_else(|problem| {
+        context.report(&problem);
+        problem.render(&context.config.problem_type_base, request.path(), &request.id)
+    });
+    if let Some(decided) = decided {
+        decided.apply_to(response.headers_mut());
+    }
+    response
 }
 
 #[cfg(test)]
@@ -201,7 +212,7 @@ mod tests {
 
     #[test]
     fn only_what_says_so_is_open_to_everybody() {
-        let open = listed().into_iter().filter(|(_, rules)| rules.is_none());
+        let open = listed().into_iter().filter(|(_, access)| *access == Access::Open);
         assert_eq!(
             open.map(|(path, _)| path).collect::<Vec<_>>(),
             ["/api/v1/health", "/livez", "/readyz"]
@@ -210,8 +221,8 @@ mod tests {
 
     #[test]
     fn making_a_job_counts_as_a_submission_and_nothing_else_does() {
-        for (path, rules) in listed() {
-            for rule in rules.unwrap_or_default() {
+        for (path, access) in listed() {
+            for rule in access.rules() {
                 let makes_a_job = rule.method == Method::POST && path.ends_with("/jobs");
                 assert_eq!(
                     rule.policy == Policy::Submit,

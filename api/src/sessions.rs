@@ -3,47 +3,45 @@
 use http::header::IF_NONE_MATCH;
 use http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
-use shared::clock;
-use shared::id::KeyId;
+use serde_json::{Map, Value};
+use shared::clock::{self, Timestamp};
+use shared::id::{JobId, KeyId};
+use shared::money::MicroUsd;
 use shared::session::Session;
 use warp::reply::Response;
 
-use crate::caller::Caller;
-use crate::jobs as job_routes;
-use crate::problem::Problem;
-use crate::reply::{self, Headers};
-use crate::request::fields::{Fields, metadata, text};
-use crate::request::{Request, Segment, headers};
+use crate::config::Config;
+use crate::context::Context;
+use crate::gate::caller::Caller;
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers};
+use crate::http::request::fields::{Fields, metadata, text};
+use crate::http::request::{Request, Segment, headers};
 use crate::settings::Settings;
 
 /// `/api/v1/sessions`.
-pub async fn collection(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+pub async fn collection(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     match request.method {
-        Method::POST => create(request, caller).await,
-        _ => list(request, caller).await,
+        Method::POST => create(context, request, caller).await,
+        _ => list(context, request, caller).await,
     }
 }
 
 /// `/api/v1/sessions/{s}`.
-pub async fn item(request: &Request, caller: &Caller, name: &Segment) -> Result<Response, Problem> {
-    let session = find(request, caller, name).await?;
-    reply::data(request, StatusCode::OK, show(request, &session).await?)
-}
-
-/// `/api/v1/sessions/{s}/jobs`.
-pub async fn jobs(request: &Request, caller: &Caller, name: &Segment) -> Result<Response, Problem> {
-    let session = find(request, caller, name).await?;
-    match request.method {
-        Method::POST => job_routes::submit_in_session(request, caller, session).await,
-        _ => job_routes::list_of_session(request, &session).await,
-    }
+pub async fn item(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    name: &Segment,
+) -> Result<Response, Problem> {
+    let session = find(context, caller, name.as_ref()).await?;
+    reply::data(request, StatusCode::OK, SessionView::of(context, &session).await?)
 }
 
 /// The caller's session that `text` names: by its name, its number or the id of its Claude session. An admin who has
 /// none of that name gets another owner's.
-pub async fn named(request: &Request, caller: &Caller, text: &str) -> Result<Option<Session>, Problem> {
-    let store = &request.context.store;
+pub async fn named(context: &Context, caller: &Caller, text: &str) -> Result<Option<Session>, Problem> {
+    let store = &context.store;
     match store.session(Some(&caller.key_id), text).await? {
         None if caller.admin => Ok(store.session(None, text).await?),
         found => Ok(found),
@@ -68,35 +66,39 @@ fn stored(session: &Session) -> Result<Stored, Problem> {
     serde_json::from_str(&session.settings).map_err(Problem::internal)
 }
 
-async fn find(request: &Request, caller: &Caller, name: &Segment) -> Result<Session, Problem> {
-    named(request, caller, name.as_ref())
+/// The caller's session of this name; a problem if there is none.
+pub async fn find(context: &Context, caller: &Caller, name: &str) -> Result<Session, Problem> {
+    named(context, caller, name)
         .await?
         .ok_or(Problem::NoSuch("Session"))
 }
 
 /// `POST /sessions`: makes the session, or gives the one of that name new settings; its conversation goes on.
-async fn create(request: &Request, caller: &Caller) -> Result<Response, Problem> {
-    let context = &request.context;
+async fn create(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let body = request.json().await?.fields()?;
-    let wish = Wish::read(body, &context.config)?;
-    wish.allowed_to(caller)?;
-    let settings = serde_json::to_string(&wish.stored).map_err(Problem::internal)?;
+    let wanted = SessionRequest::read(body, &context.config)?;
+    wanted.allowed_to(caller)?;
+    let settings = serde_json::to_string(&wanted.stored).map_err(Problem::internal)?;
     let mut tx = context.store.begin().await?;
     let (session, new) = tx
-        .put_session(&caller.key_id, &wish.name, &settings, clock::now())
+        .put_session(&caller.key_id, &wanted.name, &settings, clock::now())
         .await?;
     if !new && headers::text(&request.headers, IF_NONE_MATCH.as_str()) == Some("*") {
         tx.rollback().await?;
         return Err(Problem::PreconditionFailed("A session of this name exists"));
     }
     tx.commit().await?;
-    let response = reply::data(request, StatusCode::CREATED, show(request, &session).await?)?;
+    let response = reply::data(
+        request,
+        StatusCode::CREATED,
+        SessionView::of(context, &session).await?,
+    )?;
     Ok(response.location(&format!("/api/v1/sessions/{}", session.session_number)))
 }
 
 /// `GET /sessions`: the caller's sessions, last touched first, a page of them. An admin sees everybody's, or those of
 /// `user_id`.
-async fn list(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+async fn list(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let query = request.query();
     // As the Python service did: what is out of range is moved into it.
     let page = query
@@ -116,81 +118,122 @@ async fn list(request: &Request, caller: &Caller) -> Result<Response, Problem> {
     } else {
         Some(&caller.key_id)
     };
-    let (sessions, total) = request
-        .context
-        .store
-        .sessions(owner, (page - 1) * limit, limit)
-        .await?;
+    let (sessions, total) = context.store.sessions(owner, (page - 1) * limit, limit).await?;
     let mut shown = Vec::with_capacity(sessions.len());
     for session in &sessions {
-        shown.push(show(request, session).await?);
+        shown.push(SessionView::of(context, session).await?);
     }
     let pages = total.saturating_add(limit - 1) / limit;
     reply::list(
         request,
         shown,
-        json!({"total": total, "page": page, "limit": limit, "pages": pages}),
+        Numbers {
+            limit,
+            page,
+            pages,
+            total,
+        },
     )
 }
 
 /// A session as clients see it.
-async fn show(request: &Request, session: &Session) -> Result<Value, Problem> {
-    let Stored { settings, metadata } = stored(session)?;
-    let (queued_jobs, active_job) = request.context.store.session_jobs(session.session_id).await?;
-    Ok(json!({
-        "id": session.session_number,
-        "name": session.name,
-        "user_id": session.key_id,
-        // As its jobs see it.
-        "working_dir": "/workspace",
-        "system_prompt": settings.system_prompt,
-        "model": settings.model,
-        "max_turns": settings.max_turns,
-        "permission_mode": settings.permission_mode,
-        "effort": settings.effort,
-        "allowed_tools": settings.allowed_tools.map(|names| names.join(",")),
-        "disallowed_tools": settings.disallowed_tools.map(|names| names.join(",")),
-        "max_cost_usd": settings.max_cost_usd,
-        "metadata": metadata,
-        "status": if session.claude_session_id.is_some() { "active" } else { "pending" },
-        "claude_session_id": session.claude_session_id,
-        "total_cost": session.total_cost,
-        "total_turns": session.total_turns,
-        "active_job": active_job,
-        "queued_jobs": queued_jobs,
-        "created_at": session.created_at,
-        "updated_at": session.updated_at,
-    }))
+#[derive(Debug, Serialize)]
+pub struct SessionView {
+    active_job: Option<JobId>,
+    allowed_tools: Option<String>,
+    claude_session_id: Option<String>,
+    created_at: Timestamp,
+    disallowed_tools: Option<String>,
+    effort: Option<String>,
+    id: i64,
+    max_cost_usd: Option<MicroUsd>,
+    max_turns: Option<i64>,
+    metadata: Map<String, Value>,
+    model: Option<String>,
+    name: String,
+    permission_mode: Option<String>,
+    queued_jobs: i64,
+    status: &'static str,
+    system_prompt: Option<String>,
+    total_cost: MicroUsd,
+    total_turns: i64,
+    updated_at: Timestamp,
+    user_id: KeyId,
+    /// As its jobs see it.
+    working_dir: &'static str,
 }
 
-/// What a client wants of a session.
+impl SessionView {
+    async fn of(context: &Context, session: &Session) -> Result<Self, Problem> {
+        let Stored { settings, metadata } = stored(session)?;
+        let (queued_jobs, active_job) = context.store.session_jobs(session.session_id).await?;
+        Ok(Self {
+            active_job,
+            allowed_tools: settings.allowed_tools.map(|names| names.join(",")),
+            claude_session_id: session.claude_session_id.clone(),
+            created_at: session.created_at,
+            disallowed_tools: settings.disallowed_tools.map(|names| names.join(",")),
+            effort: settings.effort,
+            id: session.session_number,
+            max_cost_usd: settings.max_cost_usd,
+            max_turns: settings.max_turns,
+            metadata,
+            model: settings.model,
+            name: session.name.clone(),
+            permission_mode: settings.permission_mode,
+            queued_jobs,
+            status: if session.claude_session_id.is_some() {
+                "active"
+            } else {
+                "pending"
+            },
+            system_prompt: settings.system_prompt,
+            total_cost: session.total_cost,
+            total_turns: session.total_turns,
+            updated_at: session.updated_at,
+            user_id: session.key_id.clone(),
+            working_dir: "/workspace",
+        })
+    }
+}
+
+/// The `pagination` of the list, in the form of the Python service.
+#[derive(Debug, Serialize)]
+struct Numbers {
+    limit: i64,
+    page: i64,
+    pages: i64,
+    total: i64,
+}
+
+/// The body of a request for a session.
 #[derive(Debug)]
-struct Wish {
+struct SessionRequest {
     name: String,
     user_id: Option<String>,
     stored: Stored,
 }
 
-impl Wish {
-    fn read(mut body: Fields, config: &crate::config::Config) -> Result<Self, Problem> {
+impl SessionRequest {
+    fn read(mut body: Fields, config: &Config) -> Result<Self, Problem> {
         let name = body.required("name", text(1..=128));
         let user_id = body.optional("user_id", text(0..=128));
         let settings = Settings::read(&mut body, "system_prompt", config);
         let metadata = body.optional("metadata", metadata).unwrap_or_default();
         let template = body.optional("template", text(1..=128));
-        let wish = name.map(|name| Self {
+        let wanted = name.map(|name| Self {
             name,
             user_id,
             stored: Stored { settings, metadata },
         });
-        let wish = body.finish(wish)?;
+        let wanted = body.finish(wanted)?;
         if let Some(name) = template {
             return Err(Problem::NoSuchTemplate(name));
         }
-        if !is_name(&wish.name) {
+        if !is_name(&wanted.name) {
             return Err(Problem::BadRequest("Invalid project name".into()));
         }
-        Ok(wish)
+        Ok(wanted)
     }
 
     /// Refuses what the caller may not ask for.

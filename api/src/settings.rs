@@ -6,10 +6,10 @@ use shared::job::{EFFORTS, PERMISSION_MODES};
 use shared::key::Scope;
 use shared::money::MicroUsd;
 
-use crate::caller::Caller;
 use crate::config::Config;
-use crate::problem::Problem;
-use crate::request::fields::{Fields, Reading, choice, dollars, integer, names, parsed, text};
+use crate::gate::caller::Caller;
+use crate::http::problem::Problem;
+use crate::http::request::fields::{Fields, Reading, choice, dollars, integer, names, parsed, text};
 
 const BYPASS: &str = "bypassPermissions";
 

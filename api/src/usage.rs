@@ -2,22 +2,25 @@
 
 use http::StatusCode;
 use http::header::{ACCEPT, CONTENT_TYPE};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use shared::budget::Scope;
 use shared::clock::{self, Timestamp};
-use shared::id::KeyId;
+use shared::id::{JobId, KeyId};
 use shared::job::JobStatus;
 use shared::money::MicroUsd;
 use shared::storage::{LedgerEntry, LedgerGroup, LedgerPart, LedgerSum};
 use std::time::Duration;
 use warp::reply::Response;
 
-use crate::budgets;
-use crate::caller::Caller;
-use crate::problem::Problem;
-use crate::reply::{self, Headers, Meta, Pagination, TextCursor, more_than};
-use crate::request::fields::{Fault, choice, time};
-use crate::request::{Query, Request, headers, in_query};
+use crate::budgets::{self, BudgetView};
+use crate::context::Context;
+use crate::gate::caller::Caller;
+use crate::http::page::{Pagination, TextCursor, more_than};
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers, Meta};
+use crate::http::request::fields::{Fault, choice, time};
+use crate::http::request::{Query, Request, headers, in_query};
 
 /// The longest part of the ledger that one request may ask for.
 const LONGEST: Duration = Duration::from_hours(366 * 24);
@@ -27,36 +30,66 @@ const RECENT: Duration = Duration::from_hours(30 * 24);
 const DAY: i64 = 86_400_000_000;
 
 /// `GET /usage`: what a key has done and spent since ever.
-pub async fn summary(request: &Request, caller: &Caller) -> Result<Response, Problem> {
-    let store = &request.context.store;
+pub async fn summary(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
+    let store = &context.store;
     let query = request.query();
     let key_id = owner(caller, &query)?.unwrap_or_else(|| caller.key_id.clone());
     let usage = store.usage(&key_id).await?;
     let budget = store.budget(&Scope::Key(key_id.clone()), clock::now()).await?;
-    let body = json!({
-        "data": {
-            "sessions": usage.sessions,
-            "cost": usage.cost,
-            "turns": usage.turns,
-            "messages": usage.messages(),
-            "jobs": {
-                "total": usage.jobs(None),
-                "completed": usage.jobs(Some(JobStatus::Done)),
-                "running": usage.jobs(Some(JobStatus::Running)),
-                "failed": usage.jobs(Some(JobStatus::Failed)),
-                "queued": usage.jobs(Some(JobStatus::Queued)),
-                "cancelled": usage.jobs(Some(JobStatus::Cancelled)),
+    let page = UsagePage {
+        data: UsageView {
+            budget: budget.as_ref().map(BudgetView::of),
+            cost: usage.cost,
+            jobs: JobCounts {
+                cancelled: usage.jobs(Some(JobStatus::Cancelled)),
+                completed: usage.jobs(Some(JobStatus::Done)),
+                failed: usage.jobs(Some(JobStatus::Failed)),
+                queued: usage.jobs(Some(JobStatus::Queued)),
+                running: usage.jobs(Some(JobStatus::Running)),
+                total: usage.jobs(None),
             },
-            "budget": budget.as_ref().map(budgets::show),
+            messages: usage.messages(),
+            sessions: usage.sessions,
+            turns: usage.turns,
         },
-        "user_id": key_id,
-        "meta": Meta::of(request),
-    });
-    reply::json(StatusCode::OK, &body)
+        meta: Meta::of(request),
+        user_id: &key_id,
+    };
+    reply::json(StatusCode::OK, &page)
+}
+
+/// The summary, in the form of the Python service.
+#[derive(Debug, Serialize)]
+struct UsagePage<'p> {
+    data: UsageView,
+    meta: Meta<'p>,
+    user_id: &'p KeyId,
+}
+
+/// What a key has done and spent.
+#[derive(Debug, Serialize)]
+pub struct UsageView {
+    budget: Option<BudgetView>,
+    cost: MicroUsd,
+    jobs: JobCounts,
+    messages: i64,
+    sessions: i64,
+    turns: i64,
+}
+
+/// How many jobs of each status there are.
+#[derive(Debug, Serialize)]
+struct JobCounts {
+    cancelled: i64,
+    completed: i64,
+    failed: i64,
+    queued: i64,
+    running: i64,
+    total: i64,
 }
 
 /// `GET /usage/ledger`: what each model cost in each attempt, or sums over days, keys, models or sessions.
-pub async fn ledger(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+pub async fn ledger(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let query = request.query();
     let limit = query.integer("limit", 1..=1_000)?.unwrap_or(100);
     let group = query.value("group_by", |word| {
@@ -76,12 +109,12 @@ pub async fn ledger(request: &Request, caller: &Caller) -> Result<Response, Prob
         query.text("from"),
         query.text("to")
     );
-    let place = match query.text("cursor") {
-        Some(cursor) => Some(Place::parse(&TextCursor::decode(cursor, &bound_to)?.0)?),
+    let position = match query.text("cursor") {
+        Some(cursor) => Some(Position::parse(&TextCursor::decode(cursor, &bound_to)?.0)?),
         None => None,
     };
-    let (from, to) = match &place {
-        Some(place) => (place.from, place.to),
+    let (from, to) = match &position {
+        Some(position) => (position.from, position.to),
         None => bounds(&query, clock::now())?,
     };
     let part = LedgerPart {
@@ -93,39 +126,47 @@ pub async fn ledger(request: &Request, caller: &Caller) -> Result<Response, Prob
         from,
         to,
     };
-    let beyond = place.map(|place| place.beyond);
+    let beyond = position.map(|position| position.beyond);
     let page = match group {
-        None => entries(request, &part, beyond.as_deref(), limit).await?,
-        Some(group) => sums(request, &part, group, beyond.as_deref(), limit).await?,
+        None => entries(context, &part, beyond.as_deref(), limit).await?,
+        Some(group) => sums(context, &part, group, beyond.as_deref(), limit).await?,
     };
     let next = page.next.map(|beyond| {
-        let place = Place { from, to, beyond };
-        TextCursor(place.write()).encode(&bound_to)
+        let position = Position { from, to, beyond };
+        TextCursor(position.write()).encode(&bound_to)
     });
     let pagination = Pagination::new(limit, next);
     let response = if headers::prefers(&request.headers, "text/csv") {
-        csv(page.columns, &page.rows)
+        csv(page.columns, &page.rows)?
     } else {
         reply::list(request, page.rows, &pagination)?
     };
     Ok(pagination.link(request, response).varies_by(ACCEPT.as_str()))
 }
 
-/// Rows of one page, and the last one's place if more follow.
+/// Rows of one page, and the last one's position if more follow.
 struct Page {
     columns: &'static [&'static str],
-    rows: Vec<Value>,
+    rows: Vec<Row>,
     next: Option<String>,
 }
 
+/// A row of either form.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Row {
+    Entry(Box<LedgerRowView>),
+    Sum(Box<LedgerSumView>),
+}
+
 /// Where a page of the ledger goes on.
-struct Place {
+struct Position {
     from: Timestamp,
     to: Timestamp,
     beyond: String,
 }
 
-impl Place {
+impl Position {
     fn write(&self) -> String {
         format!("{} {} {}", self.from.0, self.to.0, self.beyond)
     }
@@ -166,20 +207,20 @@ fn bounds(query: &Query, now: Timestamp) -> Result<(Timestamp, Timestamp), Probl
 }
 
 async fn entries(
-    request: &Request,
+    context: &Context,
     part: &LedgerPart,
     beyond: Option<&str>,
     limit: i64,
 ) -> Result<Page, Problem> {
     let beyond = match beyond {
-        Some(place) => {
-            let (at, number) = place.split_once(':').ok_or(Problem::InvalidCursor)?;
+        Some(position) => {
+            let (at, number) = position.split_once(':').ok_or(Problem::InvalidCursor)?;
             let at = at.parse().map(Timestamp).map_err(|_| Problem::InvalidCursor)?;
             Some((at, number.parse().map_err(|_| Problem::InvalidCursor)?))
         }
         None => None,
     };
-    let store = &request.context.store;
+    let store = &context.store;
     let mut entries = store.ledger_entries(part, beyond, limit + 1).await?;
     let next = more_than(limit, &mut entries, |entry| {
         format!("{}:{}", entry.at.0, entry.ledger_number)
@@ -200,27 +241,24 @@ async fn entries(
             "estimated",
             "reason",
         ],
-        rows: entries.iter().map(show_entry).collect(),
+        rows: entries
+            .into_iter()
+            .map(|entry| Row::Entry(Box::new(LedgerRowView::of(entry))))
+            .collect(),
         next,
     })
 }
 
 async fn sums(
-    request: &Request,
+    context: &Context,
     part: &LedgerPart,
     group: LedgerGroup,
     beyond: Option<&str>,
     limit: i64,
 ) -> Result<Page, Problem> {
-    let store = &request.context.store;
+    let store = &context.store;
     let mut sums = store.ledger_sums(part, group, beyond, limit + 1).await?;
     let next = more_than(limit, &mut sums, |sum| sum.name.clone());
-    let name = match group {
-        LedgerGroup::Day => "day",
-        LedgerGroup::Key => "key_id",
-        LedgerGroup::Model => "model",
-        LedgerGroup::Session => "session",
-    };
     macro_rules! columns {
         ($name:literal) => {
             &[
@@ -242,58 +280,106 @@ async fn sums(
             LedgerGroup::Model => columns!("model"),
             LedgerGroup::Session => columns!("session"),
         },
-        rows: sums.into_iter().map(|sum| show_sum(group, name, sum)).collect(),
+        rows: sums
+            .into_iter()
+            .map(|sum| Row::Sum(Box::new(LedgerSumView::of(group, sum))))
+            .collect(),
         next,
     })
 }
 
-fn show_entry(entry: &LedgerEntry) -> Value {
-    // What belongs to the global budget alone is nobody's.
-    let key_id = Some(&entry.key_id).filter(|key_id| !key_id.as_str().is_empty());
-    json!({
-        "at": entry.at,
-        "key_id": key_id,
-        "job_id": entry.job_id,
-        "attempt": entry.attempt,
-        "session": entry.session.clone().or(entry.session_id.map(|id| id.to_string())),
-        "model": entry.model,
-        "cost": entry.cost,
-        "usage": {
-            "input_tokens": entry.input_tokens,
-            "output_tokens": entry.output_tokens,
-            "cache_creation_input_tokens": entry.cache_creation_input_tokens,
-            "cache_read_input_tokens": entry.cache_read_input_tokens,
-        },
-        "estimated": entry.estimated,
-        "reason": entry.reason,
-    })
+/// What one model cost in one attempt, as clients see it.
+#[derive(Debug, Serialize)]
+pub struct LedgerRowView {
+    at: Timestamp,
+    attempt: Option<i64>,
+    cost: MicroUsd,
+    estimated: bool,
+    job_id: Option<JobId>,
+    /// What belongs to the global budget alone is nobody's.
+    key_id: Option<KeyId>,
+    model: Option<String>,
+    reason: Option<String>,
+    session: Option<String>,
+    usage: TokensView,
 }
 
-fn show_sum(group: LedgerGroup, name: &str, sum: LedgerSum) -> Value {
-    let group = match group {
-        LedgerGroup::Day => sum.name.parse::<i64>().ok().map(day),
-        LedgerGroup::Session => sum.session.or(Some(sum.name)),
-        LedgerGroup::Key | LedgerGroup::Model => Some(sum.name),
-    };
-    let mut shown = Map::new();
-    shown.insert(name.to_owned(), json!(group.filter(|name| !name.is_empty())));
-    for (name, value) in [
-        ("cost", json!(sum.cost)),
-        ("estimated_cost", json!(sum.estimated_cost)),
-        ("entries", json!(sum.entries)),
-        (
-            "usage",
-            json!({
-                "input_tokens": sum.input_tokens,
-                "output_tokens": sum.output_tokens,
-                "cache_creation_input_tokens": sum.cache_creation_input_tokens,
-                "cache_read_input_tokens": sum.cache_read_input_tokens,
-            }),
-        ),
-    ] {
-        shown.insert(name.to_owned(), value);
+impl LedgerRowView {
+    fn of(entry: LedgerEntry) -> Self {
+        Self {
+            at: entry.at,
+            attempt: entry.attempt,
+            cost: entry.cost,
+            estimated: entry.estimated,
+            job_id: entry.job_id,
+            key_id: Some(entry.key_id).filter(|key_id| !key_id.as_str().is_empty()),
+            model: entry.model,
+            reason: entry.reason,
+            session: entry.session.or(entry.session_id.map(|id| id.to_string())),
+            usage: TokensView {
+                cache_creation_input_tokens: entry.cache_creation_input_tokens,
+                cache_read_input_tokens: entry.cache_read_input_tokens,
+                input_tokens: entry.input_tokens,
+                output_tokens: entry.output_tokens,
+            },
+        }
     }
-    Value::Object(shown)
+}
+
+/// Tokens by kind.
+#[derive(Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the names on the wire")]
+struct TokensView {
+    cache_creation_input_tokens: i64,
+    cache_read_input_tokens: i64,
+    input_tokens: i64,
+    output_tokens: i64,
+}
+
+/// A sum over entries, as clients see it.
+#[derive(Debug, Serialize)]
+#[expect(clippy::option_option, reason = "a name may be absent, or null")]
+pub struct LedgerSumView {
+    cost: MicroUsd,
+    /// Of these four the one by which the sums are grouped is shown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    day: Option<Option<String>>,
+    entries: i64,
+    estimated_cost: MicroUsd,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key_id: Option<Option<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<Option<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<Option<String>>,
+    usage: TokensView,
+}
+
+impl LedgerSumView {
+    fn of(group: LedgerGroup, sum: LedgerSum) -> Self {
+        let name = match group {
+            LedgerGroup::Day => sum.name.parse::<i64>().ok().map(day),
+            LedgerGroup::Session => sum.session.or(Some(sum.name)),
+            LedgerGroup::Key | LedgerGroup::Model => Some(sum.name),
+        };
+        let name = name.filter(|name| !name.is_empty());
+        let of = |wanted| (group == wanted).then(|| name.clone());
+        Self {
+            cost: sum.cost,
+            day: of(LedgerGroup::Day),
+            entries: sum.entries,
+            estimated_cost: sum.estimated_cost,
+            key_id: of(LedgerGroup::Key),
+            model: of(LedgerGroup::Model),
+            session: of(LedgerGroup::Session),
+            usage: TokensView {
+                cache_creation_input_tokens: sum.cache_creation_input_tokens,
+                cache_read_input_tokens: sum.cache_read_input_tokens,
+                input_tokens: sum.input_tokens,
+                output_tokens: sum.output_tokens,
+            },
+        }
+    }
 }
 
 /// The date of a day that is counted from 1970.
@@ -305,10 +391,11 @@ fn day(number: i64) -> String {
 }
 
 /// The rows as comma-separated values (RFC 4180), the names of the columns first.
-fn csv(columns: &[&str], rows: &[Value]) -> Response {
+fn csv(columns: &[&str], rows: &[Row]) -> Result<Response, Problem> {
     let mut text = columns.join(",");
     text.push_str("\r\n");
     for row in rows {
+        let row = serde_json::to_value(row).map_err(Problem::internal)?;
         for (index, column) in columns.iter().enumerate() {
             if index > 0 {
                 text.push(',');
@@ -318,7 +405,7 @@ fn csv(columns: &[&str], rows: &[Value]) -> Response {
         }
         text.push_str("\r\n");
     }
-    reply::text(StatusCode::OK, text).with(CONTENT_TYPE, "text/csv; charset=utf-8; header=present")
+    Ok(reply::text(StatusCode::OK, text).with(CONTENT_TYPE, "text/csv; charset=utf-8; header=present"))
 }
 
 /// One field. A text that a spreadsheet would take for a formula gets an apostrophe before it.
@@ -346,6 +433,7 @@ fn field(column: &str, value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     const NOW: Timestamp = Timestamp(1_779_278_400_000_000);
 
@@ -372,19 +460,19 @@ mod tests {
     }
 
     #[test]
-    fn a_place_comes_back_as_it_went() {
-        let place = Place {
+    fn a_position_comes_back_as_it_went() {
+        let position = Position {
             from: Timestamp(-5),
             to: NOW,
             beyond: "claude sonnet 5".to_owned(),
         };
-        let back = Place::parse(&place.write()).unwrap();
+        let back = Position::parse(&position.write()).unwrap();
         assert_eq!(
             (back.from, back.to, back.beyond),
-            (place.from, place.to, place.beyond)
+            (position.from, position.to, position.beyond)
         );
         for wrong in ["", "1", "1 2", "a b c"] {
-            assert!(Place::parse(wrong).is_err(), "{wrong}");
+            assert!(Position::parse(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -403,7 +403,7 @@ async fn a_global_budget_counts_every_key(db: Db) {
         );
         let detail = refused.json["detail"].as_str().unwrap();
         assert!(
-            detail.starts_with("Global budget exceeded: $1.50 >= $1.50; it begins anew at "),
+            detail.starts_with("Global budget exceeded: $1.50 >= $1.50; it restarts at "),
             "{detail}"
         );
     }

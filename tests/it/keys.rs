@@ -286,8 +286,8 @@ async fn a_key_does_what_its_scopes_say(db: Db) {
     let (_, none) = made(&system, &json!({"name": "none", "scopes": []})).await;
     let (_, all) = made(&system, &json!({"name": "all", "scopes": SCOPES})).await;
 
-    for (path, rules) in api::routes::listed() {
-        for rule in rules.unwrap_or_default() {
+    for (path, access) in api::routes::listed() {
+        for rule in access.rules() {
             let path = path.replace("{}", "nothing");
             let ask = async |client: &Client| {
                 let request = client.request(rule.method.clone(), &path).body("{}");

@@ -7,20 +7,21 @@ use shared::storage::CancelOutcome;
 use warp::reply::Response;
 
 use super::view::{self, Detail};
-use crate::problem::Problem;
-use crate::reply::{self, Headers, etag};
-use crate::request::Request;
-use crate::request::fields::text;
+use crate::context::Context;
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers, etag};
+use crate::http::request::Request;
+use crate::http::request::fields::text;
 
-/// `POST /jobs/{id}/cancel`: 200 when the job is cancelled, 202 when its worker has been told. Asking again changes
+/// `POST /jobs/{id}/cancel`: 200 when the job is cancelled, 202 when its worker has been asked to end it. Asking again changes
 /// nothing and gets the same.
-pub async fn cancel(request: &Request, job: Job) -> Result<Response, Problem> {
+pub async fn cancel(context: &Context, request: &Request, job: Job) -> Result<Response, Problem> {
     let mut body = request.json_or_nothing().await?.fields()?;
     // For the reader of the request; the job keeps that its owner asked.
     body.optional("reason", text(0..=200));
     body.finish(Some(()))?;
 
-    let store = &request.context.store;
+    let store = &context.store;
     let status = match store
         .cancel_job(job.job_id, CancelReason::User, clock::now())
         .await?
@@ -31,6 +32,6 @@ pub async fn cancel(request: &Request, job: Job) -> Result<Response, Problem> {
         CancelOutcome::NoSuchJob => return Err(Problem::NoSuch("Job")),
     };
     let job = store.job(job.job_id).await?.ok_or(Problem::NoSuch("Job"))?;
-    let members = view::show(&request.context, &job, Detail::Full).await?;
-    Ok(reply::data(request, status, members)?.etag(&etag(job.version)))
+    let view = view::show(context, &job, Detail::Full).await?;
+    Ok(reply::data(request, status, view)?.etag(&etag(job.version)))
 }

@@ -10,37 +10,37 @@ use shared::session::Session;
 use shared::storage::JobFilter;
 use warp::reply::Response;
 
-use super::view::{self, Detail, Members, Shower};
+use super::view::{self, Detail, JobPart, JobRenderer, JobView};
 use super::wait::{self, Wait};
-use crate::caller::Caller;
-use crate::problem::Problem;
-use crate::reply::{self, Cursor, Headers, Pagination, X_JOB_ID, etag, more_than};
-use crate::request::fields::{Fault, choice, text, time};
-use crate::request::{Query, Request, headers, in_query};
+use crate::context::Context;
+use crate::gate::caller::Caller;
+use crate::http::page::{Cursor, Pagination, more_than};
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers, X_JOB_ID, etag};
+use crate::http::request::fields::{Fault, choice, text, time};
+use crate::http::request::{Query, Request, headers, in_query};
+use crate::sessions;
 
 /// How many rows are read at once of a list that is shown in full.
 const AT_ONCE: i64 = 100;
 
 /// `GET /jobs/{id}`: the job now, or after `wait` seconds at most, when it has changed from what the client knows or,
 /// if it knows nothing, has ended.
-pub async fn show(request: &Request, job: Job) -> Result<Response, Problem> {
+pub async fn show(context: &Context, request: &Request, job: Job) -> Result<Response, Problem> {
     let query = request.query();
-    let (detail, wait) = (detail(&query, Detail::Full)?, Wait::of(request)?);
+    let wait = Wait::of(request, context.config.wait_max)?;
+    let detail = detail(&query, Detail::Full)?;
     let conditional = request.headers.contains_key(IF_NONE_MATCH);
     let known = |job: &Job| conditional && headers::matches_etag(&request.headers, &etag(job.version));
-    let job = wait::until(&request.context, job, wait.limit, |job| {
+    let job = wait::until(context, job, wait.limit, |job| {
         job.status.is_final() || (conditional && !known(job))
     })
     .await?;
     let response = if known(&job) {
         reply::empty(StatusCode::NOT_MODIFIED)
     } else {
-        let mut members = view::show(&request.context, &job, detail).await?;
-        let fields = query.list("fields");
-        if !fields.is_empty() {
-            members.keep(&fields);
-        }
-        reply::data(request, StatusCode::OK, members)?
+        let view = view::show(context, &job, detail).await?;
+        reply::data(request, StatusCode::OK, JobPart::of(view, &query.list("fields"))?)?
     };
     let response = match view::look_again_after(&job, clock::now()) {
         Some(seconds) => response.retry_after(seconds),
@@ -50,14 +50,14 @@ pub async fn show(request: &Request, job: Job) -> Result<Response, Problem> {
 }
 
 /// `GET /jobs/{id}/result`: the result alone, as JSON, or its text for who prefers that.
-pub async fn result(request: &Request, job: &Job) -> Result<Response, Problem> {
+pub async fn result(context: &Context, request: &Request, job: &Job) -> Result<Response, Problem> {
     if job.data_removed {
         return Err(Problem::DataRemoved);
     }
     if !job.status.is_final() {
         return Err(Problem::JobNotFinished);
     }
-    let Some(text) = request.context.store.result(job.job_id).await? else {
+    let Some(text) = context.store.result(job.job_id).await? else {
         return Err(Problem::NoSuch("Result"));
     };
     let result = serde_json::from_str::<Value>(&text).map_err(Problem::internal)?;
@@ -74,14 +74,14 @@ pub async fn result(request: &Request, job: &Job) -> Result<Response, Problem> {
 }
 
 /// `GET /jobs`: the caller's jobs, newest first.
-pub async fn list(request: &Request, caller: &Caller) -> Result<Response, Problem> {
+pub async fn list(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let query = request.query();
     let limit = query.integer("limit", 1..=100)?.unwrap_or(20);
     let detail = detail(&query, Detail::Basic)?;
     let mut filter = filter(&query)?;
     filter.key_id = (!caller.admin).then(|| caller.key_id.clone());
     if let Some(name) = query.text("session") {
-        match crate::sessions::named(request, caller, name).await? {
+        match sessions::named(context, caller, name).await? {
             Some(session) => filter.session_id = Some(session.session_id),
             None => return page(request, Vec::new(), limit, None),
         }
@@ -90,22 +90,27 @@ pub async fn list(request: &Request, caller: &Caller) -> Result<Response, Proble
     if query.text("batch_id").is_some() {
         return page(request, Vec::new(), limit, None);
     }
-    answer(request, filter, limit, detail).await
+    answer(context, request, filter, limit, detail).await
 }
 
 /// `GET /sessions/{s}/jobs`: all jobs of the session but chat runs, newest first.
-pub async fn list_of_session(request: &Request, session: &Session) -> Result<Response, Problem> {
+pub async fn list_of_session(
+    context: &Context,
+    request: &Request,
+    session: &Session,
+) -> Result<Response, Problem> {
     let query = request.query();
     let limit = query.integer("limit", 1..=1000)?.unwrap_or(1000);
     let filter = JobFilter {
         session_id: Some(session.session_id),
         ..filter(&query)?
     };
-    answer(request, filter, limit, detail(&query, Detail::Full)?).await
+    answer(context, request, filter, limit, detail(&query, Detail::Full)?).await
 }
 
 /// The page that the query's cursor names.
 async fn answer(
+    context: &Context,
     request: &Request,
     mut filter: JobFilter,
     limit: i64,
@@ -115,62 +120,72 @@ async fn answer(
     if let Some(cursor) = request.query().text("cursor") {
         filter.after = Some(Cursor::decode(cursor, &bound_to)?.0);
     }
-    let mut shower = Shower::new(request.context.clone(), detail);
+    let mut renderer = JobRenderer::new(context.clone(), detail);
     if detail == Detail::Full {
-        return one_by_one(request, filter, limit, &bound_to, shower).await;
+        return one_by_one(context, request, filter, limit, &bound_to, renderer).await;
     }
-    let mut jobs = request.context.store.jobs(&filter, limit + 1, true).await?;
+    let mut jobs = context.store.jobs(&filter, limit + 1, true).await?;
     let next = more_than(limit, &mut jobs, |(job, _)| {
         Cursor(job.job_number).encode(&bound_to)
     });
     let mut shown = Vec::with_capacity(jobs.len());
     for (job, message) in jobs {
-        shown.push(shower.show(&job, message).await?);
+        shown.push(renderer.render(&job, message).await?);
     }
     page(request, shown, limit, next)
 }
 
-/// The same page in full: a thousand jobs may have gigabytes of prompts and results. So only their places are held, and
+/// The same page in full: a thousand jobs may have gigabytes of prompts and results. So only their positions are held, and
 /// each is read when the client has taken the one before.
 async fn one_by_one(
+    context: &Context,
     request: &Request,
     mut filter: JobFilter,
     limit: i64,
     bound_to: &str,
-    shower: Shower,
+    renderer: JobRenderer,
 ) -> Result<Response, Problem> {
-    let store = request.context.store.clone();
-    let (mut places, mut left) = (Vec::new(), limit + 1);
+    let store = context.store.clone();
+    let (mut positions, mut left) = (Vec::new(), limit + 1);
     while left > 0 {
         let asked = left.min(AT_ONCE);
         let jobs = store.jobs(&filter, asked, true).await?;
         let read = i64::try_from(jobs.len()).unwrap_or(i64::MAX);
-        places.extend(jobs.iter().map(|(job, _)| (job.job_id, job.job_number)));
-        filter.after = places.last().map(|(_, number)| *number);
+        positions.extend(jobs.iter().map(|(job, _)| (job.job_id, job.job_number)));
+        filter.after = positions.last().map(|(_, number)| *number);
         left = if read < asked { 0 } else { left - read };
     }
-    let next = more_than(limit, &mut places, |(_, number)| Cursor(*number).encode(bound_to));
-    let pagination = Pagination::new(limit, next);
-    let items = stream::unfold((shower, places.into_iter()), move |(mut shower, mut places)| {
-        let store = store.clone();
-        async move {
-            let (job_id, _) = places.next()?;
-            let read = async {
-                let job = store.job(job_id).await?.ok_or(Problem::NoSuch("Job"))?;
-                let message = view::message(&store, &job).await?;
-                shower.show(&job, message).await
-            };
-            let shown = read.await;
-            Some((shown, (shower, places)))
-        }
+    let next = more_than(limit, &mut positions, |(_, number)| {
+        Cursor(*number).encode(bound_to)
     });
-    let response = reply::long_list(request, items, &pagination)?;
+    let pagination = Pagination::new(limit, next);
+    let items = stream::unfold(
+        (renderer, positions.into_iter()),
+        move |(mut renderer, mut positions)| {
+            let store = store.clone();
+            async move {
+                let (job_id, _) = positions.next()?;
+                let read = async {
+                    let job = store.job(job_id).await?.ok_or(Problem::NoSuch("Job"))?;
+                    let message = view::message(&store, &job).await?;
+                    renderer.render(&job, message).await
+                };
+                let shown = read.await;
+                Some((shown, (renderer, positions)))
+            }
+        },
+    );
+    let report = {
+        let context = context.clone();
+        move |problem: &Problem| context.report(problem)
+    };
+    let response = reply::long_list(request, items, &pagination, report)?;
     Ok(pagination.link(request, response))
 }
 
 fn page(
     request: &Request,
-    jobs: Vec<Members>,
+    jobs: Vec<JobView>,
     limit: i64,
     next: Option<String>,
 ) -> Result<Response, Problem> {

@@ -6,7 +6,6 @@ use futures_util::stream;
 use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderName, StatusCode};
 use serde::Serialize;
-use serde_json::json;
 use serde_json::value::RawValue;
 use shared::clock::Timestamp;
 use shared::event::Event;
@@ -17,32 +16,39 @@ use shared::telemetry::chain;
 use std::convert::Infallible;
 use std::fmt::Write;
 use std::time::Duration;
+use sync_wrapper::SyncStream;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until};
 use warp::reply::{Reply, Response};
 
 use super::wait::Wait;
-use crate::caller::Caller;
 use crate::context::Context;
-use crate::problem::Problem;
-use crate::reply::{self, Exclusive, Headers, X_JOB_ID, more_than};
-use crate::request::Request;
-use crate::request::headers::{EventForm, event_form, text};
-use crate::streams::Place;
+use crate::gate::caller::Caller;
+use crate::gate::streams::StreamPermit;
+use crate::http::page::more_than;
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers, X_JOB_ID};
+use crate::http::request::Request;
+use crate::http::request::headers::{EventForm, event_form, text};
 
 /// A comment is sent this often, so that proxies keep the connection and a lost client is noticed.
-const PING_EVERY: Duration = Duration::from_secs(15);
+const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// How many events are read from the table at a time.
-const BATCH: i64 = 256;
-/// How often a stream looks whether the key that opened it still opens. It wakes up as often by itself.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const BATCH_SIZE: i64 = 256;
+/// How often a stream checks whether the key that opened it is still valid. It wakes up as often by itself.
+const KEY_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// A pause after the database failed.
-const AFTER_FAILURE: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// `GET /jobs/{id}/events`: a stream or a list, as `Accept` says.
-pub async fn events(request: &Request, caller: &Caller, job: Job) -> Result<Response, Problem> {
+pub async fn events(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    job: Job,
+) -> Result<Response, Problem> {
     let response = match event_form(&request.headers) {
-        Some(EventForm::Stream) => stream(request, caller, &job).await?,
-        Some(EventForm::List) => list(request, job).await?,
+        Some(EventForm::Stream) => stream(context, request, caller, &job).await?,
+        Some(EventForm::List) => list(context, request, job).await?,
         None => return Err(Problem::NotAcceptable),
     };
     Ok(response.varies_by(ACCEPT.as_str()))
@@ -50,7 +56,12 @@ pub async fn events(request: &Request, caller: &Caller, job: Job) -> Result<Resp
 
 /// `GET /jobs/{id}/stream`: always a stream. 204 when the job has ended and nothing is left to send, which tells a
 /// browser not to come again.
-pub async fn stream(request: &Request, caller: &Caller, job: &Job) -> Result<Response, Problem> {
+pub async fn stream(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    job: &Job,
+) -> Result<Response, Problem> {
     let after = after(request)?;
     if job.data_removed {
         return Err(Problem::DataRemoved);
@@ -58,13 +69,19 @@ pub async fn stream(request: &Request, caller: &Caller, job: &Job) -> Result<Res
     if job.status.is_final() && job.last_event_seq <= after {
         return Ok(reply::empty(StatusCode::NO_CONTENT));
     }
-    let place = request.context.streams.enter(caller).await?;
-    let live = Live::new(request.context.clone(), caller, place, job.job_id, after);
+    let permit = match caller.rights.max_streams {
+        Some(max) => {
+            let permit = context.streams.enter(&caller.key_id, max).await?;
+            Some(permit.ok_or(Problem::TooManyStreams(max))?)
+        }
+        None => None,
+    };
+    let live = Live::new(context.clone(), caller, permit, job.job_id, after);
     let chunks = stream::unfold(live, async |mut live| {
         let chunk = live.next().await?;
         Some((Ok::<_, Infallible>(chunk), live))
     });
-    let response = warp::reply::stream(Exclusive::new(chunks)).into_response();
+    let response = warp::reply::stream(SyncStream::new(chunks)).into_response();
     Ok(response
         .with(CONTENT_TYPE, "text/event-stream; charset=utf-8")
         .with(HeaderName::from_static("x-accel-buffering"), "no")
@@ -72,13 +89,13 @@ pub async fn stream(request: &Request, caller: &Caller, job: &Job) -> Result<Res
 }
 
 /// The events as one JSON list, waiting for the first if the client wants to.
-async fn list(request: &Request, job: Job) -> Result<Response, Problem> {
-    let (mut after, wait) = (after(request)?, Wait::of(request)?);
+async fn list(context: &Context, request: &Request, job: Job) -> Result<Response, Problem> {
+    let (mut after, wait) = (after(request)?, Wait::of(request, context.config.wait_max)?);
     let limit = request.query().integer("limit", 1..=1000)?.unwrap_or(100);
     if job.data_removed {
         return Err(Problem::DataRemoved);
     }
-    let (context, deadline) = (&request.context, Instant::now() + wait.limit);
+    let deadline = Instant::now() + wait.limit;
     let mut wakeup = context.wakeups.job(job.job_id);
     let mut job = job;
     let mut events = loop {
@@ -99,16 +116,28 @@ async fn list(request: &Request, job: Job) -> Result<Response, Problem> {
     };
     let has_more = more_than(limit, &mut events, |_| ()).is_some();
     after = events.last().map_or(after, |event| event.seq);
-    let shown = events.iter().map(Shown::of).collect::<Result<Vec<_>, _>>()?;
-    let pagination = json!({"limit": limit, "has_more": has_more, "next_after": after});
+    let shown = events.iter().map(EventView::of).collect::<Result<Vec<_>, _>>()?;
+    let pagination = EventPages {
+        has_more,
+        limit,
+        next_after: after,
+    };
     Ok(wait
         .applied_to(reply::list(request, shown, pagination)?)
         .with(X_JOB_ID, job.job_id.to_string()))
 }
 
-/// An event in a list.
+/// The `pagination` of a list of events.
+#[derive(Debug, Serialize)]
+struct EventPages {
+    has_more: bool,
+    limit: i64,
+    next_after: i64,
+}
+
+/// An event in a list, as clients see it.
 #[derive(Serialize)]
-struct Shown<'e> {
+struct EventView<'e> {
     seq: i64,
     #[serde(rename = "type")]
     event_type: &'static str,
@@ -117,7 +146,7 @@ struct Shown<'e> {
     data: &'e RawValue,
 }
 
-impl<'e> Shown<'e> {
+impl<'e> EventView<'e> {
     fn of(event: &'e Event) -> Result<Self, Problem> {
         let data = serde_json::from_str(&event.data).map_err(Problem::internal)?;
         Ok(Self {
@@ -164,10 +193,10 @@ fn frame(text: &mut String, event: &Event) {
 struct Live {
     context: Context,
     caller: Caller,
-    /// When to look whether the caller's key still opens.
-    look_at: Instant,
+    /// When to check whether the caller's key is still valid.
+    check_key_at: Instant,
     /// Held as long as the stream is open.
-    _place: Option<Place>,
+    _permit: Option<StreamPermit>,
     job_id: JobId,
     after: i64,
     wakeup: JobWakeup,
@@ -178,17 +207,23 @@ struct Live {
 }
 
 impl Live {
-    fn new(context: Context, caller: &Caller, place: Option<Place>, job_id: JobId, after: i64) -> Self {
+    fn new(
+        context: Context,
+        caller: &Caller,
+        permit: Option<StreamPermit>,
+        job_id: JobId,
+        after: i64,
+    ) -> Self {
         // Registered before the first look at the table.
         let wakeup = context.wakeups.job(job_id);
-        let mut pings = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
+        let mut pings = interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let until = Instant::now() + context.config.stream_max;
         Self {
             context,
             caller: caller.clone(),
-            look_at: Instant::now() + LOOK_EVERY,
-            _place: place,
+            check_key_at: Instant::now() + KEY_CHECK_INTERVAL,
+            _permit: permit,
             job_id,
             after,
             wakeup,
@@ -210,8 +245,8 @@ impl Live {
             text.push_str("retry: 3000\r\n\r\n");
         }
         loop {
-            if Instant::now() >= self.look_at {
-                self.look_at = Instant::now() + LOOK_EVERY;
+            if Instant::now() >= self.check_key_at {
+                self.check_key_at = Instant::now() + KEY_CHECK_INTERVAL;
                 if self.context.keyring.is_lost(&self.caller).await {
                     return Some(self.bye());
                 }
@@ -242,7 +277,7 @@ impl Live {
         match self
             .context
             .store
-            .events_after(self.job_id, self.after, BATCH)
+            .events_after(self.job_id, self.after, BATCH_SIZE)
             .await
         {
             Ok(events) => {
@@ -255,7 +290,7 @@ impl Live {
             Err(error) if self.context.store.note(&error) => {}
             Err(error) => {
                 tracing::warn!(job.id = %self.job_id, error = %chain(&error), "an event stream waits for the database");
-                tokio::time::sleep(AFTER_FAILURE).await;
+                tokio::time::sleep(RETRY_INTERVAL).await;
             }
         }
     }

@@ -1,136 +1,91 @@
-//! Accepting a job: the body becomes a [`NewJob`], and one transaction holds its row, its first event, its place in
-//! the queue and the answer for a client that asks again. Only then the client hears 202.
+//! Submitting a job: the body becomes a [`JobCreate`]; once it is accepted the client hears 202.
 
 use http::StatusCode;
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Value, json};
 use shared::clock::{self, Timestamp};
-use shared::id::JobId;
-use shared::job::{Job, JobKind, NewJob, OnWorkerLost, RunOptions};
+use shared::job::{Job, JobKind, OnWorkerLost};
 use shared::session::Session;
-use shared::storage::{IdempotencyOutcome, IdempotencyRecord};
+use shared::storage::IdempotencyRecord;
 use std::time::Duration;
 use warp::reply::Response;
 
-use super::view::{self, Beside, Detail, Members};
+use super::accept::{Acceptance, Accepted, JobCreate, Source, accept};
+use super::view::{self, Detail, JobContext, JobView, SUMMARY};
 use super::wait::{self, Wait};
-use crate::budgets;
-use crate::caller::Caller;
 use crate::config::Config;
 use crate::context::Context;
-use crate::problem::Problem;
-use crate::repeat::{REPLAYED, Repeat};
-use crate::reply::{self, Headers, PREFERENCE_APPLIED, X_JOB_ID, etag};
-use crate::request::fields::{Fault, Fields, Reading, choice, integer, metadata, object, parsed, text, time};
-use crate::request::headers::{self, Preferences};
-use crate::request::{Request, invalid};
-use crate::sessions;
+use crate::gate::budget;
+use crate::gate::caller::Caller;
+use crate::gate::idempotency::{IdempotentRequest, REPLAYED};
+use crate::http::problem::Problem;
+use crate::http::reply::{self, Headers, PREFERENCE_APPLIED, X_JOB_ID, etag};
+use crate::http::request::fields::{
+    Fault, Fields, Reading, choice, integer, metadata, object, parsed, text, time,
+};
+use crate::http::request::headers::{self, Preferences};
+use crate::http::request::{Request, invalid};
+use crate::http::selection::Selection;
 use crate::settings::Settings;
 
-/// `POST /jobs`.
-pub async fn submit(request: &Request, caller: &Caller) -> Result<Response, Problem> {
-    accept(request, caller, None).await
-}
-
-/// `POST /sessions/{s}/jobs`.
-pub async fn submit_in_session(
+/// `POST /jobs`, and `POST /sessions/{s}/jobs` with the session.
+pub async fn submit(
+    context: &Context,
     request: &Request,
     caller: &Caller,
-    session: Session,
+    within: Option<Session>,
 ) -> Result<Response, Problem> {
-    accept(request, caller, Some(session)).await
-}
-
-async fn accept(request: &Request, caller: &Caller, within: Option<Session>) -> Result<Response, Problem> {
-    let context = &request.context;
     let body = request.json().await?;
-    let repeat = Repeat::of(request, caller, &body)?;
-    let wish = Wish::read(body.fields()?, request, within.is_none())?;
-    if let Some(first) = Repeat::earlier(context, repeat.as_ref()).await? {
-        return answer_again(request, first).await;
-    }
-    let session = match (within, &wish.session) {
-        (Some(session), _) => Some(session),
-        (None, Some(name)) => Some(
-            sessions::named(request, caller, name)
-                .await?
-                .ok_or(Problem::NoSuch("Session"))?,
-        ),
-        (None, None) => None,
-    };
-    let new = wish.into_job(caller, session.as_ref(), &context.config)?;
-    let budget = budgets::admit(context, &new.key_id, new.created_at).await?;
-    if new.key_id == caller.key_id && !context.limits.has_room(caller).await? {
-        return Err(Problem::QueueFull(
-            caller.rights.max_queued_jobs.unwrap_or_default(),
-        ));
-    }
+    let idempotent = IdempotentRequest::of(request, caller, &body, context.config.idempotency_ttl)?;
+    let create = SubmitRequest::read(body.fields()?, request, &context.config, within.is_none())?.0;
+    let retention = context.config.retention;
+    let kept = |accepted: &Accepted| shown(accepted, retention).without_message();
     // Boxed, since it is most of this future and only a part of its time.
-    let response = match Box::pin(store(context, new, session, repeat)).await? {
-        Stored::Accepted(job, members) => answer(request, *job, Some(members)).await,
-        Stored::Before(first) => answer_again(request, first).await,
-    }?;
-    Ok(match budget {
-        Some(budget) => {
-            budgets::headers(&budget).fold(response, |response, (name, value)| response.with(name, value))
-        }
-        None => response,
-    })
-}
-
-/// What became of a job that was to be stored.
-enum Stored {
-    /// It is there; these are its members.
-    Accepted(Box<Job>, Members),
-    /// Its request was answered before, meanwhile.
-    Before(Box<IdempotencyRecord>),
-}
-
-/// Stores the job and, for a client that asks again, the answer, in one transaction.
-async fn store(
-    context: &Context,
-    new: NewJob,
-    session: Option<Session>,
-    repeat: Option<Repeat>,
-) -> Result<Stored, Problem> {
-    let mut tx = context.store.begin().await?;
-    let job = tx.insert_job(&new).await?;
-    let session = session.map(|session| session.name);
-    let beside = Beside {
-        message: new.message,
-        session,
-        ..Beside::default()
-    };
-    let members = view::members(&job, &beside, context.config.retention);
-    if let Some(repeat) = repeat {
-        // The answer to keep: the job as it was accepted, without the prompt, which has its own row.
-        let record = repeat.record(Some(job.job_id), StatusCode::ACCEPTED, members.without_message()?);
-        if let IdempotencyOutcome::Replay(first) = tx.remember(&record, repeat.expired_before).await? {
-            tx.rollback().await?;
-            repeat.check(&first)?;
-            return Ok(Stored::Before(first));
+    let accepting = accept(context, caller, (create, Source::Api), within, idempotent, kept);
+    match Box::pin(accepting).await? {
+        Acceptance::Replay(first) => replay(context, request, first).await,
+        Acceptance::New(accepted) => {
+            let view = shown(&accepted, retention);
+            let mut response = answer(context, request, accepted.job, Some(view)).await?;
+            if let Some(budget) = &accepted.budget {
+                response.headers_mut().extend(budget::headers(budget));
+            }
+            Ok(response)
         }
     }
-    tx.commit().await?;
-    tracing::info!(job.id = %job.job_id, key.id = %job.key_id, "job {} accepted", job.job_id);
-    Ok(Stored::Accepted(Box::new(job), members))
 }
 
-/// The answer to a request whose job was accepted with these members (`None`: some time ago): 202, or 200 when the
+/// A job that was accepted just now.
+fn shown(accepted: &Accepted, retention: Duration) -> JobView {
+    let beside = JobContext {
+        message: accepted.message.clone(),
+        session: accepted.session.clone(),
+        ..JobContext::default()
+    };
+    JobView::new(&accepted.job, beside, retention)
+}
+
+/// The answer to a request whose job was accepted and looked like this (`None`: some time ago): 202, or 200 when the
 /// client wanted to wait and the job ended meanwhile.
-async fn answer(request: &Request, job: Job, accepted: Option<Members>) -> Result<Response, Problem> {
-    let wait = Wait::of(request)?;
-    let job = wait::until(&request.context, job, wait.limit, |job| job.status.is_final()).await?;
+async fn answer(
+    context: &Context,
+    request: &Request,
+    job: Job,
+    accepted: Option<JobView>,
+) -> Result<Response, Problem> {
+    let wait = Wait::of(request, context.config.wait_max)?;
+    let job = wait::until(context, job, wait.limit, |job| job.status.is_final()).await?;
     let ended = job.status.is_final() && !wait.limit.is_zero();
-    let members = match accepted {
-        Some(members) if wait.limit.is_zero() => members,
-        _ => view::show(&request.context, &job, Detail::Full).await?,
+    let view = match accepted {
+        Some(view) if wait.limit.is_zero() => view,
+        _ => view::show(context, &job, Detail::Full).await?,
     };
     let status = if ended {
         StatusCode::OK
     } else {
         StatusCode::ACCEPTED
     };
-    let response = respond(request, status, members)?;
+    let response = respond(request, status, &view)?;
     let response = response
         .location(&view::path(&job))
         .with(X_JOB_ID, job.job_id.to_string());
@@ -138,33 +93,38 @@ async fn answer(request: &Request, job: Job, accepted: Option<Members>) -> Resul
     Ok(wait.applied_to(response.etag(&etag(job.version))))
 }
 
-/// The members, all or as few as the client prefers.
-fn respond(request: &Request, status: StatusCode, members: Members) -> Result<Response, Problem> {
+/// The job, with all members or as few as the client prefers.
+fn respond(request: &Request, status: StatusCode, job: &impl Serialize) -> Result<Response, Problem> {
     if Preferences::of(&request.headers).minimal {
-        let response = reply::data(request, status, members.summary())?;
+        let response = reply::data(request, status, Selection::of(job, SUMMARY)?)?;
         return Ok(response.with(PREFERENCE_APPLIED, "return=minimal"));
     }
-    reply::data(request, status, members)
+    reply::data(request, status, job)
 }
 
 /// The answer to a request that was answered before. A client that wants to wait joins the job that there is.
-async fn answer_again(request: &Request, first: Box<IdempotencyRecord>) -> Result<Response, Problem> {
+async fn replay(
+    context: &Context,
+    request: &Request,
+    first: Box<IdempotencyRecord>,
+) -> Result<Response, Problem> {
+    let wait = Wait::of(request, context.config.wait_max)?;
     let job = match first.job_id {
-        Some(job_id) if !Wait::of(request)?.limit.is_zero() => request.context.store.job(job_id).await?,
+        Some(job_id) if !wait.limit.is_zero() => context.store.job(job_id).await?,
         _ => None,
     };
     if let Some(job) = job {
-        return Ok(answer(request, job, None).await?.with(REPLAYED, "true"));
+        return Ok(answer(context, request, job, None).await?.with(REPLAYED, "true"));
     }
     let message = match first.job_id {
-        Some(job_id) => request.context.store.prompt(job_id).await?,
+        Some(job_id) => context.store.prompt(job_id).await?,
         None => String::new(),
     };
-    let members = Members::with_message(&first.body, message)?;
+    let kept = view::with_message(&first.body, &message)?;
     let status = u16::try_from(first.status)
         .ok()
         .and_then(|status| StatusCode::from_u16(status).ok());
-    let response = respond(request, status.unwrap_or(StatusCode::ACCEPTED), members)?.with(REPLAYED, "true");
+    let response = respond(request, status.unwrap_or(StatusCode::ACCEPTED), &kept)?.with(REPLAYED, "true");
     let response = response.varies_by("Prefer").retry_after(2);
     Ok(match first.job_id {
         Some(job_id) => response
@@ -174,43 +134,27 @@ async fn answer_again(request: &Request, first: Box<IdempotencyRecord>) -> Resul
     })
 }
 
-/// What a client wants, every member right by itself.
+/// The body of a submission.
 #[derive(Debug)]
-struct Wish {
-    message: String,
-    settings: Settings,
-    json_schema: Option<Value>,
-    session: Option<String>,
-    concurrency_key: Option<String>,
-    priority: i64,
-    run_after: Option<Timestamp>,
-    cancel_after: Option<Duration>,
-    max_attempts: Option<i64>,
-    on_worker_lost: OnWorkerLost,
-    timeout_seconds: Option<i64>,
-    custom_id: Option<String>,
-    metadata: Map<String, Value>,
-    created_at: Timestamp,
-}
+struct SubmitRequest(JobCreate);
 
-impl Wish {
+impl SubmitRequest {
     /// Reads the body, and `Cancel-After`. `top_level`: the job may name its session.
-    fn read(mut body: Fields, request: &Request, top_level: bool) -> Result<Self, Problem> {
-        let config = &request.context.config;
+    fn read(mut body: Fields, request: &Request, config: &Config, top_level: bool) -> Result<Self, Problem> {
         let after = headers::cancel_after(&request.headers)
             .map_err(|why| invalid("header -> Cancel-After", why, "value_error"))?;
-        let wish = Self::members(&mut body, config, top_level, clock::now());
+        let create = Self::members(&mut body, config, top_level, clock::now());
         let template = body.optional("template", text(1..=128));
-        let mut wish = body.finish(wish)?;
+        let mut create = body.finish(create)?;
         if let Some(name) = template {
             return Err(Problem::NoSuchTemplate(name));
         }
-        wish.cancel_after = wish.cancel_after.or(after);
-        Ok(wish)
+        create.cancel_after = create.cancel_after.or(after);
+        Ok(Self(create))
     }
 
     /// Reads the members. `None` means that the message was a fault.
-    fn members(body: &mut Fields, config: &Config, top_level: bool, now: Timestamp) -> Option<Self> {
+    fn members(body: &mut Fields, config: &Config, top_level: bool, now: Timestamp) -> Option<JobCreate> {
         let message = body.required("message", message);
         let settings = Settings::read(body, "system", config);
         let json_schema = body.optional("output_format", output_format).flatten();
@@ -241,7 +185,8 @@ impl Wish {
                 Err::<(), _>(vec![Fault::value("This version sends no webhooks")])
             });
         }
-        Some(Self {
+        Some(JobCreate {
+            kind: JobKind::Job,
             message: message?,
             settings,
             json_schema,
@@ -262,52 +207,6 @@ impl Wish {
             custom_id,
             metadata,
             created_at: now,
-        })
-    }
-
-    /// The job, with what its session and the service add.
-    fn into_job(
-        self,
-        caller: &Caller,
-        session: Option<&Session>,
-        config: &Config,
-    ) -> Result<NewJob, Problem> {
-        let settings = match session {
-            Some(session) => self.settings.or(sessions::settings(session)?),
-            None => self.settings,
-        };
-        settings.allowed_to(caller)?;
-        let limit = config.max_cost_per_request;
-        Ok(NewJob {
-            job_id: JobId::new(),
-            key_id: session.map_or_else(|| caller.key_id.clone(), |session| session.key_id.clone()),
-            kind: JobKind::Job,
-            message: self.message,
-            options: RunOptions {
-                system: settings.system_prompt,
-                allowed_tools: settings.allowed_tools,
-                disallowed_tools: settings.disallowed_tools,
-                json_schema: self.json_schema,
-            },
-            session_id: session.map(|session| session.session_id),
-            concurrency_key: self.concurrency_key,
-            priority: self.priority.min(caller.max_priority()),
-            run_after: self.run_after,
-            deadline_at: self.cancel_after.map(|after| self.created_at.plus(after)),
-            max_attempts: self.max_attempts.unwrap_or(config.job_max_attempts),
-            on_worker_lost: self.on_worker_lost,
-            // What the worker would take may not be what the key may use.
-            model: settings
-                .model
-                .or_else(|| caller.rights.allowed_models.0.first().cloned()),
-            effort: settings.effort,
-            permission_mode: settings.permission_mode,
-            max_turns: settings.max_turns,
-            timeout_seconds: self.timeout_seconds,
-            max_cost: settings.max_cost_usd.map_or(limit, |cost| cost.min(limit)),
-            custom_id: self.custom_id,
-            metadata: Value::Object(self.metadata),
-            created_at: self.created_at,
         })
     }
 }
@@ -357,15 +256,13 @@ fn output_format(value: Value) -> Reading<Option<Value>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::id::{KeyId, SessionId};
-    use shared::money::MicroUsd;
 
     const NOW: Timestamp = Timestamp(1_779_278_400_000_000);
 
-    fn read(value: Value) -> Result<Wish, Problem> {
+    fn read(value: Value) -> Result<JobCreate, Problem> {
         let mut body = Fields::of("body", value).unwrap();
-        let wish = Wish::members(&mut body, &Config::default(), true, NOW);
-        body.finish(wish)
+        let create = SubmitRequest::members(&mut body, &Config::default(), true, NOW);
+        body.finish(create)
     }
 
     fn fault(value: Value) -> (String, &'static str) {
@@ -373,32 +270,6 @@ mod tests {
             Err(Problem::Invalid(faults)) if faults.len() == 1 => (faults[0].field.clone(), faults[0].kind),
             other => panic!("not one fault: {other:?}"),
         }
-    }
-
-    fn caller(admin: bool) -> Caller {
-        let key_id = KeyId::known("env_12345678");
-        if admin {
-            Caller::administrator(key_id)
-        } else {
-            Caller::ordinary(key_id)
-        }
-    }
-
-    #[test]
-    fn a_message_alone_makes_a_job_with_the_services_defaults() {
-        let job = read(json!({"message": "say hi"}))
-            .unwrap()
-            .into_job(&caller(false), None, &Config::default())
-            .unwrap();
-        assert_eq!(
-            (job.message.as_str(), job.priority, job.max_attempts),
-            ("say hi", 0, 3)
-        );
-        assert_eq!(
-            (job.max_cost, job.model, job.session_id),
-            (MicroUsd(5_000_000), None, None)
-        );
-        assert_eq!(job.metadata, json!({}));
     }
 
     #[test]
@@ -447,20 +318,6 @@ mod tests {
     }
 
     #[test]
-    fn only_an_admin_comes_before_the_others() {
-        let priority = |admin, wanted| {
-            let wish = read(json!({"message": "hi", "priority": wanted})).unwrap();
-            wish.into_job(&caller(admin), None, &Config::default())
-                .unwrap()
-                .priority
-        };
-        assert_eq!(
-            (priority(false, 5), priority(false, -5), priority(true, 5)),
-            (0, -5, 5)
-        );
-    }
-
-    #[test]
     fn a_time_that_has_passed_is_no_delay() {
         assert_eq!(
             read(json!({"message": "hi", "run_after": "2020-01-01T00:00:00Z"}))
@@ -473,34 +330,6 @@ mod tests {
                 .unwrap()
                 .run_after
                 .is_some()
-        );
-    }
-
-    #[test]
-    fn a_sessions_settings_fill_what_the_job_leaves_open() {
-        let session = Session {
-            session_number: 1,
-            session_id: SessionId::new(),
-            key_id: KeyId::known("env_12345678"),
-            name: "s".to_owned(),
-            settings: json!({"model": "opus", "effort": "low", "metadata": {"a": "b"}}).to_string(),
-            claude_session_id: None,
-            total_cost: MicroUsd::ZERO,
-            total_turns: 0,
-            created_at: NOW,
-            updated_at: NOW,
-        };
-        let wish = read(json!({"message": "hi", "effort": "max"})).unwrap();
-        let job = wish
-            .into_job(&caller(false), Some(&session), &Config::default())
-            .unwrap();
-        assert_eq!(
-            (job.model.as_deref(), job.effort.as_deref()),
-            (Some("opus"), Some("max"))
-        );
-        assert_eq!(
-            (job.session_id, job.metadata),
-            (Some(session.session_id), json!({}))
         );
     }
 

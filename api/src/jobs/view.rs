@@ -1,19 +1,19 @@
 //! A job as clients see it.
 
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
 use shared::clock::Timestamp;
-use shared::id::{KeyId, SessionId};
-use shared::job::{Hold, Job, JobStatus};
+use shared::id::{JobId, KeyId, SessionId};
+use shared::job::{CancelReason, Hold, Job, JobKind, JobStatus, OnWorkerLost};
+use shared::money::MicroUsd;
 use shared::storage::{Position, Store};
-use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fmt;
 use std::time::Duration;
 
 use crate::context::Context;
-use crate::problem::Problem;
+use crate::http::problem::Problem;
+use crate::http::selection::Selection;
 
 /// How much of a job is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub enum Detail {
 
 /// What is shown of a job and isn't in its row.
 #[derive(Debug, Default)]
-pub struct Beside {
+pub struct JobContext {
     /// The prompt, or the part of it that is shown.
     pub message: String,
     /// The result, as JSON text.
@@ -40,69 +40,174 @@ pub struct Beside {
 }
 
 /// The members of a job, in the order in which people read them.
-#[derive(Clone, Debug)]
-pub struct Members(Vec<(Cow<'static, str>, Value)>);
+#[derive(Clone, Debug, Serialize)]
+pub struct JobView {
+    id: JobId,
+    status: JobStatus,
+    message: String,
+    webhook_url: Option<String>,
+    result: Option<Box<RawValue>>,
+    tools_used: Option<Box<RawValue>>,
+    error: Option<String>,
+    cost: MicroUsd,
+    duration_ms: i64,
+    created_at: Timestamp,
+    started_at: Option<Timestamp>,
+    completed_at: Option<Timestamp>,
+    kind: JobKind,
+    session: Option<String>,
+    session_id: Option<String>,
+    /// There are no batches yet.
+    batch_id: Option<String>,
+    custom_id: Option<String>,
+    retry_of: Option<JobId>,
+    model: Option<String>,
+    effort: Option<String>,
+    permission_mode: Option<String>,
+    priority: i64,
+    queue_position: Option<i64>,
+    queue_position_capped: bool,
+    /// Nothing is estimated yet.
+    estimated_start_at: Option<Timestamp>,
+    run_after: Option<Timestamp>,
+    deadline_at: Option<Timestamp>,
+    expires_at: Option<Timestamp>,
+    attempt: i64,
+    max_attempts: i64,
+    on_worker_lost: OnWorkerLost,
+    hold: Option<Hold>,
+    hold_reason: Option<String>,
+    concurrency_key: Option<String>,
+    cancel_requested_at: Option<Timestamp>,
+    cancel_reason: Option<CancelReason>,
+    error_code: Option<String>,
+    usage: Option<Value>,
+    max_cost_usd: MicroUsd,
+    timeout_seconds: Option<i64>,
+    max_turns: Option<i64>,
+    metadata: Value,
+    last_event_seq: i64,
+    version: i64,
+    data_removed: bool,
+    urls: JobUrls,
+}
 
-impl Members {
-    /// Keeps the members of these names.
-    pub fn keep(&mut self, names: &[&str]) {
-        self.0.retain(|(name, _)| names.contains(&name.as_ref()));
+/// Where to go on from a job.
+#[derive(Clone, Debug, Serialize)]
+struct JobUrls {
+    cancel: String,
+    events: String,
+    result: String,
+    #[serde(rename = "self")]
+    own: String,
+}
+
+/// What is left of a job for who prefers little: enough to ask again.
+pub const SUMMARY: &[&str] = &["id", "status", "urls"];
+
+impl JobView {
+    /// The job, with what isn't in its row. Its data is kept for `retention` after its end.
+    pub fn new(job: &Job, context: JobContext, retention: Duration) -> Self {
+        let queued = job.status == JobStatus::Queued;
+        let result = context.result.and_then(|text| RawValue::from_string(text).ok());
+        let position = context.position.filter(|_| queued);
+        let group = job.group_key.as_deref();
+        let path = path(job);
+        Self {
+            id: job.job_id,
+            status: job.status,
+            message: context.message,
+            webhook_url: job.webhook_url.clone(),
+            tools_used: result.as_deref().and_then(tools_used),
+            result,
+            error: job.error.clone(),
+            cost: job.cost,
+            duration_ms: job.duration_ms,
+            created_at: job.created_at,
+            started_at: job.started_at,
+            completed_at: job.completed_at,
+            kind: job.kind,
+            session: context.session,
+            session_id: job.claude_session_id.clone(),
+            batch_id: None,
+            custom_id: job.custom_id.clone(),
+            retry_of: job.retry_of,
+            model: job.model.clone(),
+            effort: job.effort.clone(),
+            permission_mode: job.permission_mode.clone(),
+            priority: job.priority,
+            queue_position: position.map(|position| position.ahead),
+            queue_position_capped: position.is_some_and(|position| position.capped),
+            estimated_start_at: None,
+            run_after: job.run_after,
+            deadline_at: job.deadline_at,
+            expires_at: job.completed_at.map(|at| at.plus(retention)),
+            attempt: job.attempt,
+            max_attempts: job.max_attempts,
+            on_worker_lost: job.on_worker_lost,
+            hold: Hold::parse(&job.hold).or(context.lane_hold).filter(|_| queued),
+            concurrency_key: group.and_then(|group| group.strip_prefix("k:").map(str::to_owned)),
+            cancel_requested_at: job.cancel_requested_at,
+            cancel_reason: job.cancel_reason,
+            error_code: job.error_code.clone(),
+            usage: job.usage.as_deref().map(parsed),
+            max_cost_usd: job.max_cost,
+            timeout_seconds: job.timeout_seconds,
+            max_turns: job.max_turns,
+            metadata: parsed(&job.metadata),
+            last_event_seq: job.last_event_seq,
+            version: job.version,
+            data_removed: job.data_removed,
+            urls: JobUrls {
+                cancel: format!("{path}/cancel"),
+                events: format!("{path}/events"),
+                result: format!("{path}/result"),
+                own: path,
+            },
+        }
     }
 
-    /// The members but the prompt, as JSON text, to be kept.
+    /// The members but the prompt, as JSON text, to be kept: [`with_message`] puts it back.
     pub fn without_message(&self) -> Result<String, Problem> {
-        let mut kept = self.clone();
-        kept.0.retain(|(name, _)| name != MESSAGE);
+        let kept = Self {
+            message: String::new(),
+            ..self.clone()
+        };
         serde_json::to_string(&kept).map_err(Problem::internal)
     }
-
-    /// The members that were kept, with the prompt in its place.
-    pub fn with_message(text: &str, message: String) -> Result<Self, Problem> {
-        let mut members = serde_json::from_str::<Self>(text).map_err(Problem::internal)?;
-        let place = members.0.len().min(2);
-        members.0.insert(place, (MESSAGE.into(), message.into()));
-        Ok(members)
-    }
-
-    /// What is left for who prefers little: enough to ask again.
-    #[must_use]
-    pub fn summary(mut self) -> Self {
-        self.keep(&["id", "status", "urls"]);
-        self
-    }
 }
 
-impl Serialize for Members {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
-    }
+/// The members that were kept, with the prompt in its place.
+pub fn with_message(kept: &str, message: &str) -> Result<Box<RawValue>, Problem> {
+    let message = serde_json::to_string(message).map_err(Problem::internal)?;
+    // What stands before it, an id and a status, can't hold this text.
+    let text = kept.replacen(r#""message":"""#, &format!(r#""message":{message}"#), 1);
+    RawValue::from_string(text).map_err(Problem::internal)
 }
 
-impl<'de> Deserialize<'de> for Members {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct InOrder;
-        impl<'de> Visitor<'de> for InOrder {
-            type Value = Members;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the members of a job")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
-                let mut members = Vec::new();
-                while let Some((name, value)) = map.next_entry::<String, Value>()? {
-                    members.push((name.into(), value));
-                }
-                Ok(Members(members))
-            }
+/// A job, or the members of it that the client asked for.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum JobPart {
+    /// All.
+    Whole(Box<JobView>),
+    /// Some.
+    Some(Selection),
+}
+
+impl JobPart {
+    /// The members of these names; of none, all.
+    pub fn of(view: JobView, names: &[&str]) -> Result<Self, Problem> {
+        if names.is_empty() {
+            Ok(Self::Whole(Box::new(view)))
+        } else {
+            Ok(Self::Some(Selection::of(&view, names)?))
         }
-        deserializer.deserialize_map(InOrder)
     }
 }
 
-/// The name of the member that holds the prompt: the third.
-const MESSAGE: &str = "message";
-
-/// The job's members, with what has to be read beside its row.
-pub async fn show(context: &Context, job: &Job, detail: Detail) -> Result<Members, Problem> {
+/// Shows a job, with what has to be read beside its row.
+pub async fn show(context: &Context, job: &Job, detail: Detail) -> Result<JobView, Problem> {
     let store = &context.store;
     let mut message = message(store, job).await?;
     if detail == Detail::Basic {
@@ -123,18 +228,14 @@ pub async fn show(context: &Context, job: &Job, detail: Detail) -> Result<Member
     } else {
         None
     };
-    let result = result(store, job, detail).await?;
-    Ok(members(
-        job,
-        &Beside {
-            message,
-            result,
-            session,
-            lane_hold,
-            position,
-        },
-        context.config.retention,
-    ))
+    let beside = JobContext {
+        message,
+        result: result(store, job, detail).await?,
+        session,
+        lane_hold,
+        position,
+    };
+    Ok(JobView::new(job, beside, context.config.retention))
 }
 
 /// The job's prompt; empty once it was removed.
@@ -146,122 +247,58 @@ pub async fn message(store: &Store, job: &Job) -> Result<String, Problem> {
 }
 
 /// The job's result, where it is shown.
-pub async fn result(store: &Store, job: &Job, detail: Detail) -> Result<Option<String>, Problem> {
+async fn result(store: &Store, job: &Job, detail: Detail) -> Result<Option<String>, Problem> {
     if detail == Detail::Basic || !job.status.is_final() || job.data_removed {
         return Ok(None);
     }
     Ok(store.result(job.job_id).await?)
 }
 
-/// The jobs of a list, one after the other. Their place in the queue isn't counted.
+/// Renders the jobs of a list, one after the other. Their position in the queue isn't counted.
 #[derive(Debug)]
-pub struct Shower {
+pub struct JobRenderer {
     context: Context,
     detail: Detail,
-    names: HashMap<SessionId, Option<String>>,
+    sessions: HashMap<SessionId, Option<String>>,
     holds: HashMap<KeyId, Option<Hold>>,
 }
 
-impl Shower {
-    /// Shows jobs in this detail.
+impl JobRenderer {
+    /// Renders jobs in this detail.
     pub fn new(context: Context, detail: Detail) -> Self {
         Self {
             context,
             detail,
-            names: HashMap::new(),
+            sessions: HashMap::new(),
             holds: HashMap::new(),
         }
     }
 
-    /// The members of a job with this prompt, or the part of it that is shown.
-    pub async fn show(&mut self, job: &Job, message: String) -> Result<Members, Problem> {
+    /// A job with this prompt, or the part of it that is shown.
+    pub async fn render(&mut self, job: &Job, message: String) -> Result<JobView, Problem> {
         let store = &self.context.store;
         if let Some(session_id) = job.session_id
-            && !self.names.contains_key(&session_id)
+            && !self.sessions.contains_key(&session_id)
         {
             let session = store.session_by_id(session_id).await?;
-            self.names.insert(session_id, session.map(|session| session.name));
+            self.sessions
+                .insert(session_id, session.map(|session| session.name));
         }
         if job.status == JobStatus::Queued && !self.holds.contains_key(&job.key_id) {
             let hold = store.lane_hold(&job.key_id).await?;
             self.holds.insert(job.key_id.clone(), hold);
         }
-        let beside = Beside {
+        let beside = JobContext {
             message,
             result: result(store, job, self.detail).await?,
             session: job
                 .session_id
-                .and_then(|session_id| self.names.get(&session_id).cloned().flatten()),
+                .and_then(|session_id| self.sessions.get(&session_id).cloned().flatten()),
             lane_hold: self.holds.get(&job.key_id).copied().flatten(),
             position: None,
         };
-        Ok(members(job, &beside, self.context.config.retention))
+        Ok(JobView::new(job, beside, self.context.config.retention))
     }
-}
-
-/// The members of a job on the wire.
-pub fn members(job: &Job, beside: &Beside, retention: Duration) -> Members {
-    let queued = job.status == JobStatus::Queued;
-    let own_hold = Hold::parse(&job.hold);
-    let result = beside.result.as_deref().map(parsed);
-    let tools_used = result
-        .as_ref()
-        .map_or(Value::Null, |result| result["tools_used"].clone());
-    let position = beside.position.filter(|_| queued);
-    let capped = position.is_some_and(|position| position.capped);
-    let concurrency_key = job
-        .group_key
-        .as_deref()
-        .and_then(|group| group.strip_prefix("k:"));
-    let members = [
-        ("id", json!(job.job_id)),
-        ("status", json!(job.status)),
-        ("message", json!(beside.message)),
-        ("webhook_url", json!(job.webhook_url)),
-        ("result", json!(result)),
-        ("tools_used", tools_used),
-        ("error", json!(job.error)),
-        ("cost", json!(job.cost)),
-        ("duration_ms", json!(job.duration_ms)),
-        ("created_at", json!(job.created_at)),
-        ("started_at", json!(job.started_at)),
-        ("completed_at", json!(job.completed_at)),
-        ("kind", json!(job.kind)),
-        ("session", json!(beside.session)),
-        ("session_id", json!(job.claude_session_id)),
-        ("batch_id", Value::Null),
-        ("custom_id", json!(job.custom_id)),
-        ("retry_of", json!(job.retry_of)),
-        ("model", json!(job.model)),
-        ("effort", json!(job.effort)),
-        ("permission_mode", json!(job.permission_mode)),
-        ("priority", json!(job.priority)),
-        ("queue_position", json!(position.map(|position| position.ahead))),
-        ("queue_position_capped", json!(capped)),
-        ("estimated_start_at", Value::Null),
-        ("run_after", json!(job.run_after)),
-        ("deadline_at", json!(job.deadline_at)),
-        ("expires_at", json!(job.completed_at.map(|at| at.plus(retention)))),
-        ("attempt", json!(job.attempt)),
-        ("max_attempts", json!(job.max_attempts)),
-        ("on_worker_lost", json!(job.on_worker_lost)),
-        ("hold", json!(own_hold.or(beside.lane_hold).filter(|_| queued))),
-        ("hold_reason", json!(job.wait_reason.as_ref().filter(|_| queued))),
-        ("concurrency_key", json!(concurrency_key)),
-        ("cancel_requested_at", json!(job.cancel_requested_at)),
-        ("cancel_reason", json!(job.cancel_reason)),
-        ("error_code", json!(job.error_code)),
-        ("usage", json!(job.usage.as_deref().map(parsed))),
-        ("max_cost_usd", json!(job.max_cost)),
-        ("timeout_seconds", json!(job.timeout_seconds)),
-        ("max_turns", json!(job.max_turns)),
-        ("metadata", parsed(&job.metadata)),
-        ("last_event_seq", json!(job.last_event_seq)),
-        ("version", json!(job.version)),
-        ("data_removed", json!(job.data_removed)),
-        ("urls", urls(job)),
-    ];
-    Members(members.map(|(name, value)| (name.into(), value)).into())
 }
 
 /// The path of a job.
@@ -269,14 +306,15 @@ pub fn path(job: &Job) -> String {
     format!("/api/v1/jobs/{}", job.job_id)
 }
 
-fn urls(job: &Job) -> Value {
-    let path = path(job);
-    json!({
-        "self": path,
-        "events": format!("{path}/events"),
-        "result": format!("{path}/result"),
-        "cancel": format!("{path}/cancel"),
-    })
+/// The member of the result that is shown beside it, too.
+fn tools_used(result: &RawValue) -> Option<Box<RawValue>> {
+    #[derive(serde::Deserialize)]
+    struct Tools<'r> {
+        #[serde(borrow)]
+        tools_used: Option<&'r RawValue>,
+    }
+    let tools = serde_json::from_str::<Tools>(result.get()).ok()?;
+    tools.tools_used.map(ToOwned::to_owned)
 }
 
 /// JSON that we stored ourselves.
@@ -295,15 +333,28 @@ mod tests {
 
     #[test]
     fn an_answer_that_was_kept_comes_back_in_the_same_order_with_its_prompt() {
-        let text = r#"{"id":"job_1","status":"queued","message":"say hi","webhook_url":null,"urls":{}}"#;
-        let members = serde_json::from_str::<Members>(text).unwrap();
-        let kept = members.without_message().unwrap();
-        assert!(!kept.contains("say hi"));
-        let again = Members::with_message(&kept, "say hi".to_owned()).unwrap();
-        assert_eq!(serde_json::to_string(&again).unwrap(), text);
+        let kept = r#"{"id":"job_1","status":"queued","message":"","webhook_url":null,"metadata":{"message":""},"urls":{}}"#;
+        let again = with_message(kept, "say \"hi\"").unwrap();
         assert_eq!(
-            serde_json::to_string(&again.summary()).unwrap(),
+            again.get(),
+            r#"{"id":"job_1","status":"queued","message":"say \"hi\"","webhook_url":null,"metadata":{"message":""},"urls":{}}"#
+        );
+        let summary = Selection::of(&again, SUMMARY).unwrap();
+        assert_eq!(
+            serde_json::to_string(&summary).unwrap(),
             r#"{"id":"job_1","status":"queued","urls":{}}"#
         );
+    }
+
+    #[test]
+    fn the_tools_of_a_result_are_shown_as_they_were_stored() {
+        let result = |text: &str| RawValue::from_string(text.to_owned()).unwrap();
+        let tools = |text: &str| tools_used(&result(text)).map(|tools| tools.get().to_owned());
+        assert_eq!(
+            tools(r#"{"content":"x","tools_used":[{"name":"Bash"}]}"#).as_deref(),
+            Some(r#"[{"name":"Bash"}]"#)
+        );
+        assert_eq!(tools(r#"{"content":"x"}"#), None);
+        assert_eq!(tools("[]"), None);
     }
 }

@@ -6,30 +6,30 @@ use tokio::time::{Instant, sleep_until};
 use warp::reply::Response;
 
 use crate::context::Context;
-use crate::problem::Problem;
-use crate::reply::{Headers, PREFERENCE_APPLIED};
-use crate::request::Request;
-use crate::request::headers::Preferences;
+use crate::http::problem::Problem;
+use crate::http::reply::{Headers, PREFERENCE_APPLIED};
+use crate::http::request::Request;
+use crate::http::request::headers::Preferences;
 
 /// How long a client wants to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wait {
     /// What it gets: never more than `WAIT_MAX_SECONDS`, nothing if it didn't ask.
     pub limit: Duration,
-    /// Whether it asked by `Prefer`, and so is told what it got.
+    /// Whether it asked by `Prefer`, and so the answer says what it got.
     preferred: bool,
 }
 
 impl Wait {
-    /// `?wait=N`, else `Prefer: wait=N`.
-    pub fn of(request: &Request) -> Result<Self, Problem> {
+    /// `?wait=N`, else `Prefer: wait=N`, of which it gets `max` at most.
+    pub fn of(request: &Request, max: Duration) -> Result<Self, Problem> {
         let asked = request
             .query()
             .integer("wait", 0..=i64::MAX)?
             .and_then(|seconds| u64::try_from(seconds).ok());
         let preferred = Preferences::of(&request.headers).wait;
         let seconds = asked.or(preferred).unwrap_or(0);
-        let limit = Duration::from_secs(seconds).min(request.context.config.wait_max);
+        let limit = Duration::from_secs(seconds).min(max);
         Ok(Self {
             limit,
             preferred: preferred.is_some(),

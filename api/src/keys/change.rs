@@ -4,17 +4,17 @@ use serde_json::{Map, Value};
 use shared::clock::Timestamp;
 use shared::key::{ApiKey, Scopes, TextList};
 
-use super::wish::{self, Rates};
-use crate::budgets::Terms;
-use crate::problem::Problem;
-use crate::request::fields::{Fields, metadata};
+use super::request::{self, Rates};
+use crate::budgets::BudgetSpec;
+use crate::http::problem::Problem;
+use crate::http::request::fields::{Fields, metadata};
 
 /// Absent, null, or a value.
 type Wanted<T> = Option<Option<T>>;
 
-/// What a client wants changed.
+/// The body of a request that changes a key.
 #[derive(Debug)]
-#[expect(clippy::option_option, reason = "absent and null are two wishes")]
+#[expect(clippy::option_option, reason = "absent and null are two changes")]
 pub(super) struct Change {
     name: Option<String>,
     scopes: Option<Scopes>,
@@ -26,24 +26,24 @@ pub(super) struct Change {
     max_queued_jobs: Wanted<i64>,
     max_streams: Wanted<i64>,
     max_priority: Wanted<i64>,
-    pub(super) budget: Wanted<Terms>,
+    pub(super) budget: Wanted<BudgetSpec>,
     metadata: Wanted<Map<String, Value>>,
 }
 
 impl Change {
     pub(super) fn read(mut body: Fields, now: Timestamp) -> Result<Self, Problem> {
         let change = Self {
-            name: body.optional("name", wish::name),
-            scopes: body.optional("scopes", wish::scopes),
-            expires_at: body.change("expires_at", wish::future(now)),
-            allowed_ips: body.change("allowed_ips", wish::networks),
-            allowed_models: body.change("allowed_models", wish::models),
-            rates: body.change("rate_limit", wish::rates),
-            max_running_jobs: body.change("max_running_jobs", wish::max_running_jobs()),
-            max_queued_jobs: body.change("max_queued_jobs", wish::max_queued_jobs()),
-            max_streams: body.change("max_streams", wish::max_streams()),
-            max_priority: body.change("max_priority", wish::max_priority()),
-            budget: body.change("budget", wish::budget),
+            name: body.optional("name", request::name),
+            scopes: body.optional("scopes", request::scopes),
+            expires_at: body.change("expires_at", request::future(now)),
+            allowed_ips: body.change("allowed_ips", request::networks),
+            allowed_models: body.change("allowed_models", request::models),
+            rates: body.change("rate_limit", request::rates),
+            max_running_jobs: body.change("max_running_jobs", request::max_running_jobs()),
+            max_queued_jobs: body.change("max_queued_jobs", request::max_queued_jobs()),
+            max_streams: body.change("max_streams", request::max_streams()),
+            max_priority: body.change("max_priority", request::max_priority()),
+            budget: body.change("budget", request::budget),
             metadata: body.change("metadata", metadata),
         };
         body.finish(Some(change))

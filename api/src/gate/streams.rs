@@ -1,6 +1,7 @@
 //! Event streams that are open, of keys that may only have so many: counted in the database, over all processes.
 
-use shared::storage::Store;
+use shared::id::KeyId;
+use shared::storage::{self, Store};
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,11 +9,8 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use uuid::Uuid;
 
-use crate::caller::Caller;
-use crate::problem::Problem;
-
 /// A stream that isn't renewed for this long counts no more: its process is gone.
-const COUNTED_FOR: Duration = Duration::from_secs(30);
+const STREAM_TTL: Duration = Duration::from_secs(30);
 
 /// The streams that clients of this process hold.
 type Open = Arc<Mutex<HashSet<Uuid>>>;
@@ -32,18 +30,18 @@ impl fmt::Debug for Streams {
     }
 }
 
-/// The place of one open stream; dropping it makes room for another.
+/// Counts for one open stream; dropping it makes room for another.
 #[derive(Debug)]
-pub struct Place {
+pub struct StreamPermit {
     stream_id: Uuid,
     open: Open,
     closing: UnboundedSender<Uuid>,
 }
 
-impl Drop for Place {
+impl Drop for StreamPermit {
     fn drop(&mut self) {
         ids(&self.open).remove(&self.stream_id);
-        // Without a receiver the process is ending, and the place ends by itself.
+        // Without a receiver the process is ending, and the stream stops counting by itself.
         let _ = self.closing.send(self.stream_id);
     }
 }
@@ -61,38 +59,35 @@ impl Streams {
         }
     }
 
-    /// A place for one more stream of this caller; `None` when his key may have any number. A problem when all of its
-    /// places are taken.
-    pub async fn enter(&self, caller: &Caller) -> Result<Option<Place>, Problem> {
-        let Some(max) = caller.rights.max_streams else {
-            return Ok(None);
-        };
+    /// Counts one more stream of this key, of which `max` may be open; `None` when they are.
+    pub async fn enter(&self, key_id: &KeyId, max: i64) -> storage::Result<Option<StreamPermit>> {
         let now = self.store.limits_now().await?;
         let stream_id = self
             .store
-            .open_stream(&caller.key_id, self.process_id, max, now, now.plus(COUNTED_FOR))
-            .await?
-            .ok_or(Problem::TooManyStreams(max))?;
-        ids(&self.open).insert(stream_id);
-        Ok(Some(Place {
-            stream_id,
-            open: Arc::clone(&self.open),
-            closing: self.closing.clone(),
+            .open_stream(key_id, self.process_id, max, now, now.plus(STREAM_TTL))
+            .await?;
+        Ok(stream_id.map(|stream_id| {
+            ids(&self.open).insert(stream_id);
+            StreamPermit {
+                stream_id,
+                open: Arc::clone(&self.open),
+                closing: self.closing.clone(),
+            }
         }))
     }
 
-    /// The places that become free, for the one who tells the database; `None` when somebody has them already.
+    /// The streams that are closed, for the task that writes it down; `None` when one has them already.
     pub fn take_closed(&self) -> Option<UnboundedReceiver<Uuid>> {
         self.closed.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Lets the open ones count on.
-    pub async fn renew(&self) -> shared::storage::Result<()> {
+    pub async fn renew(&self) -> storage::Result<()> {
         let open: Vec<Uuid> = ids(&self.open).iter().copied().collect();
         if open.is_empty() {
             return Ok(());
         }
-        let valid_until = self.store.limits_now().await?.plus(COUNTED_FOR);
+        let valid_until = self.store.limits_now().await?.plus(STREAM_TTL);
         for stream_id in open {
             self.store.renew_stream(stream_id, valid_until).await?;
         }

@@ -1,5 +1,5 @@
 //! Who asks: the key in the headers becomes a [`Caller`]. The keys of the environment are compared here and nowhere else;
-//! those of the database in [`crate::keyring`].
+//! those of the database in [`super::keyring`].
 
 use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
@@ -11,10 +11,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
-use crate::config::Config;
-use crate::limits::Policy;
-use crate::problem::Problem;
-use crate::request::headers;
+use crate::gate::limits::{Policy, Rates};
+use crate::http::cors::Cors;
+use crate::http::problem::Problem;
+use crate::http::request::headers;
 
 /// Who asks, and what they may do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,8 +75,8 @@ impl Caller {
     }
 
     /// How often this caller may ask.
-    pub fn rate(&self, policy: Policy, config: &Config) -> Rate {
-        let default = config.rates.of(policy);
+    pub fn rate(&self, policy: Policy, rates: &Rates) -> Rate {
+        let default = rates.of(policy);
         let own = match policy {
             Policy::Submit => self.rights.rate_submit,
             Policy::Read => self.rights.rate_read,
@@ -151,7 +151,7 @@ impl Keys {
     }
 
     /// The owner of `secret`. Compares it with every key and every byte, whatever it finds on the way, so that the
-    /// time tells nothing. `guessing`: only long keys open, because somebody tries keys.
+    /// time tells nothing. `guessing`: only long keys are valid, because somebody tries keys.
     pub fn find(&self, secret: &[u8], guessing: bool) -> Option<&Caller> {
         let wanted = digest(secret);
         let mut found = u32::MAX;
@@ -189,19 +189,33 @@ pub fn presented(headers: &HeaderMap) -> Result<Option<&[u8]>, Problem> {
     }
 }
 
+/// To whom the service is exposed when there is no key.
+#[derive(Clone, Copy, Debug)]
+pub struct Exposure<'c> {
+    /// Whether everybody who can connect may ask.
+    pub allow_anonymous: bool,
+    /// Whether only programs on this machine can connect.
+    pub loopback: bool,
+    /// The web pages that may call.
+    pub cors: &'c Cors,
+}
+
 /// Without any key everybody on this machine may ask. A web page that is open on this machine may not: it could be
 /// anyone's, and a browser would send its requests here. (A page gives itself away by `Origin`, and one that made its
 /// own name point here by `Host`.) Nor may what a proxy passes on: its client may be anybody.
-pub fn anonymous(headers: &HeaderMap, config: &Config) -> Result<Caller, Problem> {
-    let from_page = headers::text(headers, "origin").is_some_and(|origin| !config.cors.names(origin));
-    if !config.allow_anonymous && !config.address.ip().is_loopback() {
+pub fn anonymous(headers: &HeaderMap, exposure: &Exposure) -> Result<Caller, Problem> {
+    if exposure.allow_anonymous {
+        return Ok(Caller::ordinary(KeyId::anonymous()));
+    }
+    if !exposure.loopback {
         // There was a key when the service started, and it was deleted.
         return Err(Problem::Unauthorized);
     }
-    if !config.allow_anonymous && (from_page || !host_is_local(headers)) {
+    let from_page = headers::text(headers, "origin").is_some_and(|origin| !exposure.cors.names(origin));
+    if from_page || !host_is_local(headers) {
         return Err(Problem::AnonymousFromWeb);
     }
-    if !config.allow_anonymous && is_passed_on(headers) {
+    if is_passed_on(headers) {
         return Err(Problem::AnonymousThroughProxy);
     }
     Ok(Caller::ordinary(KeyId::anonymous()))
@@ -256,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn each_key_opens_as_itself_in_either_header() {
+    fn each_key_is_valid_as_itself_in_either_header() {
         let one = ask(&[("x-api-key", "one")]).unwrap();
         assert_eq!(one.key_id.as_str(), format!("env_{}", &hex(&digest(b"one"))[..8]));
         assert_eq!(ask(&[("authorization", "Bearer one")]), Ok(one.clone()));
@@ -277,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_opens_nothing() {
+    fn what_is_no_key_is_refused() {
         for pairs in [
             vec![],
             vec![("x-api-key", "")],
@@ -294,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn two_different_keys_are_ambiguous_even_when_both_open() {
+    fn two_different_keys_are_ambiguous_even_when_both_are_valid() {
         let both = [("x-api-key", "one"), ("authorization", "Bearer two")];
         assert_eq!(ask(&both), Err("ambiguous-credentials"));
         assert_eq!(
@@ -304,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn while_somebody_guesses_only_long_keys_open() {
+    fn while_somebody_guesses_only_long_keys_are_valid() {
         let long = "a-key-of-thirty-two-characters--";
         let keys = Keys::of(&["short".into(), long.into()], &[]);
         assert!(keys.find(b"short", false).is_some() && keys.find(b"short", true).is_none());
@@ -312,12 +326,14 @@ mod tests {
     }
 
     #[test]
-    fn a_service_that_lost_its_last_key_does_not_open_to_the_network() {
-        let config = Config {
-            address: ([0, 0, 0, 0], 8000).into(),
-            ..Config::default()
+    fn a_service_that_lost_its_last_key_does_not_serve_the_network() {
+        let cors = Cors::any();
+        let exposure = Exposure {
+            allow_anonymous: false,
+            loopback: false,
+            cors: &cors,
         };
-        assert!(anonymous(&headers(&[]), &config).is_err());
+        assert!(anonymous(&headers(&[]), &exposure).is_err());
     }
 
     #[test]
@@ -329,12 +345,17 @@ mod tests {
 
     #[test]
     fn without_keys_programs_on_this_machine_are_served_and_web_pages_are_not() {
-        let ask = |pairs: &[(&'static str, &'static str)], config: &Config| {
-            anonymous(&headers(pairs), config)
+        let cors = Cors::any();
+        let ask = |pairs: &[(&'static str, &'static str)], allow_anonymous: bool| {
+            let exposure = Exposure {
+                allow_anonymous,
+                loopback: true,
+                cors: &cors,
+            };
+            anonymous(&headers(pairs), &exposure)
                 .map(|caller| caller.key_id.to_string())
                 .ok()
         };
-        let config = Config::default();
         let anonymous = Some("anonymous".to_owned());
         for pairs in [
             vec![],
@@ -343,7 +364,7 @@ mod tests {
             vec![("host", "[::1]:8000")],
             vec![("user-agent", "whatever")],
         ] {
-            assert_eq!(ask(&pairs, &config), anonymous, "{pairs:?}");
+            assert_eq!(ask(&pairs, false), anonymous, "{pairs:?}");
         }
         for pairs in [
             vec![("host", "127.0.0.1:8000"), ("origin", "https://evil.example")],
@@ -356,12 +377,8 @@ mod tests {
             vec![("forwarded", "for=203.0.113.7")],
             vec![("via", "1.1 proxy")],
         ] {
-            assert_eq!(ask(&pairs, &config), None, "{pairs:?}");
+            assert_eq!(ask(&pairs, false), None, "{pairs:?}");
         }
-        let open = Config {
-            allow_anonymous: true,
-            ..Config::default()
-        };
         assert_eq!(
             ask(
                 &[
@@ -369,7 +386,7 @@ mod tests {
                     ("origin", "https://a.example"),
                     ("x-forwarded-for", "203.0.113.7")
                 ],
-                &open
+                true
             ),
             anonymous
         );

@@ -1,23 +1,23 @@
-//! What a client wants of a new key.
+//! The body of a request for a new key.
 
 use serde_json::{Map, Value};
 use shared::clock::Timestamp;
 use shared::key::{KeyRights, Scope, Scopes, TextList};
 
-use crate::address;
-use crate::budgets::Terms;
-use crate::problem::Problem;
-use crate::request::fields::{
+use crate::budgets::BudgetSpec;
+use crate::http::address;
+use crate::http::problem::Problem;
+use crate::http::request::fields::{
     Fault, Fields, Reading, choice, integer, list, members, metadata, parsed, time,
 };
 
-/// A key as a client wants it, every member right by itself.
+/// A new key, every member right by itself.
 #[derive(Debug)]
-pub(super) struct Wish {
+pub(super) struct KeyRequest {
     pub(super) name: String,
     pub(super) rights: KeyRights,
     pub(super) expires_at: Option<Timestamp>,
-    pub(super) budget: Option<Terms>,
+    pub(super) budget: Option<BudgetSpec>,
     pub(super) metadata: Map<String, Value>,
 }
 
@@ -29,7 +29,7 @@ pub(super) struct Rates {
     pub(super) window: Option<i64>,
 }
 
-impl Wish {
+impl KeyRequest {
     pub(super) fn read(mut body: Fields, now: Timestamp) -> Result<Self, Problem> {
         let name = body.required("name", name);
         let scopes = body.optional("scopes", scopes).unwrap_or_else(Scopes::ordinary);
@@ -49,14 +49,14 @@ impl Wish {
         };
         let budget = body.optional("budget", budget);
         let metadata = body.optional("metadata", metadata).unwrap_or_default();
-        let wish = name.map(|name| Self {
+        let request = name.map(|name| Self {
             name,
             rights,
             expires_at,
             budget,
             metadata,
         });
-        body.finish(wish)
+        body.finish(request)
     }
 }
 
@@ -107,8 +107,8 @@ pub(super) fn rates(value: Value) -> Reading<Rates> {
     })(value)
 }
 
-pub(super) fn budget(value: Value) -> Reading<Terms> {
-    members(Terms::read)(value)
+pub(super) fn budget(value: Value) -> Reading<BudgetSpec> {
+    members(BudgetSpec::read)(value)
 }
 
 pub(super) fn max_running_jobs() -> impl Fn(Value) -> Reading<i64> {
@@ -134,15 +134,15 @@ mod tests {
 
     const NOW: Timestamp = Timestamp(1_800_000_000_000_000);
 
-    fn read(value: Value) -> Result<Wish, Problem> {
-        Wish::read(Fields::of("body", value).unwrap(), NOW)
+    fn read(value: Value) -> Result<KeyRequest, Problem> {
+        KeyRequest::read(Fields::of("body", value).unwrap(), NOW)
     }
 
     #[test]
     fn a_name_alone_makes_an_ordinary_key() {
-        let wish = read(json!({"name": "ci"})).unwrap();
-        assert_eq!(wish.rights, KeyRights::of(Scopes::ordinary()));
-        assert_eq!((wish.expires_at, wish.budget), (None, None));
+        let request = read(json!({"name": "ci"})).unwrap();
+        assert_eq!(request.rights, KeyRights::of(Scopes::ordinary()));
+        assert_eq!((request.expires_at, request.budget), (None, None));
     }
 
     #[test]
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn networks_are_kept_in_their_plain_form() {
-        let wish = read(json!({"name": "ci", "allowed_ips": ["10.1.2.3/8", "::1"]})).unwrap();
-        assert_eq!(wish.rights.allowed_ips.0, ["10.0.0.0/8", "::1/128"]);
+        let request = read(json!({"name": "ci", "allowed_ips": ["10.1.2.3/8", "::1"]})).unwrap();
+        assert_eq!(request.rights.allowed_ips.0, ["10.0.0.0/8", "::1/128"]);
     }
 }

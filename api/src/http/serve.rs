@@ -1,5 +1,5 @@
 //! The accept loop: a bounded number of connections, heads that must arrive in time, and an end with a deadline.
-//! Around every request: its id, its time, the headers that every answer has.
+//! Around every request: its id, its time, the headers that every answer has. What answers is given from outside.
 
 use http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
@@ -14,7 +14,6 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::process::{Resource, getrlimit};
 use shared::shutdown::Shutdown;
 use std::convert::Infallible;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,10 +28,8 @@ use tower_http::compression::Compression;
 use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
 use tracing::Instrument;
 
-use crate::context::Context;
-use crate::housekeeping;
-use crate::request::Request;
-use crate::routes::routes;
+use crate::http::cors::Cors;
+use crate::http::request::Request;
 
 /// Connections at once, if the process may open so many files; more wait to be accepted.
 const MAX_CONNECTIONS: u64 = 8_192;
@@ -46,41 +43,51 @@ const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// Answers below this size aren't compressed.
 const COMPRESS_ABOVE: u64 = 1_024;
 
-/// Serves the API on `listener` until `shutdown`: then it accepts no more, ends what only waits, gives the rest
-/// `DRAIN_SECONDS` (or until the second signal), and returns.
-pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) -> io::Result<()> {
+/// What answers requests: it finds the [`Request`] among the extensions, as an `Arc`. Its own body is empty.
+pub type App = BoxCloneService<http::Request<Empty<Bytes>>, warp::reply::Response, Infallible>;
+
+/// What the accept loop needs to know beside what answers.
+#[derive(Clone, Debug)]
+pub struct Edge {
+    /// The web pages that may read the answers.
+    pub cors: Cors,
+    /// How long open requests get at shutdown.
+    pub drain: Duration,
+    /// Cancelled when the loop accepts no more: whoever waits for something stops waiting.
+    pub stopping: CancellationToken,
+}
+
+/// Lets `app` answer what comes to `listener` until `shutdown`: then it accepts no more, ends what only waits, gives
+/// the rest the time of the drain (or until the second signal), and returns.
+pub async fn serve(listener: TcpListener, app: App, edge: Edge, shutdown: Shutdown) {
     let (connections, cut) = (TaskTracker::new(), CancellationToken::new());
-    let places = Arc::new(Semaphore::new(max_connections()));
-    let app = app();
-    let ended = CancellationToken::new();
-    let housekeeping = tokio::spawn(housekeeping::keep(context.clone(), ended.clone()));
+    let slots = Arc::new(Semaphore::new(max_connections()));
+    let app = compressed(app);
     loop {
         let accepted = tokio::select! {
-            accepted = accept(&listener, &places) => accepted,
+            accepted = accept(&listener, &slots) => accepted,
             () = shutdown.drain.cancelled() => break,
         };
-        let Some((stream, peer, place)) = accepted else {
+        let Some((stream, peer, slot)) = accepted else {
             continue;
         };
-        let (app, context, cut) = (app.clone(), context.clone(), cut.clone());
+        let (app, edge, cut) = (app.clone(), edge.clone(), cut.clone());
         connections.spawn(async move {
-            connection(stream, peer, app, context, cut).await;
-            drop(place);
+            connection(stream, peer, app, edge, cut).await;
+            drop(slot);
         });
     }
     drop(listener);
-    context.stopping.cancel();
+    edge.stopping.cancel();
     connections.close();
     tokio::select! {
-        drained = timeout(context.config.drain, connections.wait()) => if drained.is_err() {
+        drained = timeout(edge.drain, connections.wait()) => if drained.is_err() {
             tracing::warn!("{} connections were cut: DRAIN_SECONDS have passed", connections.len());
         },
         () = shutdown.at_once.cancelled() => {}
     }
     cut.cancel();
     connections.wait().await;
-    ended.cancel();
-    housekeeping.await.map_err(io::Error::other)
 }
 
 /// How many connections fit into what the process may open.
@@ -89,14 +96,14 @@ fn max_connections() -> usize {
     usize::try_from(files.saturating_sub(FILES_KEPT).clamp(16, MAX_CONNECTIONS)).unwrap_or(16)
 }
 
-/// The next connection, once there's a place for it. `None` when it failed, which is no reason to stop.
+/// The next connection, once there's a slot for it. `None` when it failed, which is no reason to stop.
 async fn accept(
     listener: &TcpListener,
-    places: &Arc<Semaphore>,
+    slots: &Arc<Semaphore>,
 ) -> Option<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let place = Arc::clone(places).acquire_owned().await.ok()?;
+    let slot = Arc::clone(slots).acquire_owned().await.ok()?;
     match listener.accept().await {
-        Ok((stream, peer)) => Some((stream, peer, place)),
+        Ok((stream, peer)) => Some((stream, peer, slot)),
         Err(error) => {
             // The process may be out of file descriptors; others will be closed.
             tracing::warn!(%error, "could not accept a connection");
@@ -106,15 +113,14 @@ async fn accept(
     }
 }
 
-/// What answers requests. Warp matches the path alone, so it gets no body.
-type App = BoxCloneService<http::Request<Empty<Bytes>>, Answer, Infallible>;
+type Compressed = BoxCloneService<http::Request<Empty<Bytes>>, Answer, Infallible>;
 type Answer = http::Response<UnsyncBoxBody<Bytes, BoxError>>;
 
-/// The routes, with their larger answers compressed for clients that ask for it. Streams never are: an event would
-/// wait in the compressor until more come.
-fn app() -> App {
+/// The same, with its larger answers compressed for clients that ask for it. Streams never are: an event would wait in
+/// the compressor until more come.
+fn compressed(app: App) -> Compressed {
     let predicate = SizeAbove::new(COMPRESS_ABOVE).and(NotForContentType::SSE);
-    let compressed = Compression::new(warp::service(routes())).compress_when(predicate);
+    let compressed = Compression::new(app).compress_when(predicate);
     let boxed = |response: http::Response<_>| response.map(boxed);
     BoxCloneService::new(ServiceExt::<http::Request<Empty<Bytes>>>::map_response(
         compressed, boxed,
@@ -129,14 +135,20 @@ where
 }
 
 /// Serves one connection until it ends, the drain is over, or it is idle when the drain begins.
-async fn connection(stream: TcpStream, peer: SocketAddr, app: App, context: Context, cut: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    app: Compressed,
+    edge: Edge,
+    cut: CancellationToken,
+) {
     // Answers are written whole, so waiting for more to send would only delay them.
     let _ = stream.set_nodelay(true);
-    let stopping = context.stopping.clone();
+    let stopping = edge.stopping.clone();
     let service = service_fn(move |request| {
-        let request = Arc::new(Request::new(context.clone(), peer, request));
-        let app = app.clone();
-        async move { Ok::<_, Infallible>(answer(app, request).await) }
+        let request = Arc::new(Request::new(peer, request));
+        let (app, cors) = (app.clone(), edge.cors.clone());
+        async move { Ok::<_, Infallible>(answer(app, &cors, request).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -156,7 +168,7 @@ async fn connection(stream: TcpStream, peer: SocketAddr, app: App, context: Cont
 }
 
 /// Answers one request, and says in the log how long it took.
-async fn answer(app: App, request: Arc<Request>) -> Answer {
+async fn answer(app: Compressed, cors: &Cors, request: Arc<Request>) -> Answer {
     let begun = Instant::now();
     let span = tracing::info_span!("request", request.id = %request.id);
     let mut routed = http::Request::new(Empty::new());
@@ -166,14 +178,15 @@ async fn answer(app: App, request: Arc<Request>) -> Answer {
     routed.extensions_mut().insert(Arc::clone(&request));
     let Ok(mut response) = app.oneshot(routed).instrument(span.clone()).await;
     let duration = begun.elapsed();
-    finish(&request, response.headers_mut(), duration);
+    finish(&request, cors, response.headers_mut(), duration);
     span.in_scope(|| log(&request, response.status(), duration));
     response
 }
 
-/// Gives an answer the headers that all answers have.
-fn finish(request: &Request, headers: &mut HeaderMap, duration: Duration) {
-    const ALWAYS: [(HeaderName, &str); 4] = [
+/// Gives an answer the headers that all answers have. The fixed ones are defaults: a handler that needs another
+/// value has set it.
+fn finish(request: &Request, cors: &Cors, headers: &mut HeaderMap, duration: Duration) {
+    const DEFAULTS: [(HeaderName, &str); 5] = [
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (X_FRAME_OPTIONS, "DENY"),
         (REFERRER_POLICY, "no-referrer"),
@@ -181,13 +194,11 @@ fn finish(request: &Request, headers: &mut HeaderMap, duration: Duration) {
             CONTENT_SECURITY_POLICY,
             "default-src 'none'; frame-ancestors 'none'",
         ),
+        (CACHE_CONTROL, "no-store"),
     ];
-    for (name, value) in ALWAYS {
-        headers.insert(name, HeaderValue::from_static(value));
+    for (name, value) in DEFAULTS {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
-    headers
-        .entry(CACHE_CONTROL)
-        .or_insert(HeaderValue::from_static("no-store"));
     vary(headers);
     if let Ok(id) = HeaderValue::from_str(&request.id) {
         headers.insert(HeaderName::from_static("x-request-id"), id);
@@ -195,10 +206,7 @@ fn finish(request: &Request, headers: &mut HeaderMap, duration: Duration) {
     if let Ok(time) = HeaderValue::from_str(&format!("{}ms", duration.as_millis())) {
         headers.insert(HeaderName::from_static("x-response-time"), time);
     }
-    if let Some(decided) = request.decided() {
-        decided.decorate(headers);
-    }
-    request.context.config.cors.decorate(&request.headers, headers);
+    cors.apply_to(&request.headers, headers);
 }
 
 /// Says of which request headers the answer depends: always these two, and those that the handler named.

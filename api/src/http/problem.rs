@@ -1,28 +1,44 @@
 //! Everything that can be wrong with a request, as `application/problem+json` (RFC 9457): the only file that knows
-//! which HTTP status a problem has.
+//! which HTTP status a problem has. A problem is a value; it is rendered, and logged, once at the edge.
 
 use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
-use shared::budget::BudgetStatus;
-use shared::clock::{self, Timestamp};
 use shared::job::JobStatus;
 use shared::key::Scope;
-use shared::storage::{self, Quota, Store};
-use shared::telemetry::chain;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
-use std::io;
 use std::time::Duration;
 use warp::reply::Response;
 
-use crate::budgets;
-use crate::request::Request;
-use crate::request::fields::FieldFault;
+/// One member that can't be used, as the client sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FieldFault {
+    /// The way to it: `body -> metadata -> colour`.
+    pub field: String,
+    /// A sentence for people.
+    pub message: Cow<'static, str>,
+    /// The word for programs, from a fixed list: `missing`, `string_too_long` …
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+}
 
-/// Why a request isn't done, as the client is told.
+/// A budget that has nothing left.
+#[derive(Clone, Debug)]
+pub struct BudgetExceeded {
+    /// Which one, and what to do, in words.
+    pub detail: String,
+    /// The same in numbers.
+    pub summary: Value,
+    /// How long until its next period; `None` when it has none.
+    pub retry_after: Option<Duration>,
+    /// The headers that say how it stands.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// Why a request isn't done.
 #[derive(Debug)]
 pub enum Problem {
     /// The request as a whole makes no sense; the sentence says why.
@@ -31,7 +47,7 @@ pub enum Problem {
     InvalidCursor,
     /// `X-API-Key` and `Authorization` hold different keys.
     AmbiguousCredentials,
-    /// No key, or one that opens nothing.
+    /// No key, or one that isn't valid.
     Unauthorized,
     /// Nobody needs a key here, but a web page may not use that.
     AnonymousFromWeb,
@@ -41,7 +57,7 @@ pub enum Problem {
     PermissionModeNotAllowed(String),
     /// Only an admin key may do this.
     AdminOnly(&'static str),
-    /// The key hasn't this scope.
+    /// The key doesn't have this scope.
     InsufficientScope(Scope),
     /// The key may not be used from where the request comes.
     IpNotAllowed,
@@ -51,8 +67,8 @@ pub enum Problem {
     RateLimited {
         /// Of which limit.
         policy: &'static str,
-        /// How the limit stands.
-        quota: Quota,
+        /// When one more is allowed.
+        retry_after: Duration,
     },
     /// As many of the key's jobs wait as may.
     QueueFull(i64),
@@ -62,7 +78,7 @@ pub enum Problem {
     KeyReadOnly,
     /// The key was revoked or has expired.
     KeyNotActive,
-    /// The key opens, so it can't be deleted.
+    /// The key is active, so it can't be deleted.
     KeyActive,
     /// There's no such path.
     NoSuchPath,
@@ -95,7 +111,7 @@ pub enum Problem {
     /// There's no template of this name.
     NoSuchTemplate(String),
     /// The owner, or everybody together, has spent what may be spent.
-    BudgetExceeded(Box<BudgetStatus>),
+    BudgetExceeded(Box<BudgetExceeded>),
     /// Requests can't be served: which check says so.
     NotReady {
         /// What the database does.
@@ -105,12 +121,12 @@ pub enum Problem {
     },
     /// The service can't do it now; later it can.
     Unavailable {
-        /// What the client is told.
+        /// What the client sees.
         detail: &'static str,
-        /// What the log is told.
+        /// What the log gets.
         source: Option<Box<dyn StdError + Send + Sync>>,
     },
-    /// Something that should not happen: logged whole, told as one sentence.
+    /// Something that should not happen: logged whole, answered with one sentence.
     Internal(Box<dyn StdError + Send + Sync>),
 }
 
@@ -253,7 +269,7 @@ impl Problem {
             },
             Self::IdempotencyKeyReused => "This Idempotency-Key was used with another request body".into(),
             Self::NoSuchTemplate(name) => format!("Template '{name}' not found").into(),
-            Self::BudgetExceeded(status) => budgets::exceeded(status).into(),
+            Self::BudgetExceeded(exceeded) => exceeded.detail.clone().into(),
             Self::NotReady { draining: true, .. } => "The service is shutting down".into(),
             Self::NotReady {
                 database: Database::Silent,
@@ -270,10 +286,8 @@ impl Problem {
     /// When it makes sense to try again, where that is known.
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::RateLimited { quota, .. } => Some(Duration::from_secs(
-                u64::try_from(quota.retry_after()).unwrap_or(1),
-            )),
-            Self::BudgetExceeded(status) => status.resets_at.map(|at| seconds_until(at, clock::now())),
+            Self::RateLimited { retry_after, .. } => Some(*retry_after),
+            Self::BudgetExceeded(exceeded) => exceeded.retry_after,
             Self::QueueFull(_) | Self::TooManyStreams(_) => Some(Duration::from_secs(5)),
             Self::JobNotFinished => Some(Duration::from_secs(2)),
             Self::NotReady { .. } | Self::Unavailable { .. } => Some(Duration::from_secs(5)),
@@ -301,7 +315,7 @@ impl Problem {
                 json!({"code": "PAYLOAD_TOO_LARGE", "message": self.detail(), "request_id": request_id}),
             )),
             Self::RateLimited { policy, .. } => Some(("violated-policies", json!([policy]))),
-            Self::BudgetExceeded(status) => Some(("budget", budgets::summary(status))),
+            Self::BudgetExceeded(exceeded) => Some(("budget", exceeded.summary.clone())),
             Self::NotReady { database, draining } => {
                 let database = if *database == Database::Writes {
                     "ok"
@@ -314,38 +328,31 @@ impl Problem {
         }
     }
 
-    /// The answer to `request`. Tells the log what the client isn't told.
-    pub fn reply(self, request: &Request) -> Response {
-        self.log(&request.context.store);
+    /// The answer to the request `request_id` for the path `instance`. `type_base` stands before the code in `type`.
+    pub fn render(&self, type_base: &str, instance: &str, request_id: &str) -> Response {
         let (status, code) = (self.status(), self.code());
         let body = Body {
-            kind: format!("{}{code}", request.context.config.problem_type_base),
+            kind: format!("{type_base}{code}"),
             title: title(status),
             status: status.as_u16(),
             detail: &self.detail(),
-            instance: request.path(),
-            request_id: &request.id,
+            instance,
+            request_id,
             code,
-            more: self.more(&request.id).into_iter().collect(),
+            more: self.more(request_id).into_iter().collect(),
         };
         // A body of texts and numbers can always be written.
         let body = serde_json::to_vec(&body).unwrap_or_default();
         let mut response = Response::new(body.into());
         *response.status_mut() = status;
-        self.headers(|name, value| {
+        self.set_headers(|name, value| {
             response.headers_mut().insert(name, value);
         });
         response
     }
 
-    /// For an answer that has begun: tells the log what the client isn't told, which sees it broken off.
-    pub fn break_off(self, store: &Store) -> io::Error {
-        self.log(store);
-        io::Error::other(self.code())
-    }
-
     /// The headers that go with the problem.
-    fn headers(&self, mut insert: impl FnMut(HeaderName, HeaderValue)) {
+    fn set_headers(&self, mut insert: impl FnMut(HeaderName, HeaderValue)) {
         insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if let Some(after) = self.retry_after() {
             insert(RETRY_AFTER, HeaderValue::from(after.as_secs()));
@@ -365,28 +372,9 @@ impl Problem {
                     insert(ALLOW, value);
                 }
             }
-            Self::BudgetExceeded(status) => {
-                for (name, value) in budgets::headers(status) {
-                    if let Ok(value) = HeaderValue::from_str(&value) {
-                        insert(name, value);
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// One line for what someone must look at; the request's span says which request it was.
-    fn log(&self, store: &Store) {
-        match self {
-            Self::Internal(source) => tracing::error!(error = %chain(source.as_ref()), "a request failed"),
-            Self::Unavailable {
-                source: Some(source), ..
-            } => {
-                // An outage is told once, not with each request that it meets.
-                let told = source.downcast_ref().is_some_and(|error| store.note(error));
-                if !told {
-                    tracing::warn!(error = %chain(source.as_ref()), "a request was answered as unavailable");
+            Self::BudgetExceeded(exceeded) => {
+                for (name, value) in &exceeded.headers {
+                    insert(name.clone(), value.clone());
                 }
             }
             _ => {}
@@ -407,31 +395,6 @@ struct Body<'p> {
     code: &'static str,
     #[serde(flatten)]
     more: BTreeMap<&'static str, Value>,
-}
-
-/// A database that can't be reached is a reason to try again; everything else is ours to mend.
-impl From<storage::Error> for Problem {
-    fn from(error: storage::Error) -> Self {
-        if error.is_unavailable() {
-            let detail = if error.is_overload() {
-                "The service is overloaded at the moment"
-            } else {
-                "The database is not available at the moment"
-            };
-            Self::Unavailable {
-                detail,
-                source: Some(Box::new(error)),
-            }
-        } else {
-            Self::Internal(Box::new(error))
-        }
-    }
-}
-
-/// The whole seconds from now to then, one at least.
-fn seconds_until(at: Timestamp, now: Timestamp) -> Duration {
-    let micros = u64::try_from(at.since(now).as_micros()).unwrap_or(u64::MAX);
-    Duration::from_secs(micros.div_ceil(1_000_000).max(1))
 }
 
 /// The value of `Allow`. Whoever answers GET answers HEAD.
@@ -465,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn only_hopeless_problems_tell_clients_not_to_retry() {
+    fn only_hopeless_problems_ask_clients_not_to_retry() {
         assert!(Problem::Unauthorized.is_hopeless());
         assert!(Problem::IdempotencyKeyReused.is_hopeless());
         assert!(!Problem::JobNotFinished.is_hopeless());
@@ -478,19 +441,6 @@ mod tests {
     }
 
     #[test]
-    fn the_next_period_is_waited_for_in_whole_seconds() {
-        let seconds = |at, now| seconds_until(Timestamp(at), Timestamp(now)).as_secs();
-        assert_eq!(
-            (
-                seconds(60_000_000, 1),
-                seconds(60_000_000, 0),
-                seconds(0, 60_000_000)
-            ),
-            (60, 60, 1)
-        );
-    }
-
-    #[test]
     fn the_log_gets_every_cause_and_the_client_none() {
         let secret = std::io::Error::other("disk /dev/sda is full");
         let problem = Problem::internal(secret);
@@ -498,7 +448,7 @@ mod tests {
         let Problem::Internal(source) = &problem else {
             panic!("not internal")
         };
-        assert_eq!(chain(source.as_ref()), "disk /dev/sda is full");
+        assert_eq!(shared::telemetry::chain(source.as_ref()), "disk /dev/sda is full");
     }
 
     #[test]

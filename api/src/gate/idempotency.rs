@@ -1,21 +1,21 @@
-//! Requests that carry an idempotency key: they do their work once, however often they come.
+//! Requests that carry an idempotency key: they do their work once, however often they are repeated.
 
 use http::{HeaderName, StatusCode};
 use shared::clock::{self, Timestamp};
 use shared::id::{JobId, KeyId};
-use shared::storage::IdempotencyRecord;
+use shared::storage::{IdempotencyRecord, Store};
+use std::time::Duration;
 
-use crate::caller::Caller;
-use crate::context::Context;
-use crate::problem::Problem;
-use crate::request::{Json, Request, headers};
+use crate::gate::caller::Caller;
+use crate::http::problem::Problem;
+use crate::http::request::{Json, Request, headers};
 
 /// The answer was given before; nothing was done again.
 pub const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
-/// A request that may come again.
+/// A request that may be repeated.
 #[derive(Debug)]
-pub struct Repeat {
+pub struct IdempotentRequest {
     key_id: KeyId,
     route: String,
     key: String,
@@ -25,13 +25,18 @@ pub struct Repeat {
     pub expired_before: Timestamp,
 }
 
-impl Repeat {
-    /// This request, if it carries a key.
-    pub fn of(request: &Request, caller: &Caller, body: &Json) -> Result<Option<Self>, Problem> {
+impl IdempotentRequest {
+    /// This request, if it carries a key. Answers are kept for `ttl`.
+    pub fn of(
+        request: &Request,
+        caller: &Caller,
+        body: &Json,
+        ttl: Duration,
+    ) -> Result<Option<Self>, Problem> {
         let key =
             headers::idempotency_key(&request.headers).map_err(|why| Problem::BadRequest(why.into()))?;
         let Some(key) = key else { return Ok(None) };
-        let (now, ttl) = (clock::now(), request.context.config.idempotency_ttl);
+        let now = clock::now();
         Ok(Some(Self {
             key_id: caller.key_id.clone(),
             route: format!("{} {}", request.method, request.path()),
@@ -44,16 +49,22 @@ impl Repeat {
 
     /// The record of the first request with this key, if there was one; a problem if it was another request.
     pub async fn earlier(
-        context: &Context,
-        repeat: Option<&Self>,
+        idempotent: Option<&Self>,
+        store: &Store,
     ) -> Result<Option<Box<IdempotencyRecord>>, Problem> {
-        let Some(repeat) = repeat else { return Ok(None) };
-        let first = context
-            .store
-            .remembered(&repeat.key_id, &repeat.route, &repeat.key, repeat.expired_before)
+        let Some(request) = idempotent else {
+            return Ok(None);
+        };
+        let first = store
+            .remembered(
+                &request.key_id,
+                &request.route,
+                &request.key,
+                request.expired_before,
+            )
             .await?;
         let Some(first) = first else { return Ok(None) };
-        repeat.check(&first)?;
+        request.check(&first)?;
         Ok(Some(Box::new(first)))
     }
 

@@ -1,4 +1,4 @@
-//! A request as handlers see it: its head, and a body that is read late and never beyond its limit.
+//! A request: its head, and a body that is read late and never beyond its limit.
 
 pub mod fields;
 pub mod headers;
@@ -12,18 +12,15 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use shared::key::hex;
 use std::borrow::Cow;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
-use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 use tokio::time::timeout;
 
-use crate::caller::Caller;
-use crate::context::{self, Context};
-use crate::limits::{Decided, Policy};
-use crate::problem::Problem;
-use fields::{Fault, FieldFault, Fields};
+use crate::http::problem::{FieldFault, Problem};
+use fields::{Fault, Fields};
 
 /// The largest JSON body, in bytes.
 pub const BODY_LIMIT: usize = 2 * 1024 * 1024;
@@ -37,8 +34,6 @@ const LEFTOVER_WITHIN: Duration = Duration::from_secs(3);
 /// One request. Shared by the edge, which measures and logs it, and the handler that answers it.
 #[derive(Debug)]
 pub struct Request {
-    /// What a handler may touch.
-    pub context: Context,
     /// The method; HEAD is GET here, as the server leaves the body out by itself.
     pub method: Method,
     /// The headers, as they came.
@@ -49,7 +44,6 @@ pub struct Request {
     pub peer: SocketAddr,
     uri: Uri,
     body: Mutex<Unread>,
-    decided: OnceLock<Decided>,
 }
 
 /// The part of the body that hasn't been read.
@@ -62,7 +56,7 @@ struct Unread {
 
 impl Request {
     /// The request that came from `peer`.
-    pub fn new(context: Context, peer: SocketAddr, request: http::Request<Incoming>) -> Self {
+    pub fn new(peer: SocketAddr, request: http::Request<Incoming>) -> Self {
         let (
             Parts {
                 method, uri, headers, ..
@@ -81,14 +75,12 @@ impl Request {
             held_back,
         });
         Self {
-            context,
             method,
             headers,
             id,
             peer,
             uri,
             body,
-            decided: OnceLock::new(),
         }
     }
 
@@ -100,40 +92,6 @@ impl Request {
     /// The whole address, for matching.
     pub const fn uri(&self) -> &Uri {
         &self.uri
-    }
-
-    /// The address of the client, also behind proxies that are trusted.
-    pub fn client(&self) -> IpAddr {
-        self.context.config.proxies.client(self.peer.ip(), &self.headers)
-    }
-
-    /// Who asks, by the key that the request carries, if they don't ask too often. Decided before the body is read.
-    pub async fn admit(&self, policy: Policy) -> Result<Caller, Problem> {
-        let context::Parts {
-            config,
-            keyring,
-            limits,
-            ..
-        } = &*self.context;
-        let caller = keyring.identify(self, config, limits).await?;
-        let quota = limits.admit(&caller, policy, config).await?;
-        let decided = Decided {
-            policy,
-            quota,
-            at: Instant::now(),
-        };
-        // A request is decided about once.
-        let _ = self.decided.set(decided);
-        if quota.granted {
-            return Ok(caller);
-        }
-        let policy = policy.as_str();
-        Err(Problem::RateLimited { policy, quota })
-    }
-
-    /// What was decided about the caller's rate, once the caller is known.
-    pub fn decided(&self) -> Option<&Decided> {
-        self.decided.get()
     }
 
     /// The parameters after the question mark.

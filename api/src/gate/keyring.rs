@@ -1,6 +1,6 @@
 //! Whose secret a request carries: the keys of the environment are known, those of the database are looked up and then
-//! believed for two seconds. So a key that is revoked anywhere opens nothing anywhere soon after, and a request pays
-//! for one digest.
+//! cached for two seconds. So a key that is revoked stops working everywhere soon after, and a request pays for one
+//! digest.
 
 use shared::clock::{self, Timestamp};
 use shared::id::KeyId;
@@ -14,28 +14,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
-use crate::address;
-use crate::caller::{self, Caller};
-use crate::config::Config;
-use crate::limits::Limits;
-use crate::problem::Problem;
-use crate::request::Request;
+use crate::gate::caller::{Caller, Keys};
+use crate::http::address;
 
-/// How long a key is believed to be as it was read. Twice this, and a revoked key is noticed everywhere.
-const BELIEVED_FOR: Duration = Duration::from_secs(2);
-/// Keys and wrong guesses that are remembered.
-const REMEMBERED: usize = 10_000;
-/// A key's use is noted this often.
-const NOTED_EVERY: Duration = Duration::from_mins(1);
+/// How long a key is used as it was read. Twice this, and a revoked key is noticed everywhere.
+const CACHE_TTL: Duration = Duration::from_secs(2);
+/// Keys and wrong guesses that are cached.
+const CACHE_MAX: usize = 10_000;
+/// A key's use is written down this often.
+const USE_INTERVAL: Duration = Duration::from_mins(1);
 /// Addresses that refused authentications are counted for, between two writings.
 const REFUSED_ADDRESSES: usize = 1_000;
 
-/// The keys that open this service.
+/// The keys of this service.
 pub struct Keyring {
     store: Store,
+    keys: Keys,
     secret_key: Option<SecretKey>,
     known: Mutex<HashMap<Kid, Known>>,
-    /// Whether the database holds keys, and when that was looked up. Once it does, nobody is anonymous any more.
+    /// Whether the database holds keys, and when that was looked up.
     stored: Mutex<Option<(bool, Instant)>>,
     used: Mutex<HashMap<KeyId, Use>>,
     refused: Mutex<HashMap<Refused, i64>>,
@@ -54,17 +51,19 @@ struct Stored {
     caller: Caller,
 }
 
-/// When a key was used last, and when that was noted last.
+/// When a key was used last, and when that was written down last.
 struct Use {
     at: Timestamp,
-    noted: Option<Instant>,
-    news: bool,
+    reported: Option<Instant>,
+    fresh: bool,
 }
 
 /// What a presented secret is.
-enum Found {
-    Opens(Caller),
-    /// It isn't a key's, or the key doesn't open any more; its id, if it is known.
+#[derive(Debug)]
+pub enum Found {
+    /// The secret of an active key.
+    Valid(Caller),
+    /// It isn't a key's, or the key isn't active any more; its id, if it is known.
     Refused(Option<KeyId>),
 }
 
@@ -75,10 +74,11 @@ impl fmt::Debug for Keyring {
 }
 
 impl Keyring {
-    /// The keys of this database, whose secrets are checked with `secret_key`.
-    pub fn new(store: Store, secret_key: Option<SecretKey>) -> Self {
+    /// The keys of the environment, and those of this database, whose secrets are checked with `secret_key`.
+    pub fn new(store: Store, keys: Keys, secret_key: Option<SecretKey>) -> Self {
         Self {
             store,
+            keys,
             secret_key,
             known: Mutex::default(),
             stored: Mutex::default(),
@@ -93,86 +93,43 @@ impl Keyring {
         self.secret_key.as_ref()
     }
 
-    /// Who asks. Counts what is refused.
-    pub async fn identify(
-        &self,
-        request: &Request,
-        config: &Config,
-        limits: &Limits,
-    ) -> Result<Caller, Problem> {
-        let presented = caller::presented(&request.headers)?;
-        if config.keys.is_empty() && !self.has_stored().await? {
-            return caller::anonymous(&request.headers, config);
-        }
-        let client = request.client();
-        let Some(secret) = presented else {
-            self.count_refused(client, None);
-            return Err(Problem::Unauthorized);
-        };
-        let guessing = limits.is_guessing(client);
-        match self.find(secret, config, guessing.is_some()).await? {
-            Found::Opens(caller) if address::is_in(&caller.rights.allowed_ips.0, client) => {
-                self.note_use(&caller.key_id);
-                Ok(caller)
-            }
-            Found::Opens(caller) => {
-                self.count_refused(client, Some(caller.key_id));
-                Err(Problem::IpNotAllowed)
-            }
-            Found::Refused(key_id) => {
-                self.count_refused(client, key_id);
-                let quota = match guessing {
-                    Some(quota) => quota,
-                    None => limits.failed(client).await?,
-                };
-                if quota.granted {
-                    Err(Problem::Unauthorized)
-                } else {
-                    Err(Problem::RateLimited {
-                        policy: "authentication",
-                        quota,
-                    })
-                }
-            }
-        }
+    /// Whether there is any key, whatever its status. Once there is one, nobody is anonymous any more.
+    pub async fn has_keys(&self) -> storage::Result<bool> {
+        Ok(!self.keys.is_empty() || self.has_stored().await?)
     }
 
     /// Whose secret it is. `guessing`: keys are being tried from there, so the database isn't asked about new ones.
-    async fn find(&self, secret: &[u8], config: &Config, guessing: bool) -> storage::Result<Found> {
+    pub async fn find(&self, secret: &[u8], guessing: bool) -> storage::Result<Found> {
         let mut refused = None;
         if let Some(kid) = Secret::kid_of(secret) {
             let mut known = self.key(&kid, guessing).await?;
-            let mut opens = known
-                .as_ref()
-                .is_some_and(|stored| self.is_opened(stored, secret));
-            if !opens && !guessing && known.is_some() {
+            let mut valid = known.as_ref().is_some_and(|stored| self.matches(stored, secret));
+            if !valid && !guessing && known.is_some() {
                 // It may have been rotated elsewhere a moment ago: who got the new secret there can use it here.
                 self.known().remove(&kid);
                 known = self.key(&kid, false).await?;
-                opens = known
-                    .as_ref()
-                    .is_some_and(|stored| self.is_opened(stored, secret));
+                valid = known.as_ref().is_some_and(|stored| self.matches(stored, secret));
             }
             if let Some(stored) = known {
-                if opens && stored.key.status(clock::now()) == KeyStatus::Active {
-                    return Ok(Found::Opens(stored.caller.clone()));
+                if valid && stored.key.status(clock::now()) == KeyStatus::Active {
+                    return Ok(Found::Valid(stored.caller.clone()));
                 }
                 refused = Some(stored.key.key_id.clone());
             }
         }
-        Ok(match config.keys.find(secret, guessing) {
-            Some(caller) => Found::Opens(caller.clone()),
+        Ok(match self.keys.find(secret, guessing) {
+            Some(caller) => Found::Valid(caller.clone()),
             None => Found::Refused(refused),
         })
     }
 
     /// Whether the secret is this key's.
-    fn is_opened(&self, stored: &Stored, secret: &[u8]) -> bool {
+    fn matches(&self, stored: &Stored, secret: &[u8]) -> bool {
         if let Some(secret_key) = &self.secret_key {
             return stored.key.is_opened_by(&secret_key.digest(secret), clock::now());
         }
         if !self.warned.swap(true, Ordering::Relaxed) {
-            tracing::warn!("SECRET_KEY isn't set, so the keys of the database open nothing here");
+            tracing::warn!("SECRET_KEY isn't set, so the keys of the database can't be used here");
         }
         false
     }
@@ -181,7 +138,7 @@ impl Keyring {
     async fn key(&self, kid: &Kid, only_known: bool) -> storage::Result<Option<Arc<Stored>>> {
         let known = self.known().get(kid).cloned();
         match known {
-            Some(known) if known.read.elapsed() < BELIEVED_FOR => return Ok(known.key),
+            Some(known) if known.read.elapsed() < CACHE_TTL => return Ok(known.key),
             Some(known) if known.key.is_none() && only_known => return Ok(None),
             None if only_known => return Ok(None),
             _ => {}
@@ -192,10 +149,10 @@ impl Keyring {
             Arc::new(Stored { key, caller })
         });
         let mut known = self.known();
-        if known.len() >= REMEMBERED {
-            known.retain(|_, known| known.key.is_some() && known.read.elapsed() < BELIEVED_FOR);
+        if known.len() >= CACHE_MAX {
+            known.retain(|_, known| known.key.is_some() && known.read.elapsed() < CACHE_TTL);
         }
-        if known.len() < REMEMBERED {
+        if known.len() < CACHE_MAX {
             let read = Instant::now();
             known.insert(
                 kid.clone(),
@@ -219,7 +176,7 @@ impl Keyring {
     async fn has_stored(&self) -> storage::Result<bool> {
         let known = *self.stored.lock().unwrap_or_else(PoisonError::into_inner);
         match known {
-            Some((stored, read)) if stored || read.elapsed() < BELIEVED_FOR => return Ok(stored),
+            Some((stored, read)) if stored || read.elapsed() < CACHE_TTL => return Ok(stored),
             _ => {}
         }
         let stored = self.store.has_api_keys().await?;
@@ -227,18 +184,18 @@ impl Keyring {
         Ok(stored)
     }
 
-    /// Returns when the caller's key opens no more: it was revoked, deleted, or its time is over. Never for others
-    /// than keys of the database.
+    /// Returns when the caller's key stops being valid: it was revoked, deleted, or has expired. Never for others than
+    /// keys of the database.
     pub async fn lost(&self, caller: &Caller) {
         loop {
-            sleep(BELIEVED_FOR).await;
+            sleep(CACHE_TTL).await;
             if self.is_lost(caller).await {
                 return;
             }
         }
     }
 
-    /// Whether the caller's key opens no more.
+    /// Whether the caller's key isn't valid any more.
     pub async fn is_lost(&self, caller: &Caller) -> bool {
         let Some(kid) = Kid::of(caller.key_id.as_str()) else {
             return false;
@@ -249,7 +206,8 @@ impl Keyring {
             .is_ok_and(|key| key.is_none_or(|stored| stored.key.status(clock::now()) != KeyStatus::Active))
     }
 
-    fn note_use(&self, key_id: &KeyId) {
+    /// The key was used now.
+    pub fn note_use(&self, key_id: &KeyId) {
         if Kid::of(key_id.as_str()).is_none() {
             return;
         }
@@ -258,20 +216,21 @@ impl Keyring {
         match used.get_mut(key_id) {
             Some(known) => {
                 known.at = at;
-                known.news = true;
+                known.fresh = true;
             }
             None => {
                 let first = Use {
                     at,
-                    noted: None,
-                    news: true,
+                    reported: None,
+                    fresh: true,
                 };
                 used.insert(key_id.clone(), first);
             }
         }
     }
 
-    fn count_refused(&self, client: IpAddr, key_id: Option<KeyId>) {
+    /// Counts a refused authentication, of this key if it is known.
+    pub fn count_refused(&self, client: IpAddr, key_id: Option<KeyId>) {
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         let mut whose = Refused {
             address: address::counted(client),
@@ -287,7 +246,7 @@ impl Keyring {
     }
 
     /// Writes down which keys were used, each at most once a minute, and what was refused.
-    pub async fn note(&self) -> storage::Result<()> {
+    pub async fn report(&self) -> storage::Result<()> {
         let due = self.due();
         if !due.is_empty()
             && let Err(error) = self.store.touch_api_keys(&due).await
@@ -295,8 +254,8 @@ impl Keyring {
             let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
             for (key_id, _) in &due {
                 if let Some(known) = used.get_mut(key_id) {
-                    known.news = true;
-                    known.noted = None;
+                    known.fresh = true;
+                    known.reported = None;
                 }
             }
             return Err(error);
@@ -320,10 +279,14 @@ impl Keyring {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         let mut due = Vec::new();
         for (key_id, known) in used.iter_mut() {
-            if known.news && known.noted.is_none_or(|noted| noted.elapsed() >= NOTED_EVERY) {
+            if known.fresh
+                && known
+                    .reported
+                    .is_none_or(|reported| reported.elapsed() >= USE_INTERVAL)
+            {
                 due.push((key_id.clone(), known.at));
-                known.noted = Some(Instant::now());
-                known.news = false;
+                known.reported = Some(Instant::now());
+                known.fresh = false;
             }
         }
         // In one order, so that no two processes wait for each other.

@@ -1,5 +1,5 @@
-//! How often a caller may ask. The counts are in the database; what is kept here is only which doors are closed and
-//! until when, so that hammering at one costs no database call.
+//! How often a caller may ask. The counts are in the database; what is kept here is only which buckets are throttled
+//! and until when, so that more requests to one cost no database call.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use shared::id::KeyId;
@@ -10,16 +10,16 @@ use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address;
-use crate::caller::Caller;
-use crate::config::Config;
+use crate::gate::caller::Caller;
+use crate::http::address;
+use crate::http::problem::Problem;
 
 /// Failed authentications of one address: 20 in a minute.
 const FAILURES: (i64, i64) = (20, 60);
-/// More closed doors than this aren't remembered; the database knows them all.
-const REMEMBERED: usize = 10_000;
-/// How long a count of waiting jobs is believed.
-const COUNT_FOR: Duration = Duration::from_secs(1);
+/// More throttled buckets than this aren't kept in memory; the database knows them all.
+const CACHE_MAX: usize = 10_000;
+/// How long a count of waiting jobs is used.
+const COUNT_TTL: Duration = Duration::from_secs(1);
 
 /// What a request counts as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,17 +71,17 @@ impl Rates {
 /// Decides about every request.
 pub struct Limits {
     store: Store,
-    closed: Mutex<HashMap<String, Closed>>,
+    throttled: Mutex<HashMap<String, Throttled>>,
     waiting: Mutex<HashMap<KeyId, Waiting>>,
 }
 
-/// A door that is closed until a time that follows from what the database said.
-struct Closed {
+/// A bucket that grants nothing until a time that follows from what the database said.
+struct Throttled {
     quota: Quota,
     since: Instant,
 }
 
-impl Closed {
+impl Throttled {
     fn now(&self) -> Option<Quota> {
         let elapsed = self.since.elapsed();
         (elapsed < self.quota.wait()).then(|| self.quota.after(elapsed))
@@ -105,80 +105,73 @@ impl Limits {
     pub fn new(store: Store) -> Self {
         Self {
             store,
-            closed: Mutex::default(),
+            throttled: Mutex::default(),
             waiting: Mutex::default(),
         }
     }
 
-    /// Counts a request of this caller; the answer says whether it is allowed. A database that can't be asked is an
-    /// error, never a yes.
-    pub async fn admit(&self, caller: &Caller, policy: Policy, config: &Config) -> Result<Quota> {
-        let rate = caller.rate(policy, config);
-        self.take(bucket(&caller.key_id, policy, rate), rate).await
-    }
-
-    /// How a caller stands, without counting anything.
-    pub async fn quota(&self, caller: &Caller, policy: Policy, config: &Config) -> Result<Quota> {
-        let rate = caller.rate(policy, config);
-        let bucket = bucket(&caller.key_id, policy, rate);
-        self.store.quota(&bucket, rate).await
-    }
-
-    /// Counts a failed authentication from this address; whether more may be tried.
-    pub async fn failed(&self, client: IpAddr) -> Result<Quota> {
-        self.take(door_of(client), Rate::new(FAILURES.0, FAILURES.1))
-            .await
-    }
-
-    /// Whether so many keys were tried from this address that it has to wait, as far as this process knows.
-    pub fn is_guessing(&self, client: IpAddr) -> Option<Quota> {
-        self.closed().get(&door_of(client)).and_then(Closed::now)
-    }
-
-    async fn take(&self, bucket: String, rate: Rate) -> Result<Quota> {
-        let closed = self.closed().get(&bucket).and_then(Closed::now);
-        if let Some(quota) = closed {
+    /// Counts a request; the answer says whether it is allowed. A database that can't be asked is an error, never a
+    /// yes.
+    pub async fn take(&self, (bucket, rate): (String, Rate)) -> Result<Quota> {
+        let throttled = self.throttled().get(&bucket).and_then(Throttled::now);
+        if let Some(quota) = throttled {
             return Ok(quota);
         }
-        // Before the call, so that the door is never kept closed for longer than the database says.
+        // Before the call, so that nobody is throttled for longer than the database says.
         let since = Instant::now();
         let quota = self.store.take(&bucket, rate).await?;
-        let mut closed = self.closed();
+        let mut throttled = self.throttled();
         if quota.granted {
-            closed.remove(&bucket);
+            throttled.remove(&bucket);
         } else {
-            if closed.len() >= REMEMBERED {
-                closed.retain(|_, closed| closed.now().is_some());
+            if throttled.len() >= CACHE_MAX {
+                throttled.retain(|_, throttled| throttled.now().is_some());
             }
-            if closed.len() < REMEMBERED {
-                closed.insert(bucket, Closed { quota, since });
+            if throttled.len() < CACHE_MAX {
+                throttled.insert(bucket, Throttled { quota, since });
             }
         }
         Ok(quota)
     }
 
-    /// Whether one more job of this caller may wait. Counted once a second; what is accepted here in between is added.
-    pub async fn has_room(&self, caller: &Caller) -> Result<bool> {
-        let Some(max) = caller.rights.max_queued_jobs else {
-            return Ok(true);
-        };
-        let known = self.count_one(&caller.key_id, max);
+    /// How a bucket stands, without counting anything.
+    pub async fn quota(&self, (bucket, rate): (String, Rate)) -> Result<Quota> {
+        self.store.quota(&bucket, rate).await
+    }
+
+    /// Counts a failed authentication from this address; whether more may be tried.
+    pub async fn failed(&self, client: IpAddr) -> Result<Quota> {
+        self.take((address_bucket(client), Rate::new(FAILURES.0, FAILURES.1)))
+            .await
+    }
+
+    /// Whether so many keys were tried from this address that it has to wait, as far as this process knows.
+    pub fn is_guessing(&self, client: IpAddr) -> Option<Quota> {
+        self.throttled()
+            .get(&address_bucket(client))
+            .and_then(Throttled::now)
+    }
+
+    /// Whether one more job of this key may wait, of which `max` may. Counted once a second; what is accepted here in
+    /// between is added.
+    pub async fn has_queue_room(&self, key_id: &KeyId, max: i64) -> Result<bool> {
+        let known = self.count_one(key_id, max);
         if let Some(room) = known {
             return Ok(room);
         }
-        let jobs = self.store.queued_jobs(&caller.key_id, max).await?;
+        let jobs = self.store.queued_jobs(key_id, max).await?;
         let waiting = Waiting {
             jobs,
             counted: Instant::now(),
         };
-        self.waiting().insert(caller.key_id.clone(), waiting);
-        Ok(self.count_one(&caller.key_id, max).unwrap_or(jobs < max))
+        self.waiting().insert(key_id.clone(), waiting);
+        Ok(self.count_one(key_id, max).unwrap_or(jobs < max))
     }
 
     fn count_one(&self, key_id: &KeyId, max: i64) -> Option<bool> {
         let mut waiting = self.waiting();
         let waiting = waiting.get_mut(key_id)?;
-        if waiting.counted.elapsed() > COUNT_FOR {
+        if waiting.counted.elapsed() > COUNT_TTL {
             return None;
         }
         let room = waiting.jobs < max;
@@ -186,8 +179,8 @@ impl Limits {
         Some(room)
     }
 
-    fn closed(&self) -> MutexGuard<'_, HashMap<String, Closed>> {
-        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn throttled(&self) -> MutexGuard<'_, HashMap<String, Throttled>> {
+        self.throttled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn waiting(&self) -> MutexGuard<'_, HashMap<KeyId, Waiting>> {
@@ -195,13 +188,24 @@ impl Limits {
     }
 }
 
-/// Another limit is another bucket, and that is full: raising a limit works at once.
-fn bucket(key_id: &KeyId, policy: Policy, rate: Rate) -> String {
+/// What a request of this caller is counted in. Another limit is another bucket, and that is full: raising a limit
+/// works at once.
+pub fn bucket(caller: &Caller, policy: Policy, rates: &Rates) -> (String, Rate) {
+    let rate = caller.rate(policy, rates);
     let (limit, window) = (rate.limit(), rate.window_seconds());
-    format!("{key_id}:{}:{limit}/{window}", policy.as_str())
+    let key_id = &caller.key_id;
+    (format!("{key_id}:{}:{limit}/{window}", policy.as_str()), rate)
 }
 
-fn door_of(client: IpAddr) -> String {
+/// The refusal of a bucket that grants nothing.
+pub fn refused(policy: &'static str, quota: &Quota) -> Problem {
+    Problem::RateLimited {
+        policy,
+        retry_after: Duration::from_secs(u64::try_from(quota.retry_after()).unwrap_or(1)),
+    }
+}
+
+fn address_bucket(client: IpAddr) -> String {
     format!("address:{}", address::counted(client))
 }
 
@@ -218,7 +222,7 @@ pub struct Decided {
 
 impl Decided {
     /// Adds the headers, in both families, as they are true now.
-    pub fn decorate(&self, headers: &mut HeaderMap) {
+    pub fn apply_to(&self, headers: &mut HeaderMap) {
         let quota = self.quota.after(self.at.elapsed());
         let (policy, rate) = (self.policy.as_str(), quota.rate);
         let more = quota
@@ -265,7 +269,7 @@ mod tests {
             quota,
             at: Instant::now(),
         }
-        .decorate(&mut headers);
+        .apply_to(&mut headers);
         let header = |name: &str| headers[name].to_str().unwrap();
         assert_eq!(header("x-ratelimit-limit"), "30");
         assert_eq!(header("x-ratelimit-remaining"), "28");
@@ -288,7 +292,7 @@ mod tests {
         let mut headers = HeaderMap::new();
         let policy = Policy::Read;
         let at = Instant::now();
-        Decided { policy, quota, at }.decorate(&mut headers);
+        Decided { policy, quota, at }.apply_to(&mut headers);
         assert_eq!(headers["ratelimit"], "\"read\";r=30");
     }
 }

@@ -1,26 +1,13 @@
 //! Reads the members of a JSON object into values of our types and collects *every* fault on the way, so that a
 //! client learns all of them at once. A member that nobody asked for is a fault too.
 
-use serde::Serialize;
 use serde_json::{Map, Value};
 use shared::clock::Timestamp;
 use shared::money::MicroUsd;
 use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
-use crate::problem::Problem;
-
-/// One member that can't be used, as the client is told.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct FieldFault {
-    /// The way to it: `body -> metadata -> colour`.
-    pub field: String,
-    /// A sentence for people.
-    pub message: Cow<'static, str>,
-    /// The word for programs, from a fixed list: `missing`, `string_too_long` …
-    #[serde(rename = "type")]
-    pub kind: &'static str,
-}
+use crate::http::problem::{FieldFault, Problem};
 
 /// What is wrong with a value that is being read; where it stands is added by the reader.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,10 +33,10 @@ impl Fault {
         Self::new("value_error", message)
     }
 
-    /// The fault of the value that stands at `place`.
-    pub fn at(self, place: &str) -> FieldFault {
+    /// The fault of the value that stands at `position`.
+    pub fn at(self, position: &str) -> FieldFault {
         FieldFault {
-            field: format!("{place}{}", self.below),
+            field: format!("{position}{}", self.below),
             message: self.message,
             kind: self.kind,
         }
@@ -459,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn all_faults_are_told_at_once() {
+    fn all_faults_are_reported_at_once() {
         let value = json!({"message": "", "priority": "high", "max_turns": 1.5, "colour": "red", "metadata": {"a": 1}});
         let mut body = Fields::of("body", value).unwrap();
         let message = body.required("message", text(1..=10));

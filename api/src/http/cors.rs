@@ -50,7 +50,7 @@ impl Cors {
     }
 
     /// Adds the headers that the browser of the page wants to see, if the page may call.
-    pub fn decorate(&self, request: &HeaderMap, response: &mut HeaderMap) {
+    pub fn apply_to(&self, request: &HeaderMap, response: &mut HeaderMap) {
         let Some(origin) = request.get(ORIGIN) else { return };
         let named = origin.to_str().is_ok_and(|origin| self.names(origin));
         if !named && !self.any {
@@ -104,7 +104,7 @@ mod tests {
             )
         });
         let mut response = HeaderMap::new();
-        cors.decorate(&request.collect(), &mut response);
+        cors.apply_to(&request.collect(), &mut response);
         response
     }
 
