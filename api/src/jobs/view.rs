@@ -146,6 +146,7 @@ impl JobView {
             max_attempts: job.max_attempts,
             on_worker_lost: job.on_worker_lost,
             hold: Hold::parse(&job.hold).or(context.lane_hold).filter(|_| queued),
+            hold_reason: job.wait_reason.clone().filter(|_| queued),
             concurrency_key: group.and_then(|group| group.strip_prefix("k:").map(str::to_owned)),
             cancel_requested_at: job.cancel_requested_at,
             cancel_reason: job.cancel_reason,
