@@ -11,7 +11,7 @@ use shared::telemetry::chain;
 use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
 use worker::workspace::Runtime;
-use worker::{Config, TESTED_CLI};
+use worker::{Config, LOWEST_CLI, TESTED_CLI};
 
 use crate::client::Client;
 use crate::failure::Failure;
@@ -116,6 +116,10 @@ fn data_folder(folder: &Path) -> Finding {
 async fn claude(cli: &Path) -> Finding {
     match program::cli_version(cli).await {
         Ok(version) if version == TESTED_CLI => Good(format!("{version}, {}", cli.display())),
+        Ok(version) if program::is_older(&version, LOWEST_CLI) => Bad(format!(
+            "{version}, {}: too old, the worker needs {LOWEST_CLI} or later",
+            cli.display()
+        )),
         Ok(version) => Note(format!(
             "{version}, {}; this release is tested with {TESTED_CLI}",
             cli.display()

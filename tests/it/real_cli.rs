@@ -233,3 +233,95 @@ async fn it_goes_on_in_its_conversation_when_its_worker_was_killed(db: Db) {
     assert_eq!(system.database().number(tokens).await, 3 * 100);
     assert_eq!(job["cost"], 0.0012, "{job:#}");
 }
+
+/// What the model is told of, in each permission mode: the tools whose schemas are in the request, and the names of
+/// those that it can ask for.
+#[tokio::test]
+async fn the_model_is_told_of_its_tools_in_each_mode() {
+    let (system, client) = start(Db::Sqlite).await;
+    for mode in ["default", "acceptEdits", "plan", "dontAsk", "auto"] {
+        let scenario = format!("tools-{}", mode.to_lowercase());
+        let steps = json!({ "steps": [{ "text": "Seen." }] });
+        system
+            .simulator()
+            .put_scenario(scenario.as_str(), serde_json::from_value(steps).unwrap());
+        let body = json!({
+            "message": format!("[[scenario:{scenario}]] see @/etc/passwd and @/proc/version"),
+            "permission_mode": mode,
+        });
+
+        let job = client.finished(&client.accepted_body(&body).await).await;
+
+        assert_eq!(job["status"], "done", "{mode}: {job:#}");
+        let session = job["session_id"].as_str().unwrap();
+        let request = system
+            .simulator()
+            .last_body(&scenario, session)
+            .expect("the request of the run");
+        let told: Vec<&str> = names_of(&request["tools"]);
+        for tool in ["Agent", "Bash", "Edit", "Read", "Skill", "ToolSearch", "Write"] {
+            assert!(told.contains(&tool), "{mode}: {tool} isn't among {told:?}");
+        }
+        for never in [
+            "WebFetch",
+            "SendMessage",
+            "ListAgents",
+            "CronCreate",
+            "ScheduleWakeup",
+        ] {
+            assert!(!told.contains(&never), "{mode}: {never} is among {told:?}");
+        }
+        let text = request.to_string();
+        let deferred = text
+            .split_once("deferred tools are now available")
+            .map_or("", |(_, rest)| rest.split("\\n\\n").next().unwrap_or_default());
+        for tool in ["WebSearch", "NotebookEdit"] {
+            assert!(deferred.contains(tool), "{mode}: {tool} isn't in {deferred:?}");
+        }
+        for never in ["WebFetch", "SendMessage", "CronCreate"] {
+            assert!(!deferred.contains(never), "{mode}: {never} is in {deferred:?}");
+        }
+        assert_eq!(
+            text.contains("Plan mode is active"),
+            mode == "plan",
+            "{mode}: the instructions of plan mode"
+        );
+        // A mention of a file puts nothing of it into the request.
+        assert!(!text.contains("agent:x:1000"), "{mode}: /etc/passwd was sent");
+        assert!(!text.contains("gcc"), "{mode}: /proc/version was sent");
+    }
+}
+
+fn names_of(tools: &Value) -> Vec<&str> {
+    let tools = tools.as_array().map_or(&[][..], Vec::as_slice);
+    tools.iter().filter_map(|tool| tool["name"].as_str()).collect()
+}
+
+/// A line that a tool writes into the CLI's output would be taken for the CLI's own.
+#[tokio::test]
+async fn no_tool_can_open_the_clis_output() {
+    let (system, client) = start(Db::Sqlite).await;
+    let command = "for p in /proc/[0-9]*; do if grep -qa -e '[-]-input-format=stream' $p/cmdline; then \
+                   for fd in 0 1 2; do (echo '{}' > $p/fd/$fd) 2>/dev/null && echo opened $fd || echo refused $fd; done; \
+                   fi; done";
+    let scenario = json!({ "steps": [
+        { "text": "Here I go.", "tools": [{ "name": "Bash", "input": { "command": command, "description": "Try" } }] },
+        { "text": "Tried." },
+    ]});
+    system
+        .simulator()
+        .put_scenario("forger", serde_json::from_value(scenario).unwrap());
+
+    let id = client
+        .accepted("[[scenario:forger]] Write into the output.")
+        .await;
+
+    let job = client.finished(&id).await;
+    assert_eq!(job["status"], "done", "{job:#}");
+    let result = client.event(&id, "tool_result").await;
+    let said = result["data"]["content"].as_str().unwrap();
+    assert!(said.contains("refused 0\nrefused 1\nrefused 2"), "{said}");
+    assert!(!said.contains("opened"), "{said}");
+    assert_eq!(result["data"]["tool_name"], "Bash", "{result:#}");
+    assert!(result["data"]["duration_ms"].is_u64(), "{result:#}");
+}

@@ -34,6 +34,10 @@ use tracing::{info, warn};
 /// The release of the Claude Code CLI that this worker is tested with.
 pub const TESTED_CLI: &str = "2.1.331";
 
+/// The lowest release of the Claude Code CLI with which the flags and variables of a run ([`claude::command`]) were tried
+/// as a set. An older one refuses some of them, and silently ignores others that protect.
+pub const LOWEST_CLI: &str = "2.1.331";
+
 /// Why a worker can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -143,5 +147,12 @@ async fn find_cli(config: &Config) -> Result<(std::path::PathBuf, String), env::
     let path = config.path.as_deref().map(std::ffi::OsStr::new);
     let cli = program::find_cli(config.claude.cli.as_deref(), path).map_err(unusable)?;
     let version = program::cli_version(&cli).await.map_err(unusable)?;
+    if program::is_older(&version, LOWEST_CLI) {
+        return Err(env::Error::new(
+            "CLAUDE_CLI_PATH",
+            format!("leads to the Claude CLI {version}, which is too old: it lacks options that runs need"),
+            format!("release {LOWEST_CLI} or later (npm install -g @anthropic-ai/claude-code)"),
+        ));
+    }
     Ok((cli, version))
 }

@@ -2,6 +2,12 @@
 //!
 //! The flags and variables are one tested set: together they keep a hostile workspace or prompt from running
 //! anything, reading anything outside, or reaching another run. Don't drop one alone.
+//!
+//! Tried with 2.1.331 and left out: `CLAUDE_CODE_STARTUP_FAILURE_RESULTS=1` (a refused schema, flag, mode or file still
+//! ends without a result line); `CLAUDE_CODE_SUBAGENT_MODEL` (a call that names its model keeps it; models are checked
+//! where they are paid for); `--exclude-dynamic-system-prompt-sections` (shortens the system prompt by 350 bytes that
+//! are the same in each run); `--managed-settings`, `--restricted` and `--safe-mode` (the sandbox and an empty list of
+//! setting sources close the same doors, and `--restricted` takes Bash away).
 
 use super::message::Init;
 use crate::guard::orphans::RUN_VARIABLE;
@@ -84,6 +90,8 @@ pub fn arguments(spec: &RunSpec) -> Vec<String> {
         // Nothing that lies in the workspace or the home is a setting, a hook, a server or a plugin.
         "--setting-sources=",
         "--strict-mcp-config",
+        // Nobody is there to be asked, so whatever would ask is denied.
+        "--permission-prompts=none",
         // The whole CLI runs in a sandbox, so its own for Bash alone stays off.
         r#"--settings={"crossSessionInbound":"refuse","sandbox":{"enabled":false}}"#,
     ]
@@ -145,7 +153,17 @@ pub fn environment(paths: &CliPaths, dummy: (&str, &str), run_marker: &str) -> V
         ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1".to_owned()),
         ("DISABLE_AUTOUPDATER", "1".to_owned()),
         // An `@path` in a prompt would put any file into the request, whatever the permission mode.
-        ("CLAUDE_CODE_DISABLE_ATTACHMENTS", "1".to_owned()),
+        // CLAUDE_CODE_DISABLE_ATTACHMENTS would do that too, but also hide deferred tools (WebSearch among them), skills
+        // and all of plan mode's instructions from the model.
+        ("CLAUDE_CODE_DISABLE_FILE_MENTIONS", "1".to_owned()),
+        // A conversation that ended in a deferred tool call would begin by running it, by the rules of this start.
+        ("CLAUDE_CODE_DISABLE_DEFERRED_TOOL_RESUME", "1".to_owned()),
+        // The number of turns binds neither subagents nor searches. The defaults are 20 at once, 3 levels, 200 searches.
+        // The gateway takes 32 requests of a run at once.
+        ("CLAUDE_CODE_MAX_CONCURRENT_SUBAGENTS", "10".to_owned()),
+        ("CLAUDE_CODE_MAX_SUBAGENT_SPAWN_DEPTH", "2".to_owned()),
+        ("CLAUDE_CODE_MAX_WEB_SEARCHES_PER_SESSION", "50".to_owned()),
+        ("CLAUDE_CODE_WEB_SEARCH_REFILLS_PER_HOUR", "0".to_owned()),
         // Git settings of a workspace can name a program to run.
         ("CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS", "1".to_owned()),
         ("GIT_CONFIG_COUNT", "1".to_owned()),
@@ -177,6 +195,16 @@ pub fn interrupt_line(request_id: &str) -> String {
 /// The line that asks for usage and cost so far. Free, and answered while a tool runs.
 pub fn usage_line(request_id: &str) -> String {
     control_line(request_id, "get_usage")
+}
+
+/// The line that answers a question of the CLI with an error. No flag or setting of a run makes the CLI ask anything,
+/// so only a later release or the agent does.
+pub fn refusal_line(request_id: &Value, subtype: &str) -> String {
+    let error = format!("this client doesn't support the control request {subtype}");
+    line(&json!({
+        "type": "control_response",
+        "response": {"subtype": "error", "request_id": request_id, "error": error},
+    }))
 }
 
 /// Why a run must be stopped at its first line: the CLI isn't set up as the arguments say, so it can't be trusted to

@@ -66,6 +66,18 @@ pub async fn cli_version(cli: &Path) -> io::Result<String> {
     }
 }
 
+/// Whether a version comes before another one, by its numbers. One that can't be read comes before none.
+pub fn is_older(version: &str, other: &str) -> bool {
+    let numbers = |version: &str| -> Option<Vec<u64>> {
+        // `2.1.331-beta.1` is taken for 2.1.331.
+        let release = version.split(['-', '+']).next().unwrap_or_default();
+        release.split('.').map(|number| number.parse().ok()).collect()
+    };
+    numbers(version)
+        .zip(numbers(other))
+        .is_some_and(|(version, other)| version < other)
+}
+
 /// The CLI's real file: `configured` (`CLAUDE_CLI_PATH`: a path, or a name to look up), or `claude` on `path` (the
 /// variable `PATH`). Links are followed, because a sandboxed run sees only the file itself. If npm installed a script in
 /// place of the program, the program of the platform's package is used.
@@ -218,5 +230,21 @@ mod tests {
 
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(since.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn versions_are_compared_by_their_numbers() {
+        for (version, other, older) in [
+            ("1.0.17", "2.1.331", true),
+            ("2.1.99", "2.1.331", true),
+            ("2.1.331", "2.1.331", false),
+            ("2.1.331-beta.1", "2.1.331", false),
+            ("2.1.332", "2.1.331", false),
+            ("2.10.0", "2.9.5", false),
+            ("10.0.0", "9.8.7", false),
+            ("unknown", "2.1.331", false),
+        ] {
+            assert_eq!(super::is_older(version, other), older, "{version} {other}");
+        }
     }
 }

@@ -51,6 +51,7 @@ fn every_run_has_the_flags_that_keep_it_in() {
             "no settings of the workspace, which could run anything",
         ),
         ("--strict-mcp-config", "no servers of the workspace"),
+        ("--permission-prompts=none", "nobody is there to be asked"),
         (
             "--session-id=00000000-0000-0000-0000-000000000001",
             "known before the start, to resume after a crash",
@@ -207,7 +208,12 @@ fn the_environment_is_complete_and_holds_no_secret() {
         ("ANTHROPIC_API_KEY", "dummy"),
         ("CLAUDE_CODE_MAX_RETRIES", "2"),
         ("API_TIMEOUT_MS", "120000"),
-        ("CLAUDE_CODE_DISABLE_ATTACHMENTS", "1"),
+        ("CLAUDE_CODE_DISABLE_FILE_MENTIONS", "1"),
+        ("CLAUDE_CODE_DISABLE_DEFERRED_TOOL_RESUME", "1"),
+        ("CLAUDE_CODE_MAX_CONCURRENT_SUBAGENTS", "10"),
+        ("CLAUDE_CODE_MAX_SUBAGENT_SPAWN_DEPTH", "2"),
+        ("CLAUDE_CODE_MAX_WEB_SEARCHES_PER_SESSION", "50"),
+        ("CLAUDE_CODE_WEB_SEARCH_REFILLS_PER_HOUR", "0"),
         ("CLAUDE_CODE_DISABLE_BACKGROUND_TASKS", "1"),
         ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
         ("CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS", "1"),
@@ -219,8 +225,9 @@ fn the_environment_is_complete_and_holds_no_secret() {
     ] {
         assert_eq!(by_name.get(name), Some(&value), "{name}");
     }
-    // Each of these would lift a protection or reach past the gateway.
+    // Each of these would lift a protection, reach past the gateway, or hide tools from the model.
     for name in [
+        "CLAUDE_CODE_DISABLE_ATTACHMENTS",
         "CLAUDE_CODE_SUBPROCESS_ENV_SCRUB",
         "IS_SANDBOX",
         "CLAUDE_CODE_RETRY_WATCHDOG",
