@@ -16,6 +16,9 @@ both!(
     a_lasting_failure_is_not_tried_again,
     a_usage_limit_parks_the_job,
     noise_on_the_output_harms_nothing,
+    a_result_that_cant_be_used_ends_the_run_at_once,
+    a_turn_that_ends_in_a_tool_call_is_incomplete,
+    an_unknown_question_of_the_cli_is_answered_at_once,
     absurd_names_and_numbers_harm_nothing,
     an_end_that_the_database_refuses_is_an_end_all_the_same,
     an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease,
@@ -24,6 +27,7 @@ both!(
     a_cli_that_talks_without_end_harms_nothing,
     what_the_cli_complained_about_is_kept,
     another_version_of_the_cli_runs_with_a_warning,
+    the_end_of_a_run_is_one_line_of_numbers_and_its_code,
 );
 
 async fn failed(client: &Client, script: &Script, more: Value) -> Value {
@@ -351,6 +355,72 @@ async fn noise_on_the_output_harms_nothing(db: Db) {
     assert!(said.iter().any(|event| event["data"]["content"] == "still here"));
 }
 
+async fn a_result_that_cant_be_used_ends_the_run_at_once(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let deep = format!("{}1{}", "[".repeat(200), "]".repeat(200));
+    let structured = format!(
+        r#"{{"num_turns":7,"result":"deep","structured_output":{deep},"type":"result","subtype":"success","is_error":false}}"#
+    );
+    let not_json = r#"{"duration_ms":1,"total_cost_usd":NaN,"type":"result","subtype":"success"}"#.to_owned();
+    for (line, content) in [(structured, "deep"), (not_json, "a part of it")] {
+        // It writes nothing more, and doesn't end: only the time-out would end a run that didn't know its result.
+        let script = steps([
+            Step::Say("a part of it".to_owned()),
+            Step::Spend(0.01),
+            Step::Raw(line),
+            Step::Hang,
+        ]);
+
+        let job = failed(&client, &script, json!({ "timeout_seconds": 120 })).await;
+
+        assert_eq!(job["error_code"], "invalid_output", "{job:#}");
+        assert!(job["duration_ms"].as_u64().unwrap() < 60_000, "{job:#}");
+        assert!(
+            job["result"]["content"].as_str().unwrap().contains(content),
+            "{job:#}"
+        );
+        assert_eq!(job["result"]["is_error"], true, "{job:#}");
+        assert_eq!(job["result"]["structured_output"], Value::Null, "{job:#}");
+        assert!(job["cost"].as_f64() > Some(0.0), "{job:#}");
+    }
+    system.writes("the CLI's result can't be used").await;
+}
+
+async fn a_turn_that_ends_in_a_tool_call_is_incomplete(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let line =
+        r#"{"type":"result","subtype":"success","is_error":false,"stop_reason":"tool_use","result":""}"#;
+
+    let job = failed(&client, &steps([Step::Raw(line.to_owned())]), json!({})).await;
+
+    assert_eq!(job["error_code"], "incomplete", "{job:#}");
+}
+
+async fn an_unknown_question_of_the_cli_is_answered_at_once(db: Db) {
+    let system = System::start(db).await;
+    let client = system.client();
+    let script = steps([Step::Ask("something_new".to_owned())]);
+
+    let job = client.finished(&client.play(&script).await).await;
+
+    assert_eq!(job["status"], "done", "{job:#}");
+    let said = client.all_events(&job_id(&job)).await;
+    let answer = said
+        .iter()
+        .filter_map(|event| event["data"]["content"].as_str())
+        .find(|content| content.contains("something_new"));
+    assert!(
+        answer.is_some_and(|answer| answer.starts_with("error to ask: ")),
+        "{said:#?}"
+    );
+}
+
+fn job_id(job: &Value) -> String {
+    job["job_id"].as_str().unwrap().to_owned()
+}
+
 async fn a_cli_that_talks_without_end_harms_nothing(db: Db) {
     let system = System::start(db).await;
     let client = system.client();
@@ -549,4 +619,69 @@ async fn another_version_of_the_cli_runs_with_a_warning(db: Db) {
         .lines()
         .any(|line| line.contains("9.8.7") && line.contains("2.1.331"));
     assert!(warned, "{}", system.written());
+}
+
+#[tokio::test]
+async fn a_cli_that_is_too_old_is_no_worker() {
+    let cli = tests::paths::program("claude", "echo '1.0.17 (Claude Code)'");
+    let folder = tests::paths::folder('d');
+    let url = format!("sqlite://{}", folder.join("x.db").display());
+    let finished = tests::system::run(
+        "claude-queue-worker",
+        &[],
+        &[
+            ("DATABASE_URL", url.as_str()),
+            ("DATA_DIR", folder.to_str().unwrap()),
+            ("ANTHROPIC_API_KEY", "sk-x"),
+            ("CLAUDE_CLI_PATH", cli.to_str().unwrap()),
+        ],
+    )
+    .await;
+
+    assert_eq!(finished.code, Some(2), "{finished:?}");
+    for words in ["CLAUDE_CLI_PATH", "1.0.17", "too old", "or later"] {
+        assert!(
+            format!("{}{}", finished.stdout, finished.stderr).contains(words),
+            "{words}: {finished:?}"
+        );
+    }
+}
+
+async fn the_end_of_a_run_is_one_line_of_numbers_and_its_code(db: Db) {
+    let system = System::builder()
+        .database(db)
+        .env("LOG_FORMAT", "json")
+        .start()
+        .await;
+    let client = system.client();
+    let done = client.finished(&client.play(&answer("hi")).await).await;
+    let refused = failed(&client, &steps([Step::Exit(3)]), json!({})).await;
+    let own = failed(
+        &client,
+        &answer("hi"),
+        json!({ "json_schema": { "type": "object" } }),
+    )
+    .await;
+    assert_eq!(own["error_code"], "schema_mismatch", "{own:#}");
+
+    for (job, level, code) in [
+        (&done, "INFO", Value::Null),
+        (&refused, "WARN", json!("claude_error")),
+        (&own, "INFO", json!("schema_mismatch")),
+    ] {
+        let words = format!("job {} is ", job["job_id"].as_str().unwrap());
+        let written = system.writes(&words).await;
+        let lines: Vec<Value> = written
+            .lines()
+            .filter(|line| line.contains(&words))
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len(), 1, "{written}");
+        let (line, fields) = (&lines[0], &lines[0]["fields"]);
+        assert_eq!(line["level"], level, "{line:#}");
+        assert_eq!(fields["error_code"], code, "{line:#}");
+        assert_eq!(fields["job.status"], job["status"], "{line:#}");
+        assert!(fields["duration_ms"].is_u64(), "{line:#}");
+        assert!(fields["cost_usd"].is_f64(), "{line:#}");
+    }
 }

@@ -70,6 +70,9 @@ pub enum Step {
     },
     /// A line on standard output, as it is.
     Raw(String),
+    /// A control request of this subtype to the client, and what it answered as a message of the assistant. Without an
+    /// answer it waits for ever, as the real CLI does.
+    Ask(String),
     /// Text on standard error.
     Stderr(String),
     /// The end, with this exit code and without a result.

@@ -7,6 +7,7 @@ pub mod outcome;
 mod output;
 mod prepare;
 mod recorder;
+mod steps;
 mod stop;
 mod transcript;
 mod watchdog;

@@ -18,6 +18,7 @@ use std::{env, fs};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
+use worker::claude::line::OutputLine;
 use worker::claude::process::{self, EndedBy, Exit, Launch, PendingGuard, Process};
 use worker::claude::sandbox::{self, Isolation, Places};
 use worker::guard;
@@ -145,6 +146,14 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
     }
 }
 
+/// The next line that was kept.
+async fn whole_line(process: &mut Process) -> Option<Vec<u8>> {
+    match process.next_line().await? {
+        OutputLine::Whole(line) => Some(line),
+        OutputLine::TooLong { may_be_result } => panic!("a line was too long, a result: {may_be_result}"),
+    }
+}
+
 async fn stand(sandboxed: Sandboxed) -> Stand {
     stand_with(sandboxed, STUBBORN, &["bare"]).await
 }
@@ -165,7 +174,7 @@ impl Stand {
     /// Starts it and waits until its daemons are there.
     async fn started(&self) -> Process {
         let mut process = self.start().await;
-        assert_eq!(process.next_line().await.unwrap(), b"ready");
+        assert_eq!(whole_line(&mut process).await.unwrap(), b"ready");
         self.daemons_there().await;
         process
     }
@@ -244,8 +253,8 @@ async fn a_cli_that_ends_by_itself_leaves_no_daemon() {
         let mut process = stand.started().await;
 
         process.send("hello");
-        assert_eq!(process.next_line().await.unwrap(), b"heard hello");
-        assert_eq!(process.next_line().await, None);
+        assert_eq!(whole_line(&mut process).await.unwrap(), b"heard hello");
+        assert_eq!(whole_line(&mut process).await, None);
         let exit = process.wait().await;
 
         stand.assert_nothing_left();
@@ -265,7 +274,7 @@ async fn closing_the_input_is_seen_by_the_cli() {
 
     process.close_stdin();
 
-    assert_eq!(process.next_line().await.unwrap(), b"heard ");
+    assert_eq!(whole_line(&mut process).await.unwrap(), b"heard ");
     // Nothing to write it to, and no harm.
     process.send("late");
     assert_eq!(process.wait().await.code, Some(3));
@@ -306,7 +315,7 @@ async fn processes_that_flee_into_their_children_are_caught() {
     for sandboxed in BOTH {
         let stand = stand_with(sandboxed, FLEEING, &[]).await;
         let mut process = stand.start().await;
-        assert_eq!(process.next_line().await.unwrap(), b"ready");
+        assert_eq!(whole_line(&mut process).await.unwrap(), b"ready");
         tokio::time::sleep(Duration::from_millis(200)).await;
 
         process.kill();
@@ -430,7 +439,7 @@ async fn a_killed_guard_leaves_nothing_that_bears_the_mark() {
             Sandboxed::No => stand_with(sandboxed, STUBBORN, &["marked"]).await,
         };
         let mut process = stand.start().await;
-        assert_eq!(process.next_line().await.unwrap(), b"ready");
+        assert_eq!(whole_line(&mut process).await.unwrap(), b"ready");
 
         kill_process(stand.guard_pid(), Signal::KILL).unwrap();
         let exit = ended(process).await;
@@ -564,7 +573,7 @@ async fn a_stopped_guard_doesnt_keep_the_worker_when_the_cli_has_ended() {
     // Nothing of it outlives it, so its output ends with it.
     let stand = stand_with(Sandboxed::No, "#!/bin/sh\necho ready\nread -r line\n", &[]).await;
     let mut process = stand.start().await;
-    assert_eq!(process.next_line().await.unwrap(), b"ready");
+    assert_eq!(whole_line(&mut process).await.unwrap(), b"ready");
     kill_process(stand.guard_pid(), Signal::STOP).unwrap();
     process.send("hello");
     while process.next_line().await.is_some() {}
@@ -672,7 +681,7 @@ try rights 'grep -q "CapEff:.*[1-9a-f]" /proc/self/status || mount -t tmpfs x /m
     let mut process = stand.start().await;
 
     let mut said = Vec::new();
-    while let Some(line) = process.next_line().await {
+    while let Some(line) = whole_line(&mut process).await {
         said.push(String::from_utf8(line).unwrap());
     }
 
@@ -737,7 +746,7 @@ async fn much_output_is_kept_for_a_reader_that_comes_late() {
     stand.assert_nothing_left_within(Duration::from_mins(1)).await;
 
     let mut lines = 0;
-    while let Some(line) = process.next_line().await {
+    while let Some(line) = whole_line(&mut process).await {
         assert!(line.starts_with(format!("{lines} ").as_bytes()));
         lines += 1;
     }
@@ -747,15 +756,38 @@ async fn much_output_is_kept_for_a_reader_that_comes_late() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_line_without_end_is_left_out_and_a_torn_last_line_is_not() {
-    let script = "#!/bin/sh\necho first\nhead -c 20000000 /dev/zero\necho\nprintf last\n\
+async fn no_process_of_a_run_can_write_into_anothers_output_by_its_path() {
+    let script = "#!/bin/sh\nfor fd in 0 1 2; do\n\
+                  sh -c \"exec 2>/dev/null; echo forged > /proc/$$/fd/$fd\" && echo \"opened $fd\" || echo \"refused $fd\"\n\
+                  done\n";
+    for sandboxed in [Sandboxed::Yes, Sandboxed::No] {
+        let stand = stand_with(sandboxed, script, &[]).await;
+        let mut process = stand.start().await;
+
+        let mut lines = Vec::new();
+        while let Some(line) = whole_line(&mut process).await {
+            lines.push(String::from_utf8(line).unwrap());
+        }
+
+        assert_eq!(lines, ["refused 0", "refused 1", "refused 2"]);
+        assert_eq!(process.wait().await.code, Some(0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_without_end_is_not_kept_and_a_torn_last_line_is() {
+    let script = "#!/bin/sh\necho first\nhead -c 20000000 /dev/zero\necho\n\
+                  printf '{\"a\":\"'; head -c 17000000 /dev/zero | tr '\\0' x; echo '\",\"type\":\"result\"}'\nprintf last\n\
                   head -c 10000 /dev/zero | tr '\\0' x >&2; printf 'é%.0s' $(seq 2047) >&2; printf z >&2\n";
     let stand = stand_with(Sandboxed::No, script, &[]).await;
     let mut process = stand.start().await;
 
-    assert_eq!(process.next_line().await.unwrap(), b"first");
-    assert_eq!(process.next_line().await.unwrap(), b"last");
-    assert_eq!(process.next_line().await, None);
+    assert_eq!(whole_line(&mut process).await.unwrap(), b"first");
+    let too_long = |may_be_result| Some(OutputLine::TooLong { may_be_result });
+    assert_eq!(process.next_line().await, too_long(false));
+    assert_eq!(process.next_line().await, too_long(true));
+    assert_eq!(whole_line(&mut process).await.unwrap(), b"last");
+    assert_eq!(whole_line(&mut process).await, None);
     let exit = process.wait().await;
     // 4,096 bytes from the end is the middle of the pair of x and é.
     assert_eq!(exit.stderr_tail, format!("x{}z", "é".repeat(2047)));
@@ -770,7 +802,7 @@ async fn a_cli_that_reads_nothing_stops_nobody() {
     )
     .await;
     let mut process = stand.start().await;
-    assert_eq!(process.next_line().await.unwrap(), b"ready");
+    assert_eq!(whole_line(&mut process).await.unwrap(), b"ready");
 
     process.send(&"x".repeat(1_000_000));
     process.close_stdin();
@@ -799,7 +831,7 @@ async fn in_a_process_of_its_own() {
     let mut stand = stand_with(sandboxed, STUBBORN, &[&env::var("GUARD_TEST_BARE").unwrap()]).await;
     stand.launch.beat_within = Duration::from_secs(beat_within.parse().unwrap());
     let mut process = stand.start().await;
-    assert_eq!(process.next_line().await.unwrap(), b"ready");
+    assert_eq!(whole_line(&mut process).await.unwrap(), b"ready");
     // The first line on standard error is the other process' news.
     eprintln!("{} {}", stand.token, stand.launch.runtime_dir.display());
     loop {

@@ -284,6 +284,8 @@ struct Cli {
     lines: mpsc::Receiver<String>,
     ended: bool,
     waiting: Vec<Value>,
+    /// The answers to control requests of this CLI's own.
+    answers: Vec<Value>,
 }
 
 async fn run(options: Options, born: u64) -> i32 {
@@ -388,6 +390,7 @@ impl Cli {
             lines,
             ended: false,
             waiting: Vec::new(),
+            answers: Vec::new(),
             options,
         };
         if cli.options.fork {
@@ -427,6 +430,7 @@ impl Cli {
         match line["type"].as_str() {
             Some("user") => self.waiting.push(line),
             Some("control_request") => return self.control(&line),
+            Some("control_response") => self.answers.push(line["response"].clone()),
             _ => {}
         }
         false
@@ -601,6 +605,24 @@ impl Cli {
             Step::Raw(line) => {
                 put(&line);
                 Flow::GoOn
+            }
+            Step::Ask(subtype) => {
+                put(&json!({
+                    "type": "control_request", "request_id": "ask", "request": { "subtype": subtype },
+                })
+                .to_string());
+                while self.answers.is_empty() {
+                    match self.wait(Duration::from_millis(20), false).await {
+                        Flow::GoOn => {}
+                        other => return other,
+                    }
+                }
+                let answer = self.answers.remove(0);
+                let of = |member: &str| answer[member].as_str().unwrap_or_default().to_owned();
+                self.say(
+                    &format!("{} to {}: {}", of("subtype"), of("request_id"), of("error")),
+                    None,
+                )
             }
             Step::Stderr(text) => {
                 complain(&text);

@@ -5,12 +5,14 @@
 
 mod repair;
 mod result;
+mod value;
 
+use super::line::{self, OutputLine};
 use crate::spend::Usage;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-pub use result::{ModelUsage, ResultLine};
+pub use result::{InvalidResult, ModelUsage, ResultLine};
 
 /// One line of stdout.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,7 +33,11 @@ pub enum Message {
     Result(Box<ResultLine>),
     /// The answer to a control request.
     ControlResponse(ControlResponse),
-    /// Anything else: progress, hooks, types of later releases, and what isn't JSON.
+    /// A question of the CLI, which waits for an answer. This worker asks for none, so it knows none.
+    ControlRequest(ControlRequest),
+    /// A line that can't be read and isn't the result.
+    Unreadable,
+    /// Anything else: progress, hooks, types of later releases, and text that isn't JSON.
     Other,
 }
 
@@ -156,21 +162,51 @@ impl ControlResponse {
     }
 }
 
+/// A question of the CLI.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ControlRequest {
+    /// Its id, which the answer repeats, as it came.
+    pub request_id: Value,
+    /// What it asks for.
+    pub subtype: Option<String>,
+}
+
 impl Message {
+    /// Reads a line of output.
+    pub fn read(line: &OutputLine) -> Self {
+        match line {
+            OutputLine::Whole(line) => Self::parse(line),
+            OutputLine::TooLong { may_be_result: true } => Self::invalid_result(InvalidResult::TooLong),
+            OutputLine::TooLong { may_be_result: false } => Self::Unreadable,
+        }
+    }
+
     /// Parses a line. Never fails and never panics, for any bytes.
     ///
     /// Invalid UTF-8 and halves of surrogate pairs become U+FFFD (the CLI cuts a tool's output between two UTF-16
-    /// units). A line that nests deeper than 128 levels is [`Message::Other`].
+    /// units). What nests too deep is left out of the message. A line that can't be parsed, but may be the result, is
+    /// an invalid [`Message::Result`]: a run must not wait for another one.
     pub fn parse(line: &[u8]) -> Self {
-        let Some(line) = repair::json(line) else {
-            return Self::Other;
+        let Some(value::Read { value, cut }) = repair::json(line) else {
+            return if line::may_be_result(line) {
+                Self::invalid_result(InvalidResult::NotJson)
+            } else if line.trim_ascii_start().starts_with(b"{") {
+                Self::Unreadable
+            } else {
+                Self::Other
+            };
         };
+        let line = value;
         match text(&line, "type").as_deref() {
             Some("assistant") => Self::Assistant(assistant(&line)),
             Some("user") => Self::User(user(&line)),
-            Some("result") => Self::Result(Box::new(ResultLine::read(&line))),
+            Some("result") => Self::Result(Box::new(ResultLine::read(&line, cut))),
             Some("stream_event") => stream_event(&line),
             Some("rate_limit_event") => Self::RateLimit(rate_limit(&line["rate_limit_info"])),
+            Some("control_request") => Self::ControlRequest(ControlRequest {
+                request_id: line["request_id"].clone(),
+                subtype: text(&line["request"], "subtype"),
+            }),
             Some("control_response") => Self::ControlResponse(control_response(&line["response"])),
             Some("system") => match text(&line, "subtype").as_deref() {
                 Some("init") => Self::Init(init(&line)),
@@ -179,6 +215,13 @@ impl Message {
             },
             _ => Self::Other,
         }
+    }
+
+    fn invalid_result(why: InvalidResult) -> Self {
+        Self::Result(Box::new(ResultLine {
+            invalid: Some(why),
+            ..ResultLine::default()
+        }))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Runs the CLI through a guard and speaks to it by lines.
 
 mod launch;
-mod pipes;
+mod streams;
 mod supervisor;
 
 use std::io;
@@ -10,14 +10,15 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::claude::line::OutputLine;
 use crate::guard::protocol::{GuardCommand, MonotonicTime};
 use launch::StartedGuard;
-use pipes::{Line, Pipes};
+use streams::{Line, StreamTasks};
 use supervisor::{Supervisor, kill_by_marker};
 
 pub use crate::guard::protocol::EndedBy;
 pub use launch::{Launch, PendingGuard, is_too_late};
-pub use pipes::{MAX_LINE, MAX_WAITING, STDERR_TAIL};
+pub use streams::{MAX_LINE, MAX_WAITING, STDERR_TAIL};
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,15 +53,15 @@ impl Process {
         held_at: impl Fn() -> Instant,
     ) -> io::Result<Self> {
         let StartedGuard {
-            mut guard,
-            stdin: stdin_pipe,
+            guard,
+            streams,
             reports,
             writer,
         } = guard.start(&launch, held_at).await?;
         let (line_sender, lines) = mpsc::unbounded_channel();
         let (stdin, input) = mpsc::unbounded_channel();
         let (commands, commands_to_guard) = mpsc::unbounded_channel();
-        let pipes = Pipes::start(&mut guard, stdin_pipe, input, line_sender);
+        let tasks = StreamTasks::start(streams, input, line_sender);
         let supervisor = Supervisor {
             guard,
             reports,
@@ -76,7 +77,7 @@ impl Process {
                 code,
                 signal,
                 ended_by,
-                stderr_tail: pipes.finish().await,
+                stderr_tail: tasks.finish().await,
             }
         });
         Ok(Self {
@@ -90,7 +91,7 @@ impl Process {
 
     /// The next line of standard output without its line feed; `None` after the last. May be cancelled and called
     /// again without losing a line.
-    pub async fn next_line(&mut self) -> Option<Vec<u8>> {
+    pub async fn next_line(&mut self) -> Option<OutputLine> {
         self.lines.recv().await.map(|(line, _memory)| line)
     }
 

@@ -59,13 +59,24 @@ async fn keep_lease(ctx: &Context, lease: &Lease, report: &Report) {
 
 fn tell(lease: &Lease, report: &Report, status: JobStatus) {
     let (job_id, status, cost) = (lease.job.job_id, status.as_str(), report.spend.total());
-    let duration_ms = report.duration.as_millis();
-    info!(
-        job.status = status,
-        duration_ms,
-        cost_usd = cost.usd(),
-        "job {job_id} is {status}, {cost}"
-    );
+    // JSON logs would have a number of 128 bits as text.
+    let duration_ms = u64::try_from(report.duration.as_millis()).unwrap_or(u64::MAX);
+    let error_code = match &report.ending {
+        Ending::Failed { code, .. } | Ending::Retry { code, .. } => Some(code.as_str()),
+        _ => None,
+    };
+    let cost_usd = cost.usd();
+    if error_code.is_some_and(ErrorCode::is_for_the_operator) {
+        warn!(
+            job.status = status,
+            error_code, duration_ms, cost_usd, "job {job_id} is {status}, {cost}"
+        );
+    } else {
+        info!(
+            job.status = status,
+            error_code, duration_ms, cost_usd, "job {job_id} is {status}, {cost}"
+        );
+    }
 }
 
 /// What became of the job, if an earlier try was stored although it seemed to fail.

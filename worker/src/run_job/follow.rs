@@ -2,9 +2,10 @@
 
 use super::account::note_account;
 use super::outcome::{self, Deadline, Ended, Stopped};
-use super::output::{self, cut};
+use super::output;
 use super::prepare::Run;
 use super::recorder::Recorder;
+use super::steps::Steps;
 use super::stop::{StopAction, StopSequence};
 use super::transcript;
 use super::watchdog::IdleWatchdog;
@@ -12,21 +13,15 @@ use crate::claude::command;
 use crate::claude::message::{Block, Message};
 use crate::claude::process::{EndedBy, Exit, Process};
 use crate::spend::Meter;
-use serde_json::json;
 use shared::clock;
-use shared::event::{EventType, NewEvent};
-use shared::job::{Report, Spend};
+use shared::job::Report;
 use shared::storage::RunDirective;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
-use tracing::error;
+use tracing::{error, warn};
 
-/// How often the cost so far is reported, and how often the CLI is asked for what the stream doesn't show.
-const USAGE_EVENT_INTERVAL: Duration = Duration::from_secs(2);
+/// How often the CLI is asked for what the stream doesn't show.
 const USAGE_QUERY_INTERVAL: Duration = Duration::from_secs(10);
-
-/// A tool's answer in an event holds no more bytes than this.
-const MAX_TOOL_RESULT: usize = 16 * 1024;
 
 impl Run<'_> {
     /// Runs it to its end. `None` when another worker may hold the job by then, so that nothing may be written.
@@ -42,7 +37,7 @@ impl Run<'_> {
         let mut stop = StopSequence::new(started, self.total);
         let mut watchdog = IdleWatchdog::new(started);
         let mut ask_cost = tokio::time::interval_at(started + USAGE_QUERY_INTERVAL, USAGE_QUERY_INTERVAL);
-        let mut cost_reported = started;
+        let mut steps = Steps::new(started);
         let (first_output, idle) = (self.ctx.config.first_output, self.ctx.config.idle);
         loop {
             let (silent_until, too_silent) = watchdog.ends(first_output, idle);
@@ -51,17 +46,16 @@ impl Run<'_> {
                 line = self.process.next_line() => {
                     let Some(line) = line else { break };
                     let now = Instant::now();
-                    let message = Message::parse(&line);
+                    let message = Message::read(&line);
                     watchdog.hear(&message, now);
                     if meter.observe(&message) {
                         // Kept at once: this is what is paid for if the worker is lost.
                         recorder.spend(meter.spend());
                     }
                     let act = self.react(&message, &mut stop, now);
-                    self.note(message, &mut recorder);
-                    if now >= cost_reported + USAGE_EVENT_INTERVAL {
-                        cost_reported = now;
-                        record_cost(&meter.spend(), &mut recorder);
+                    self.note(message, &mut steps, &mut recorder, now);
+                    if let Some(event) = steps.usage(&meter.spend(), now) {
+                        recorder.event(event);
                     }
                     act
                 }
@@ -99,58 +93,62 @@ impl Run<'_> {
     }
 
     /// What a message means for the run as a whole.
-    fn react(&self, message: &Message, stop: &mut StopSequence, now: Instant) -> Option<StopAction> {
+    fn react(&mut self, message: &Message, stop: &mut StopSequence, now: Instant) -> Option<StopAction> {
         match message {
             Message::Init(init) => {
                 let mismatch = command::unexpected_init(&self.spec, init, self.ctx.credentials.variable())?;
                 error!("the CLI did not start with its settings, ending the run: {mismatch}");
                 stop.kill(Stopped::InitMismatch, now)
             }
-            Message::Result(result) if result.is_verdict() => stop.close(now),
+            Message::Result(result) if result.is_verdict() => {
+                if let Some(why) = result.invalid {
+                    warn!("the CLI's result can't be used, ending the run: {why}");
+                }
+                stop.close(now)
+            }
+            Message::ControlRequest(request) => {
+                // The CLI waits for an answer, however long that takes.
+                let subtype = request.subtype.as_deref().unwrap_or("unknown");
+                self.process
+                    .send(&command::refusal_line(&request.request_id, subtype));
+                None
+            }
+            Message::Unreadable => {
+                if !std::mem::replace(&mut self.unreadable, true) {
+                    warn!("the CLI wrote a line that can't be read; this run's further ones aren't reported");
+                }
+                None
+            }
             _ => None,
         }
     }
 
     /// Takes note of a message, and records it as events.
-    fn note(&mut self, message: Message, recorder: &mut Recorder) {
+    fn note(&mut self, message: Message, steps: &mut Steps, recorder: &mut Recorder, now: Instant) {
         self.output.ended.observe(&message);
         match message {
             Message::Assistant(answer) => {
+                let main = answer.parent.is_none() && answer.error.is_none();
                 for block in answer.blocks {
-                    self.note_block(block, answer.parent.is_none() && answer.error.is_none(), recorder);
+                    match block {
+                        Block::Text(text) if main => {
+                            self.output.text(&text);
+                            recorder.event(steps.text(&text));
+                        }
+                        Block::Text(_) => {}
+                        Block::ToolUse { id, name, input } => {
+                            self.output.tool(&name, &input);
+                            recorder.event(steps.tool_call(&id, &name, input, now));
+                        }
+                    }
                 }
             }
             Message::User(user) => {
-                for result in user.tool_results {
-                    let content = cut(&result.content, MAX_TOOL_RESULT);
-                    let mut data = json!({
-                        "tool_use_id": result.tool_use_id, "is_error": result.is_error, "content": content,
-                    });
-                    if content.len() < result.content.len() {
-                        data["truncated"] = json!(true);
-                    }
-                    recorder.event(NewEvent::new(EventType::ToolResult, data));
+                for result in &user.tool_results {
+                    recorder.event(steps.tool_result(result, now));
                 }
             }
             _ => {}
-        }
-    }
-
-    fn note_block(&mut self, block: Block, main: bool, recorder: &mut Recorder) {
-        match block {
-            Block::Text(text) if main => {
-                self.output.text(&text);
-                recorder.event(NewEvent::new(
-                    EventType::Assistant,
-                    json!({ "content": text, "tool_name": null }),
-                ));
-            }
-            Block::Text(_) => {}
-            Block::ToolUse { id, name, input } => {
-                self.output.tool(&name, &input);
-                let data = json!({ "content": null, "tool_name": name, "tool_use_id": id, "input": input });
-                recorder.event(NewEvent::new(EventType::Tool, data));
-            }
         }
     }
 
@@ -166,6 +164,7 @@ impl Run<'_> {
             sockets,
             total,
             output,
+            unreadable: _,
         } = self;
         let exit = end_of(process, stop.left(Instant::now()), &mut recorder).await;
         let observed = gateway.last_failure();
@@ -229,14 +228,4 @@ async fn end_of(process: Process, patience: Duration, recorder: &mut Recorder) -
             lease_state = recorder.changed() => beats.renewed_at(lease_state.held_at.into_std()),
         }
     }
-}
-
-fn record_cost(spend: &Spend, recorder: &mut Recorder) {
-    if spend.models.is_empty() {
-        return;
-    }
-    recorder.event(NewEvent::new(
-        EventType::Usage,
-        json!({ "cost": spend.total(), "usage": spend.usage() }),
-    ));
 }

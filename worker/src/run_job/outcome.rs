@@ -263,12 +263,30 @@ pub fn judge(ended: &Ended) -> Verdict {
 /// Whether the result is all that was asked for.
 fn is_complete(result: &ResultLine, schema_wanted: bool) -> bool {
     !result.is_error
+        && result.invalid.is_none()
         && result.subtype == "success"
+        && !ends_in_a_tool_call(result)
         && result.terminal_reason.as_deref() != Some("tool_deferred")
         && (!schema_wanted || result.structured_output.is_some())
 }
 
+/// Whether the model asked for a tool and the turn ended there, without an answer. The CLI calls that a success.
+fn ends_in_a_tool_call(result: &ResultLine) -> bool {
+    let has_text = result.text.as_deref().is_some_and(|text| !text.trim().is_empty());
+    result.stop_reason.as_deref() == Some("tool_use") && !has_text && result.structured_output.is_none()
+}
+
 fn by_result(result: &ResultLine, ended: &Ended) -> Verdict {
+    if let Some(why) = result.invalid {
+        return Verdict::failed(
+            ErrorCode::InvalidOutput,
+            sentence(
+                "The result of the run can't be used",
+                &why.to_string(),
+                "Ask for a shorter or flatter answer and submit the job again.",
+            ),
+        );
+    }
     let said = excerpt(
         result
             .errors
@@ -279,6 +297,14 @@ fn by_result(result: &ResultLine, ended: &Ended) -> Verdict {
     let reason = result.terminal_reason.as_deref().unwrap_or_default();
     match result.subtype.as_str() {
         "success" if result.is_error => api::verdict(result, ended),
+        "success" if reason != "tool_deferred" && ends_in_a_tool_call(result) => Verdict::failed(
+            ErrorCode::Incomplete,
+            sentence(
+                "The run ended with a tool call and without an answer",
+                "",
+                "Submit the job again, or go on in the same session.",
+            ),
+        ),
         // The model may end its turn without ever filling the schema, and the CLI calls that a success.
         "success" if reason != "tool_deferred" => schema_mismatch(),
         "error_max_structured_output_retries" => schema_mismatch(),

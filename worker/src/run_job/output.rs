@@ -67,7 +67,12 @@ impl RunOutput {
 
 /// The wire's `Result`, also of a run that was cut off: what it said and did until then.
 pub(super) fn result(output: &RunOutput, spend: &Spend, spec: &RunSpec) -> Option<Value> {
-    let line = output.ended.result.as_deref();
+    // A line of which nothing is known is none.
+    let line = output
+        .ended
+        .result
+        .as_deref()
+        .filter(|line| !line.subtype.is_empty());
     if line.is_none() && output.texts.is_empty() && output.tools.is_empty() {
         return None;
     }
@@ -80,9 +85,9 @@ pub(super) fn result(output: &RunOutput, spend: &Spend, spec: &RunSpec) -> Optio
         "duration_ms": line.map_or(0, |line| line.duration_ms),
         "num_turns": line.map_or(0, |line| line.num_turns),
         "tools_used": output.tools,
-        "is_error": line.is_none_or(|line| line.is_error),
+        "is_error": line.is_none_or(|line| line.is_error || line.invalid.is_some()),
         "subtype": line.map_or("interrupted", |line| line.subtype.as_str()),
-        "structured_output": line.and_then(|line| line.structured_output.clone()),
+        "structured_output": line.filter(|line| line.invalid.is_none()).and_then(|line| line.structured_output.clone()),
         "usage": spend.usage(),
         "model_usage": spend.models.iter().map(|model| {
             (model.model.clone(), json!({ "cost": model.cost, "usage": model.usage }))

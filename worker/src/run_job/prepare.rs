@@ -38,6 +38,8 @@ pub(super) struct Run<'a> {
     /// How long it may take.
     pub(super) total: Duration,
     pub(super) output: RunOutput,
+    /// Whether a line came that can't be read.
+    pub(super) unreadable: bool,
 }
 
 /// Starts the run, in a minute at most.
@@ -144,6 +146,7 @@ impl<'a> Run<'a> {
             sockets,
             total,
             output,
+            unreadable: false,
         })
     }
 }

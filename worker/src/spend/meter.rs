@@ -73,6 +73,10 @@ impl Meter {
                     self.reported = usage;
                 }
             }
+            // A result line that couldn't be read settles nothing.
+            Message::Result(result) if result.invalid.is_some() && result.model_usage.is_empty() => {
+                return false;
+            }
             Message::Result(result) => {
                 if let Some(usage) = &result.model_usage_since_last_result {
                     self.settle(usage);

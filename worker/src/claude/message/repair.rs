@@ -1,16 +1,17 @@
 //! JSON that a strict parser refuses and the CLI nevertheless writes.
 
-use serde_json::Value;
+use super::value::{self, Read};
 use std::borrow::Cow;
 
 /// Parses a line, after mending it when it doesn't parse as it is. None when it is no JSON object.
-pub(super) fn json(line: &[u8]) -> Option<Value> {
+pub(super) fn json(line: &[u8]) -> Option<Read> {
+    let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
     // Most lines are right, and the mending reads every byte.
-    let value = serde_json::from_slice(line).or_else(|_| {
+    let read = value::read(line).or_else(|_| {
         let text = String::from_utf8_lossy(line);
-        serde_json::from_str(&without_lone_surrogates(&text))
+        value::read(without_lone_surrogates(&text).as_bytes())
     });
-    value.ok().filter(Value::is_object)
+    read.ok().filter(|read| read.value.is_object())
 }
 
 /// Replaces each `\ud800` … `\udfff` escape that isn't part of a pair by `\ufffd`. The CLI is JavaScript, whose strings
@@ -51,8 +52,11 @@ fn unit(text: &str, at: usize) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
+
+    fn json(line: &[u8]) -> Option<Value> {
+        super::json(line).map(|read| read.value)
+    }
 
     #[test]
     fn halves_of_characters_are_replaced_and_whole_ones_kept() {
@@ -92,6 +96,11 @@ mod tests {
     #[test]
     fn bytes_that_are_not_utf8_are_replaced() {
         assert_eq!(json(b"{\"a\":\"\xff\"}"), Some(json!({"a": "\u{fffd}"})));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_line() {
+        assert_eq!(json("\u{feff}{\"a\":1}".as_bytes()), Some(json!({"a": 1})));
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The `result` line.
 
+use super::value::MAX_DEPTH;
 use super::{items, model_name, status, text};
 use crate::spend::{Usage, count};
 use serde_json::Value;
 use shared::money::MicroUsd;
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// The end of the answer to a user message. Only the first one without an origin is the verdict of a run; others
 /// come from background work or other sessions.
@@ -43,13 +45,19 @@ pub struct ResultLine {
     pub api_error_type: Option<String>,
     /// What went wrong, for subtypes other than `success`.
     pub errors: Vec<String>,
+    /// Why the line can't be used; what is known of it is in the other members.
+    pub invalid: Option<InvalidResult>,
     /// What made the turn, if it wasn't the user's message: `task-notification`, `peer` …
     pub origin: Option<Value>,
 }
 
 impl ResultLine {
-    pub(super) fn read(line: &Value) -> Self {
+    /// `cut` says that something that nests too deep is missing in `line`.
+    pub(super) fn read(line: &Value, cut: bool) -> Self {
+        // The rest is complete enough without what was left out.
+        let invalid = (cut && line.get("structured_output").is_some()).then_some(InvalidResult::TooDeep);
         Self {
+            invalid,
             is_error: line["is_error"] == true,
             subtype: text(line, "subtype").unwrap_or_default(),
             text: text(line, "result"),
@@ -78,6 +86,27 @@ impl ResultLine {
     /// Whether this answers the user's message. The first such line of a run is its verdict.
     pub fn is_verdict(&self) -> bool {
         self.origin.is_none()
+    }
+}
+
+/// Why a result line can't be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidResult {
+    /// Its structured output nests too deep to be stored and read again, and isn't whole.
+    TooDeep,
+    /// It is longer than a line may be; nothing of it is known.
+    TooLong,
+    /// It isn't valid JSON; nothing of it is known.
+    NotJson,
+}
+
+impl fmt::Display for InvalidResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooDeep => write!(f, "it is nested deeper than {MAX_DEPTH} levels"),
+            Self::TooLong => f.write_str("it is too long"),
+            Self::NotJson => f.write_str("it isn't valid JSON"),
+        }
     }
 }
 

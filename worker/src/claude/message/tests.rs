@@ -1,4 +1,5 @@
 use super::*;
+use crate::claude::line::OutputLine;
 use crate::claude::message::fixtures::{self, Fixture};
 use crate::spend::MAX_COUNT;
 use proptest::prelude::*;
@@ -228,7 +229,6 @@ fn lines_of_other_kinds_and_broken_ones_are_other() {
             r#"{"type": "stream_event", "event": {"type": "content_block_delta", "delta": {"partial_json": "{"}}}"#,
             "no text",
         ),
-        (r#"{"type": "result", "is_error": false"#, "cut off"),
     ] {
         assert_eq!(Message::parse(line.as_bytes()), Message::Other, "{reason}");
     }
@@ -312,14 +312,90 @@ fn a_tool_result_that_was_cut_inside_a_character_is_kept() {
     assert_eq!(user.tool_results[0].content, "cut \u{fffd}");
 }
 
+fn invalid(line: &str) -> Option<InvalidResult> {
+    let Message::Result(result) = Message::parse(line.as_bytes()) else {
+        panic!("not a result: {}", &line[..100.min(line.len())])
+    };
+    assert!(result.is_verdict());
+    result.invalid
+}
+
 #[test]
-fn a_very_deep_line_is_other() {
+fn a_result_that_nests_too_deep_is_invalid_and_the_rest_of_it_is_known() {
+    for (levels, why) in [
+        (100, None),
+        (125, Some(InvalidResult::TooDeep)),
+        (100_000, Some(InvalidResult::TooDeep)),
+    ] {
+        let deep = format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        let line = format!(
+            r#"{{"num_turns":3,"structured_output":{deep},"type":"result","subtype":"success","total_cost_usd":0.5}}"#
+        );
+
+        assert_eq!(invalid(&line), why, "{levels}");
+        let Message::Result(result) = Message::parse(line.as_bytes()) else {
+            panic!()
+        };
+        assert_eq!(
+            (result.num_turns, result.total_cost),
+            (3, Some(MicroUsd(500_000)))
+        );
+    }
+}
+
+#[test]
+fn a_deep_member_that_nobody_needs_makes_no_result_invalid() {
+    let denied = format!(r#"{}1{}"#, r#"{"a":"#.repeat(300), "}".repeat(300));
     let line = format!(
-        r#"{{"type":"result","result":{}{}}}"#,
-        "[".repeat(100_000),
-        "]".repeat(100_000)
+        r#"{{"type":"result","subtype":"success","result":"all","permission_denials":[{{"tool_input":{denied}}}]}}"#
     );
-    assert_eq!(Message::parse(line.as_bytes()), Message::Other);
+
+    assert_eq!(invalid(&line), None);
+}
+
+#[test]
+fn a_result_that_isnt_json_is_invalid_and_no_other_line() {
+    for line in [
+        r#"{"type":"result","total_cost_usd":NaN}"#,
+        r#"{"total_cost_usd":-Infinity,"type":"result"}"#,
+        r#"{"type":"result","a":1"#,
+    ] {
+        assert_eq!(invalid(line), Some(InvalidResult::NotJson), "{line}");
+    }
+    assert_eq!(
+        invalid("\u{feff}{\"type\":\"result\"}"),
+        None,
+        "a byte order mark is no fault"
+    );
+    for (line, message) in [
+        (r#"{"type":"user","a":NaN}"#, Message::Unreadable),
+        ("{", Message::Unreadable),
+        ("some text", Message::Other),
+    ] {
+        assert_eq!(Message::parse(line.as_bytes()), message, "{line}");
+    }
+}
+
+#[test]
+fn a_line_that_was_too_long_to_keep_is_the_result_or_is_not() {
+    let read = |may_be_result| Message::read(&OutputLine::TooLong { may_be_result });
+    let Message::Result(result) = read(true) else {
+        panic!()
+    };
+    assert_eq!(result.invalid, Some(InvalidResult::TooLong));
+    assert_eq!(read(false), Message::Unreadable);
+}
+
+#[test]
+fn a_question_of_the_cli_is_known_by_its_id() {
+    let line = br#"{"type":"control_request","request_id":"r1","request":{"subtype":"something_new","x":1}}"#;
+    let Message::ControlRequest(request) = Message::parse(line) else {
+        panic!()
+    };
+    assert_eq!(
+        (request.request_id, request.subtype.as_deref()),
+        ("r1".into(), Some("something_new"))
+    );
 }
 
 proptest! {

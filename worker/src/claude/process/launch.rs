@@ -2,14 +2,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixListener;
 use tokio::net::unix::OwnedWriteHalf;
-use tokio::process::{Child, ChildStdin, Command};
+use tokio::process::{Child, Command};
 
+use super::streams::Streams;
 use super::supervisor::{Reports, kill_by_marker};
 use crate::guard::cgroup;
 use crate::guard::orphans::{GUARD_VARIABLE, RUN_VARIABLE};
@@ -59,6 +59,7 @@ impl Launch {
 #[derive(Debug)]
 pub struct PendingGuard {
     guard: Child,
+    streams: Streams,
     listener: UnixListener,
     path: PathBuf,
 }
@@ -74,6 +75,7 @@ impl PendingGuard {
     pub fn spawn_as(guard: &Path, marker: &str, runtime_dir: &Path) -> io::Result<Self> {
         let path = runtime_dir.join("guard.sock");
         let listener = bind(&path)?;
+        let (streams, [stdin, stdout, stderr]) = Streams::new()?;
         // The environment of the guard stays empty but for its marker: it needs nothing and may hold no secret.
         let guard = Command::new(guard)
             .arg0("claude-queue-guard")
@@ -82,12 +84,13 @@ impl PendingGuard {
             .env_clear()
             .env(GUARD_VARIABLE, marker)
             .current_dir("/")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(stderr)
             .spawn()?;
         Ok(Self {
             guard,
+            streams,
             listener,
             path,
         })
@@ -101,18 +104,17 @@ impl PendingGuard {
     ) -> io::Result<StartedGuard> {
         let Self {
             mut guard,
+            streams,
             listener,
             path,
         } = self;
-        // Waiting for a child closes its input if it still has it.
-        let stdin = guard.stdin.take();
         let met =
             tokio::time::timeout(GUARD_START_TIMEOUT, meet(&listener, &mut guard, launch, held_at)).await;
         let _ = std::fs::remove_file(&path);
         match met.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok((reports, writer)) => Ok(StartedGuard {
                 guard,
-                stdin,
+                streams,
                 reports,
                 writer,
             }),
@@ -128,7 +130,7 @@ impl PendingGuard {
 /// A guard whose run has started.
 pub(super) struct StartedGuard {
     pub(super) guard: Child,
-    pub(super) stdin: Option<ChildStdin>,
+    pub(super) streams: Streams,
     pub(super) reports: Reports,
     pub(super) writer: OwnedWriteHalf,
 }

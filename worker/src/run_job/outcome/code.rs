@@ -18,8 +18,12 @@ pub enum ErrorCode {
     ClaudeError,
     /// The CLI was killed from outside, or its guard was.
     ClaudeKilled,
+    /// The run ended in the middle of its work: the model asked for a tool, and nothing came after it.
+    Incomplete,
     /// The worker itself failed.
     Internal,
+    /// The CLI's result can't be used: it nests too deep, is too long, or isn't valid JSON.
+    InvalidOutput,
     /// The API calls the request invalid.
     InvalidRequest,
     /// The run reached its cap on cost.
@@ -54,14 +58,16 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
         Self::ApiUnavailable,
         Self::AuthError,
         Self::BillingError,
         Self::BudgetExceeded,
         Self::ClaudeError,
         Self::ClaudeKilled,
+        Self::Incomplete,
         Self::Internal,
+        Self::InvalidOutput,
         Self::InvalidRequest,
         Self::MaxCost,
         Self::MaxOutputTokens,
@@ -79,6 +85,22 @@ impl ErrorCode {
         Self::UsageLimit,
     ];
 
+    /// Whether a job that failed with this word needs the operator of the service: the credential, the account, the
+    /// network or the machine. The rest is for whoever submits the job.
+    pub fn is_for_the_operator(word: &str) -> bool {
+        [
+            Self::ApiUnavailable,
+            Self::AuthError,
+            Self::BillingError,
+            Self::ClaudeError,
+            Self::ClaudeKilled,
+            Self::Internal,
+            Self::RateLimited,
+        ]
+        .iter()
+        .any(|code| code.as_str() == word)
+    }
+
     /// The word on the wire and in the table.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -88,7 +110,9 @@ impl ErrorCode {
             Self::BudgetExceeded => "budget_exceeded",
             Self::ClaudeError => "claude_error",
             Self::ClaudeKilled => "claude_killed",
+            Self::Incomplete => "incomplete",
             Self::Internal => "internal",
+            Self::InvalidOutput => "invalid_output",
             Self::InvalidRequest => "invalid_request",
             Self::MaxCost => "max_cost",
             Self::MaxOutputTokens => "max_output_tokens",

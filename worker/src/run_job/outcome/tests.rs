@@ -677,6 +677,50 @@ fn a_timeout_says_how_long_and_what_the_api_did() {
 }
 
 #[test]
+fn a_turn_that_ends_with_a_tool_call_and_no_answer_is_incomplete() {
+    let line = |stop_reason: &str, text: &str| {
+        json!({"type": "result", "subtype": "success", "is_error": false, "terminal_reason": "completed",
+            "stop_reason": stop_reason, "result": text})
+    };
+    for (line, expected, reason) in [
+        (line("tool_use", ""), Failed(ErrorCode::Incomplete), "no answer"),
+        (
+            line("tool_use", " \n"),
+            Failed(ErrorCode::Incomplete),
+            "a blank one",
+        ),
+        (line("tool_use", "That's it."), Done, "an answer beside the call"),
+        (line("end_turn", ""), Done, "the model had nothing to say"),
+    ] {
+        assert_eq!(kind(&judge(&with_result(&line))), expected, "{reason}");
+    }
+    let mut filled = line("tool_use", "");
+    filled["structured_output"] = json!({"a": 1});
+    let filled = Ended {
+        schema_wanted: true,
+        ..with_result(&filled)
+    };
+    assert_eq!(kind(&judge(&filled)), Done, "the call that fills a schema");
+}
+
+#[test]
+fn a_result_that_cant_be_used_fails_the_run_at_once() {
+    let deep = format!("{}{}", "[".repeat(130), "]".repeat(130));
+    for line in [
+        format!(r#"{{"type":"result","subtype":"success","structured_output":{deep}}}"#),
+        r#"{"type":"result","subtype":"success","total_cost_usd":NaN}"#.to_owned(),
+    ] {
+        let mut ended = Ended::new(true, NOW);
+        ended.observe(&Message::parse(line.as_bytes()));
+
+        let verdict = judge(&ended);
+
+        assert_eq!(kind(&verdict), Failed(ErrorCode::InvalidOutput), "{line}");
+        assert!(message(&verdict).ends_with('.'), "{}", message(&verdict));
+    }
+}
+
+#[test]
 fn storage_gets_the_later_of_pause_and_wish() {
     let pause_ends = NOW.plus(Duration::from_secs(10));
     let again = |when| Verdict::Retry {
