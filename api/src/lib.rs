@@ -15,6 +15,7 @@ pub mod housekeeping;
 pub mod http;
 pub mod jobs;
 pub mod keys;
+pub mod queue;
 pub mod routes;
 pub mod service;
 pub mod sessions;

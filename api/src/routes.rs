@@ -21,7 +21,7 @@ use crate::http::problem::Problem;
 use crate::http::request::{Request, Segment};
 use crate::http::serve::App;
 use crate::http::{cors, reply};
-use crate::{audit, budgets, health, jobs, keys, sessions, usage};
+use crate::{audit, budgets, health, jobs, keys, queue, sessions, usage};
 
 /// Who may call a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +128,7 @@ fn table() -> Vec<Route> {
         route!(keyed "api" / "v1" / "usage" => usage::summary [GET UsageRead Read]),
         route!(keyed "api" / "v1" / "usage" / "ledger" => usage::ledger [GET UsageRead Read]),
         route!(keyed "api" / "v1" / "audit" => audit::list [GET KeysAdmin Read]),
+        route!(keyed "api" / "v1" / "queue" / "resume" => queue::resume [POST QueueAdmin Read]),
         route!(open "api" / "v1" / "health" => health::health),
         route!(open "livez" => health::livez),
         route!(open "readyz" => health::readyz),

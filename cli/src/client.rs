@@ -160,6 +160,14 @@ impl Client {
         Ok(answer["data"].take())
     }
 
+    /// Lifts the workers' pauses. The number of jobs that were released.
+    pub(crate) async fn resume_queue(&self) -> Result<i64, Failure> {
+        let answer = self
+            .send(self.request(Method::POST, "/api/v1/queue/resume"))
+            .await?;
+        Ok(answer["data"]["released_jobs"].as_i64().unwrap_or_default())
+    }
+
     /// Asks the service whether it is ready.
     pub(crate) async fn is_ready(&self) -> Result<(), Failure> {
         self.answered(self.request(Method::GET, "/readyz"))

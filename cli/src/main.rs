@@ -20,6 +20,7 @@ mod keys;
 mod logs;
 mod migrate;
 mod prices;
+mod resume;
 mod service;
 mod show;
 mod simulator_command;
@@ -69,6 +70,8 @@ enum Command {
     Cancel(cancel::Arguments),
     /// List jobs, the newest first
     Jobs(jobs::Arguments),
+    /// Lift the pauses of all workers (usage limit, refused credential, outage) and try again now
+    Resume,
     /// Show what was spent and what is left of the budget
     Usage(usage::Arguments),
     /// Print the list prices that are in force
@@ -117,6 +120,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Logs(arguments) => logs::run(&vars, arguments).await,
         Command::Cancel(arguments) => cancel::run(&vars, arguments).await,
         Command::Jobs(arguments) => jobs::run(&vars, arguments).await,
+        Command::Resume => resume::run(&vars).await,
         Command::Usage(arguments) => usage::run(&vars, arguments).await,
         Command::Prices => prices::run(&vars),
         Command::Keys(arguments) => keys::run(&vars, arguments).await,

@@ -87,6 +87,11 @@ impl Simulator {
         self.state.scenarios.put(name.into(), scenario);
     }
 
+    /// Answers every request with this step, whatever it asks, until this is called with `None`: the API is out.
+    pub fn set_outage(&self, step: Option<Step>) {
+        self.state.set_outage(step);
+    }
+
     /// The requests so far, oldest first; at most the newest 10,000.
     pub fn requests(&self) -> Vec<Recorded> {
         self.state.recorder.requests()

@@ -78,10 +78,17 @@ pub(crate) async fn answer(state: &State, head: &Parts, body: &Bytes, reset: Res
     let number = state.recorder.record(recorded, is_turn.then(|| asked.clone()));
     let request_id = format!("req_sim_{number}");
 
+    if let Some(step) = state.outage() {
+        return play(step, &asked, &request_id, reset, open).await;
+    }
     let mut response = match check(head, path, credential_kind, body, &asked, scenario.as_deref()) {
         Err(Refusal(status, kind, message)) => {
             response::json(status, &answer::error(kind, &message, &request_id))
         }
+        Ok(None) if path == MODELS => response::json(
+            200,
+            &json!({"data": [], "has_more": false, "first_id": null, "last_id": null}),
+        ),
         Ok(None) => response::json(200, &json!({"input_tokens": body.len() / 4})),
         Ok(Some(scenario)) => {
             let step = if is_turn {
@@ -101,7 +108,10 @@ pub(crate) async fn answer(state: &State, head: &Parts, body: &Bytes, reset: Res
 /// An error that the API itself would give: status, type, message.
 struct Refusal(u16, &'static str, String);
 
-/// The scenario that may answer; `None` when tokens are only to be counted.
+/// The list of models, which is empty here.
+const MODELS: &str = "/v1/models";
+
+/// The scenario that may answer; `None` when tokens are only to be counted, or models to be listed.
 fn check<'a>(
     head: &Parts,
     path: &str,
@@ -117,6 +127,9 @@ fn check<'a>(
             "authentication_error",
             "x-api-key header is required".to_owned(),
         ));
+    }
+    if head.method == Method::GET && path == MODELS {
+        return Ok(None);
     }
     let is_known = matches!(path, "/v1/messages" | "/v1/messages/count_tokens");
     if head.method != Method::POST || !is_known {

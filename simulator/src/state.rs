@@ -1,13 +1,17 @@
 //! What all connections share.
 
+use std::sync::{Mutex, PoisonError};
+
 use crate::recorder::Recorder;
-use crate::scenario::Scenarios;
+use crate::scenario::{Scenarios, Step};
 
 /// The scenarios, and what was asked for.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) scenarios: Scenarios,
     pub(crate) recorder: Recorder,
+    /// What answers everything while the API is out.
+    outage: Mutex<Option<Step>>,
 }
 
 impl State {
@@ -16,6 +20,15 @@ impl State {
         Self {
             scenarios: Scenarios::builtin(),
             recorder: Recorder::default(),
+            outage: Mutex::default(),
         }
+    }
+
+    pub(crate) fn set_outage(&self, step: Option<Step>) {
+        *self.outage.lock().unwrap_or_else(PoisonError::into_inner) = step;
+    }
+
+    pub(crate) fn outage(&self) -> Option<Step> {
+        self.outage.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

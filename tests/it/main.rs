@@ -27,4 +27,5 @@ mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.
 mod survivors; // A run that does everything to live on doesn't.
 mod tickets; // What wakes the slots may be lost, damaged or too much.
+mod upstream; // The Messages API fails, and no job does.
 mod usage; // What was spent, exact against the attempts. // The database goes away and comes back.

@@ -14,7 +14,6 @@ both!(
     a_passing_failure_is_tried_again,
     a_failure_that_does_not_pass_is_tried_so_often,
     a_lasting_failure_is_not_tried_again,
-    a_usage_limit_parks_the_job,
     noise_on_the_output_harms_nothing,
     a_result_that_cant_be_used_ends_the_run_at_once,
     a_turn_that_ends_in_a_tool_call_is_incomplete,
@@ -293,38 +292,6 @@ async fn a_lasting_failure_is_not_tried_again(db: Db) {
             "{job:#}"
         );
     }
-}
-
-async fn a_usage_limit_parks_the_job(db: Db) {
-    let system = System::start(db).await;
-    let client = system.client();
-    let reset = epoch_seconds() + 3_600;
-
-    let id = client.play(&steps([Step::UsageLimit(reset)])).await;
-
-    let job = client.until(&id, |job| job["hold"] == "usage_limit").await;
-    assert_eq!(
-        (&job["status"], &job["attempt"]),
-        (&json!("queued"), &json!(1)),
-        "{job:#}"
-    );
-    assert_eq!(
-        system
-            .database()
-            .number("select run_after / 1000000 from job")
-            .await,
-        reset
-    );
-    assert_eq!(system.database().number("select failures from job").await, 0);
-    client.cancel(&id).await.data(200);
-}
-
-/// Seconds since the epoch.
-fn epoch_seconds() -> i64 {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap();
-    i64::try_from(now.as_secs()).unwrap()
 }
 
 async fn noise_on_the_output_harms_nothing(db: Db) {

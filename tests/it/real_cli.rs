@@ -11,7 +11,7 @@ use tests::system::{ANTHROPIC_KEY, Cli, System};
 both!(
     it_answers_and_only_the_gateway_knows_the_key,
     it_writes_a_file_and_runs_a_command,
-    a_wrong_key_fails_the_job_with_what_to_do,
+    a_wrong_key_is_the_operators_and_the_job_waits,
     it_is_cancelled_in_the_middle_of_an_answer,
     it_ends_at_its_timeout_in_the_middle_of_a_command,
     it_goes_on_in_its_conversation_when_its_worker_was_killed,
@@ -89,30 +89,22 @@ fn names(tools: &Value) -> Vec<&str> {
         .collect()
 }
 
-async fn a_wrong_key_fails_the_job_with_what_to_do(db: Db) {
+async fn a_wrong_key_is_the_operators_and_the_job_waits(db: Db) {
     let (system, client) = start(db).await;
-    let begin = Instant::now();
 
     let id = client.accepted("[[scenario:e401]] Hello?").await;
-    let job = client.finished(&id).await;
+    let job = client.until(&id, |job| job["hold"] == "upstream").await;
 
-    assert_eq!(
-        (&job["status"], &job["error_code"]),
-        (&json!("failed"), &json!("auth_error")),
-        "{job:#}"
-    );
-    assert_eq!(job["attempt"], 1);
-    assert!(
-        job["error"].as_str().unwrap().contains("ANTHROPIC_API_KEY"),
-        "{}",
-        job["error"]
-    );
-    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    assert_eq!((&job["attempt"], &job["error"]), (&json!(1), &Value::Null));
+    let reason = job["hold_reason"].as_str().unwrap();
+    assert!(reason.contains("credential"), "{reason}");
     assert_eq!(job["cost"], 0.0);
     assert_eq!(
         system.database().number("select count(*) from reservation").await,
         0
     );
+    let failures = system.database().number("select failures from job").await;
+    assert_eq!(failures, 0);
 }
 
 async fn it_is_cancelled_in_the_middle_of_an_answer(db: Db) {

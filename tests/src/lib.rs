@@ -5,6 +5,7 @@
 pub mod client;
 pub mod database;
 pub mod disk;
+pub mod gateway;
 pub mod paths;
 pub mod pooler;
 pub mod processes;

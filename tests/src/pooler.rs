@@ -1,4 +1,4 @@
-//! PgBouncer before a PostgreSQL database, in a pool mode of the test's choice.
+//! `PgBouncer` before a PostgreSQL database, in a pool mode of the test's choice.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,7 +12,7 @@ use sqlx::{Connection as _, PgConnection};
 use crate::database::Database;
 use crate::{eventually, paths, processes};
 
-/// A running PgBouncer; it ends when this is dropped.
+/// A running `PgBouncer`; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Pooler {
     server: Child,

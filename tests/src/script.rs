@@ -50,6 +50,9 @@ pub enum Step {
     Until(String),
     /// A message of this price, in USD.
     Spend(f64),
+    /// A request through the gateway, which the simulator answers with this scenario; tried again twice when it fails,
+    /// and then the end, as the real CLI does it. Needs [`Builder::simulated`](crate::system::Builder::simulated).
+    Request(String),
     /// A call of the Bash tool that really runs, in a session of its own as the real tool does it.
     Shell(String),
     /// A call of the Write tool that really writes, relative to the working directory.

@@ -35,6 +35,7 @@ pub enum Cli {
 
 /// What a system is made of; see [`System::builder`].
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub struct Builder {
     db: Db,
     database: Option<Database>,
@@ -42,6 +43,7 @@ pub struct Builder {
     workers: usize,
     up: bool,
     cli: Cli,
+    simulated: bool,
     sandbox: bool,
     stepped_clock: bool,
     enter: Vec<String>,
@@ -91,6 +93,13 @@ impl Builder {
         self
     }
 
+    /// With the simulator as the Messages API, which the real CLI always has.
+    #[must_use]
+    pub fn simulated(mut self) -> Self {
+        self.simulated = true;
+        self
+    }
+
     /// Whether runs are sandboxed; they are, unless told.
     #[must_use]
     pub fn sandbox(mut self, enabled: bool) -> Self {
@@ -129,16 +138,15 @@ impl Builder {
             Some(database) => database,
             None => Database::fresh(self.db, &folder).await,
         };
-        let (real, simulator, claude) = match self.cli {
-            Cli::Fake => (None, None, paths::binary("fake-claude")),
-            Cli::Real => {
-                let permit = real_cli_permit().await;
-                let simulator = Simulator::start(([127, 0, 0, 1], 0).into())
-                    .await
-                    .expect("the simulator starts");
-                (Some(permit), Some(simulator), real_claude())
-            }
+        let (real, claude) = match self.cli {
+            Cli::Fake => (None, paths::binary("fake-claude")),
+            Cli::Real => (Some(real_cli_permit().await), real_claude()),
         };
+        let mut simulator = None;
+        if self.simulated || self.cli == Cli::Real {
+            let started = Simulator::start(([127, 0, 0, 1], 0).into()).await;
+            simulator = Some(started.expect("the simulator starts"));
+        }
         let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
         let mut env: Vec<(String, String)> = [
             ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin".to_owned()),
@@ -240,6 +248,7 @@ impl System {
             workers: 1,
             up: false,
             cli: Cli::Fake,
+            simulated: false,
             sandbox: true,
             stepped_clock: false,
             enter: Vec::new(),
@@ -314,14 +323,41 @@ impl System {
         self.workers.len() - 1
     }
 
+    /// The same with more environment variables, which win over the system's.
+    pub async fn add_worker_with(&mut self, env: &[(&str, &str)]) -> usize {
+        let before = self.env.clone();
+        for (name, value) in env {
+            self.env.retain(|(known, _)| known != name);
+            self.env.push(((*name).to_owned(), (*value).to_owned()));
+        }
+        let index = self.add_worker().await;
+        self.env = before;
+        index
+    }
+
     /// The database.
     pub fn database(&self) -> &Database {
         &self.database
     }
 
-    /// The Messages API that the real CLI talks to.
+    /// The Messages API that the runs talk to.
     pub fn simulator(&self) -> &Simulator {
-        self.simulator.as_ref().expect("a system with Cli::Real")
+        self.simulator.as_ref().expect("a simulated system")
+    }
+
+    /// Stops the Messages API, so that its connections are refused; gives what [`System::restart_simulator`] takes.
+    pub fn stop_simulator(&mut self) -> String {
+        let simulator = self.simulator.take().expect("a simulated system");
+        simulator.url().trim_start_matches("http://").to_owned()
+    }
+
+    /// Starts a new Messages API at the address of the one that was stopped.
+    pub async fn restart_simulator(&mut self, address: &str) {
+        let address = address.parse().expect("an address");
+        let started = eventually(PATIENCE, "the former simulator's end", async || {
+            Simulator::start(address).await.ok()
+        });
+        self.simulator = Some(started.await);
     }
 
     /// Where everything of this system lies.

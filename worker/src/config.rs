@@ -31,6 +31,8 @@ pub struct Config {
     pub idle: Duration,
     /// What an attempt may take if the job doesn't say. `CLAUDE_TIMEOUT_SECONDS`, 300.
     pub timeout: Duration,
+    /// How long a job may wait for the Messages API, from its first wait. `JOB_WAIT_MAX_HOURS`, 24.
+    pub longest_wait: Duration,
     /// How long an ended job keeps its prompt, result, events and workspace. `JOB_RETENTION_DAYS`, 30.
     pub retention: Duration,
     /// How long idempotency keys are remembered. `IDEMPOTENCY_TTL_HOURS`, 24.
@@ -147,6 +149,7 @@ impl Config {
             first_output: seconds(vars, "JOB_FIRST_OUTPUT_SECONDS", 120, 1, 86_400)?,
             idle: seconds(vars, "JOB_IDLE_SECONDS", 600, 1, 86_400)?,
             timeout: seconds(vars, "CLAUDE_TIMEOUT_SECONDS", 300, 1, 86_400)?,
+            longest_wait: Duration::from_hours(vars.number("JOB_WAIT_MAX_HOURS", 24, 1, 8760)?),
             retention: vars.retention()?,
             idempotency_ttl: vars.idempotency_ttl()?,
             least_reserve: money(vars, "BUDGET_MIN_RESERVE", 0.05, 0.0, 1_000.0)?,

@@ -45,8 +45,8 @@ pub struct Context {
     pub leases: Leases,
     /// The slots that are taken.
     pub busy: tokio_util::task::TaskTracker,
-    /// Whether this worker claims nothing for a while.
-    pub pause: Pause,
+    /// Whether this worker may begin runs.
+    pub pause: Arc<Pause>,
     /// Its row is written by one at a time.
     pub announcing: tokio::sync::Mutex<()>,
     /// No more claims.

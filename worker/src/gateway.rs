@@ -6,7 +6,7 @@
 pub mod credentials;
 pub mod failure;
 pub mod secret;
-mod upstream;
+pub mod upstream;
 
 use std::convert::Infallible;
 use std::io;
@@ -23,13 +23,16 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use shared::clock;
 use subtle::ConstantTimeEq as _;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{JoinHandle, JoinSet};
 
 use credentials::Credentials;
-use failure::{ApiFailure, NO_CREDENTIAL, UNREACHABLE};
+use failure::{ApiFailure, NO_CREDENTIAL, NOT_THE_API, UNREACHABLE};
 use secret::Secret;
+
+use crate::pause::Pause;
 
 pub use upstream::Upstream;
 
@@ -68,6 +71,8 @@ struct Run {
     credentials: Arc<Credentials>,
     token: Secret,
     upstream: Upstream,
+    /// Is told what the answers mean for the runs of this worker.
+    pause: Arc<Pause>,
     /// The last request that failed, unless a later one succeeded.
     last_failure: Mutex<Option<ApiFailure>>,
 }
@@ -83,6 +88,7 @@ impl Gateway {
         credentials: Arc<Credentials>,
         token: &str,
         upstream: &Upstream,
+        pause: Arc<Pause>,
     ) -> io::Result<Self> {
         match std::fs::remove_file(socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -94,6 +100,7 @@ impl Gateway {
             credentials,
             token: Secret::new(token.to_owned()),
             upstream: upstream.clone(),
+            pause,
             last_failure: Mutex::default(),
         });
         let server = tokio::spawn(serve(listener, Arc::clone(&run)));
@@ -188,11 +195,14 @@ impl Run {
             // The CLI asks a second time; by then there may be a fresh credential.
             self.credentials.refused(&value).await;
         }
-        if status.is_client_error() || status.is_server_error() {
-            return self.pass_failure(response).await;
+        if !status.is_success() {
+            return self.pass_failure(response, is_message).await;
         }
-        if is_message {
+        if is_message && upstream::is_page(response.headers()) {
+            self.note_failure(ApiFailure::own(status.as_u16(), NOT_THE_API, ""));
+        } else if is_message {
             *self.last_failure() = None;
+            self.pause.served();
         }
         let (mut parts, body) = Response::<reqwest::Body>::from(response).into_parts();
         parts.headers = end_to_end(&parts.headers);
@@ -213,7 +223,7 @@ impl Run {
     }
 
     /// Takes note of an answer with an error status and hands it on.
-    async fn pass_failure(&self, response: reqwest::Response) -> Answer {
+    async fn pass_failure(&self, response: reqwest::Response, is_message: bool) -> Answer {
         let (mut parts, body) = Response::<reqwest::Body>::from(response).into_parts();
         parts.headers = end_to_end(&parts.headers);
         // It's read whole, so its length is known anew.
@@ -225,8 +235,16 @@ impl Run {
             .and_then(Result::ok)
             .map(http_body_util::Collected::to_bytes)
             .unwrap_or_default();
-        let failure = ApiFailure::read(parts.status.as_u16(), &parts.headers, &body);
-        *self.last_failure() = Some(failure);
+        // Not every gateway of an operator counts tokens, and no run needs it.
+        if is_message {
+            let now = clock::now();
+            self.note_failure(ApiFailure::read(
+                parts.status.as_u16(),
+                &parts.headers,
+                &body,
+                now,
+            ));
+        }
         Response::from_parts(parts, Either::Right(Full::new(body)))
     }
 
@@ -236,14 +254,13 @@ impl Run {
             status = status.as_u16(),
             "the gateway can't serve a request: {message}"
         );
-        *self.last_failure() = Some(ApiFailure {
-            status: status.as_u16(),
-            error_type: Some(observed.to_owned()),
-            retry_after_seconds: None,
-            unified_reset: None,
-            message: message.to_owned(),
-        });
+        self.note_failure(ApiFailure::own(status.as_u16(), observed, message));
         refusal(status, kind, message)
+    }
+
+    fn note_failure(&self, failure: ApiFailure) {
+        self.pause.failed(&failure, clock::now());
+        *self.last_failure() = Some(failure);
     }
 
     fn last_failure(&self) -> MutexGuard<'_, Option<ApiFailure>> {

@@ -25,7 +25,7 @@ pub(crate) async fn announce(ctx: &Context) -> Result<()> {
         last_seen_at: now,
         paused_until: pause.as_ref().map(|(until, _)| *until),
         pause_reason: pause.map(|(_, reason)| reason),
-        upstream: None,
+        upstream: ctx.pause.answer(),
     };
     ctx.store.put_worker(&row, now.before(FORGET_AFTER)).await
 }

@@ -2,6 +2,7 @@
 //!
 //! Start reading at [`queues`] (what wakes a slot), then [`run_job`] (the life of one run, top to bottom).
 
+mod api_watch;
 pub mod claude;
 pub mod config;
 pub mod context;
@@ -22,7 +23,6 @@ pub use config::Config;
 use context::Context;
 use gateway::Upstream;
 use gateway::credentials::Credentials;
-use pause::Pause;
 use shared::clock;
 use shared::env;
 use shared::id::WorkerId;
@@ -117,7 +117,7 @@ pub async fn run(
         claiming: tokio::sync::Mutex::default(),
         leases: context::Leases::default(),
         busy: tokio_util::task::TaskTracker::new(),
-        pause: Pause::default(),
+        pause: Arc::default(),
         announcing: tokio::sync::Mutex::default(),
         draining: shutdown.drain,
         handing_back: shutdown.at_once,
@@ -131,6 +131,7 @@ pub async fn run(
     tokio::select! {
         () = queues::serve(&ctx) => {}
         () = sweep::sweep(&ctx) => {}
+        () = api_watch::watch(&ctx) => {}
     }
     // Best effort: a row that stays is forgotten in an hour.
     let _ = ctx.store.remove_worker(worker_id).await;

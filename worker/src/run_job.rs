@@ -1,6 +1,5 @@
 //! The life of one run, top to bottom: claim, prepare, follow, finish.
 
-mod account;
 mod finish;
 mod follow;
 pub mod outcome;
@@ -27,7 +26,11 @@ use tracing::{Instrument, info, info_span, warn};
 /// Claims and runs until nothing is left, or until this worker may not. `claiming` is dropped after the first claim.
 pub async fn claim_and_run_until_none(ctx: Arc<Context>, claiming: oneshot::Sender<()>) {
     let mut claiming = Some(claiming);
-    while !ctx.draining.is_cancelled() && ctx.pause.current(clock::now()).is_none() {
+    while !ctx.draining.is_cancelled() {
+        // Held until the run has ended.
+        let Some(_start) = ctx.pause.start(clock::now()) else {
+            return;
+        };
         let claimed = claim(&ctx).await;
         drop(claiming.take());
         match claimed {

@@ -174,11 +174,16 @@ async fn remove_what_is_old(ctx: &Context) {
     }
 }
 
-async fn once(ctx: &Context) -> Result<()> {
+/// Ends what is overdue, makes ready what is due, and sees to it that slots look.
+pub(crate) async fn once(ctx: &Context) -> Result<()> {
     for job_id in ctx.store.overdue_jobs(clock::now()).await? {
         ctx.store
             .cancel_job(job_id, CancelReason::Deadline, clock::now())
             .await?;
+    }
+    let (longest, now) = (ctx.config.longest_wait, clock::now());
+    for job_id in ctx.store.waited_since(now.before(longest)).await? {
+        ctx.store.fail_waited(job_id, longest, now).await?;
     }
     let swept = ctx.store.sweep(clock::now()).await?;
     if swept.tickets > 0 {

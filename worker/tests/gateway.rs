@@ -93,7 +93,14 @@ impl Client {
     fn start(address: &str, credentials: Credentials) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("gateway.sock");
-        let gateway = Gateway::start(&socket, Arc::new(credentials), TOKEN, &upstream(address)).unwrap();
+        let gateway = Gateway::start(
+            &socket,
+            Arc::new(credentials),
+            TOKEN,
+            &upstream(address),
+            Arc::default(),
+        )
+        .unwrap();
         Self {
             gateway,
             socket,
@@ -321,7 +328,10 @@ async fn a_failure_is_remembered_until_a_request_succeeds() {
         "{answer}"
     );
     let failure = client.gateway.last_failure().unwrap();
-    assert_eq!((failure.status, failure.retry_after_seconds), (429, Some(4000)));
+    assert_eq!(
+        (failure.status, failure.retry_after),
+        (429, Some(Duration::from_secs(4000)))
+    );
     assert_eq!(failure.error_type.as_deref(), Some("rate_limit_error"));
 
     stream.write_all(call.as_bytes()).await.unwrap();
@@ -393,5 +403,5 @@ async fn a_socket_with_too_long_a_path_is_an_error() {
     let socket = folder.path().join("x".repeat(120));
     let upstream = upstream("http://127.0.0.1:1");
 
-    assert!(Gateway::start(&socket, Arc::new(api_key()), TOKEN, &upstream).is_err());
+    assert!(Gateway::start(&socket, Arc::new(api_key()), TOKEN, &upstream, Arc::default()).is_err());
 }

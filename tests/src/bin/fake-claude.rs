@@ -564,6 +564,7 @@ impl Cli {
             Step::Hang => self.wait(Duration::from_secs(1_000_000), false).await,
             Step::Until(file) => self.wait_for(Path::new(&file)).await,
             Step::Spend(usd) => self.say("Thinking.", Some(usd)),
+            Step::Request(scenario) => self.request(&scenario).await,
             Step::Shell(command) => self.shell(&command).await,
             Step::Write { file, content } => {
                 let (result, path) = match std::env::current_dir().map(|cwd| cwd.join(&file)) {
@@ -649,6 +650,41 @@ impl Cli {
                     "You've hit your 5-hour limit · resets 9:35pm (UTC)",
                     0,
                 )
+            }
+        }
+    }
+
+    /// Asks the Messages API through the gateway.
+    async fn request(&mut self, scenario: &str) -> Flow {
+        const RETRIES: u32 = 2;
+        let prompt = format!("[[scenario:{scenario}]] Go on.");
+        let mut answer = tests::gateway::ask(&self.model, &prompt).await;
+        for _ in 0..RETRIES {
+            if answer.as_ref().is_ok_and(|(status, _)| *status == 200) {
+                break;
+            }
+            self.wait(Duration::from_millis(50), false).await;
+            answer = tests::gateway::ask(&self.model, &prompt).await;
+        }
+        match answer {
+            Ok((200, text)) => self.say(&text, None),
+            Ok((status, text)) => {
+                let error = match status {
+                    401 | 403 => "authentication_failed",
+                    404 => "model_not_found",
+                    429 => "rate_limit",
+                    _ => "server_error",
+                };
+                self.api_error(
+                    Some(status),
+                    error,
+                    &format!("API Error: {status} {text}"),
+                    RETRIES,
+                )
+            }
+            Err(error) => {
+                let text = format!("Unable to connect to API ({error})");
+                self.api_error(None, "server_error", &text, RETRIES)
             }
         }
     }

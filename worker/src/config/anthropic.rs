@@ -100,7 +100,7 @@ impl Address {
             return Err(unusable("has a part after its path"));
         }
         let address = Self {
-            base: base.trim_end_matches('/').to_owned(),
+            base: root(base).to_owned(),
             shown: url
                 .port()
                 .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}")),
@@ -112,6 +112,19 @@ impl Address {
         }
         Ok(address)
     }
+}
+
+/// The address without the API's own paths at its end, which people copy along.
+fn root(address: &str) -> &str {
+    let path = address.find("://").map_or(0, |at| at + 3);
+    let path = address[path..].find('/').map_or(address.len(), |at| path + at);
+    let (host, path) = address.split_at(path);
+    let path = path.trim_end_matches('/');
+    let path = path
+        .strip_suffix("/v1/messages")
+        .or(path.strip_suffix("/v1"))
+        .unwrap_or(path);
+    &address[..host.len() + path.trim_end_matches('/').len()]
 }
 
 fn is_loopback(host: &str) -> bool {
@@ -131,6 +144,24 @@ mod tests {
         let address = Address::parse("http://127.0.0.1:8431/s/name/").unwrap();
 
         assert_eq!(address.base, "http://127.0.0.1:8431/s/name");
+    }
+
+    #[test]
+    fn the_apis_own_paths_at_the_end_mean_the_same_address() {
+        for (address, base) in [
+            ("https://x", "https://x"),
+            ("https://x/", "https://x"),
+            ("https://x/v1", "https://x"),
+            ("https://x/v1//", "https://x"),
+            ("https://x/v1/messages", "https://x"),
+            ("https://x//v1/messages/", "https://x"),
+            ("https://x/anthropic/v1/messages", "https://x/anthropic"),
+            ("https://x/messages", "https://x/messages"),
+            ("https://x/apiv1", "https://x/apiv1"),
+            ("https://v1", "https://v1"),
+        ] {
+            assert_eq!(Address::parse(address).unwrap().base, base, "{address}");
+        }
     }
 
     #[test]

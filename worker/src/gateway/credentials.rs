@@ -86,6 +86,11 @@ impl Credentials {
         }
     }
 
+    /// Whether it is a token of a login, which requests have to say.
+    pub(super) fn is_oauth(&self) -> bool {
+        matches!(self, Self::OauthToken(_) | Self::Login(_))
+    }
+
     /// The header of the next request.
     pub(super) async fn header(&self) -> Result<(HeaderName, HeaderValue), Unusable> {
         let (name, text) = match self {

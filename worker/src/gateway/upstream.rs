@@ -1,12 +1,27 @@
 //! The Messages API, or whatever stands in its place (`ANTHROPIC_BASE_URL`).
 
+use std::fmt;
 use std::time::Duration;
 
-use http::{HeaderMap, Uri};
-use shared::env;
+use http::Uri;
+use http::header::{self, HeaderMap, HeaderValue};
+use http_body_util::{BodyExt as _, Collected, Limited};
 use shared::telemetry::chain;
+use shared::{clock, env};
 
+use super::MAX_ERROR_BODY;
+use super::credentials::Credentials;
+use super::failure::{ApiFailure, NO_CREDENTIAL, NOT_THE_API, UNREACHABLE};
 use crate::config::{Address, unusable};
+
+/// How long the API has for the worker's own question.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// The version of the Messages API that the worker's own question is of.
+const VERSION: &str = "2023-06-01";
+
+/// What a request with an OAuth token has to say.
+const OAUTH: &str = "oauth-2025-04-20";
 
 /// How long a connection may take to come about.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
@@ -64,13 +79,87 @@ impl Upstream {
             .post(format!("{}{path}", self.address.base))
             .headers(headers)
             .body(body);
-        request.send().await.map_err(|error| {
-            format!(
-                "The Messages API at {} could not be reached: {}.",
-                self.address.shown,
-                chain(&error.without_url())
-            )
-        })
+        request.send().await.map_err(|error| self.unreachable(error))
+    }
+
+    /// Asks a question that costs nothing: which models there are.
+    pub async fn ask(&self, credentials: &Credentials) -> Answer {
+        let own = |status, kind, message: &str| Answer::Refused(ApiFailure::own(status, kind, message));
+        let (name, value) = match credentials.header().await {
+            Ok(header) => header,
+            Err(error) => return own(401, NO_CREDENTIAL, &error.to_string()),
+        };
+        let mut request = self
+            .client
+            .get(format!("{}/v1/models?limit=1", self.address.base))
+            .timeout(ANSWER_WITHIN)
+            .header("anthropic-version", VERSION)
+            .header(name, value);
+        if credentials.is_oauth() {
+            request = request.header("anthropic-beta", OAUTH);
+        }
+        let response = match request.send().await {
+            Ok(response) => response,
+            Err(error) => return own(502, UNREACHABLE, &self.unreachable(error)),
+        };
+        let status = response.status();
+        if status.is_success() {
+            return if is_page(response.headers()) {
+                own(status.as_u16(), NOT_THE_API, "")
+            } else {
+                Answer::Good
+            };
+        }
+        let headers = response.headers().clone();
+        let body = Limited::new(reqwest::Body::from(response), MAX_ERROR_BODY).collect();
+        let body = tokio::time::timeout(ANSWER_WITHIN, body).await.ok();
+        let body = body
+            .and_then(Result::ok)
+            .map(Collected::to_bytes)
+            .unwrap_or_default();
+        Answer::Refused(ApiFailure::read(status.as_u16(), &headers, &body, clock::now()))
+    }
+
+    fn unreachable(&self, error: reqwest::Error) -> String {
+        format!(
+            "The Messages API at {} could not be reached: {}.",
+            self.address.shown,
+            chain(&error.without_url())
+        )
+    }
+}
+
+/// Whether an answer is a page for people, which the API never gives.
+pub(super) fn is_page(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    kind.is_some_and(|kind| kind.starts_with(b"text/html"))
+}
+
+/// What came back to the worker's own question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The API answered it.
+    Good,
+    /// It didn't; an answer that never came is [`UNREACHABLE`].
+    Refused(ApiFailure),
+}
+
+impl Answer {
+    /// Whether no run would be served either.
+    pub fn is_out(&self) -> bool {
+        matches!(self, Self::Refused(failure) if failure.status >= 500)
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Good => f.write_str("The API answers."),
+            Self::Refused(failure) => match failure.cause() {
+                Some(cause) => f.write_str(&failure.reason(cause)),
+                None => write!(f, "It answered {}: {}", failure.status, failure.message),
+            },
+        }
     }
 }
 

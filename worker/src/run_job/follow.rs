@@ -1,6 +1,5 @@
 //! Follows a run to its end: reads its messages, records them, and stops it when it must not go on.
 
-use super::account::note_account;
 use super::outcome::{self, Deadline, Ended, Stopped};
 use super::output;
 use super::prepare::Run;
@@ -195,8 +194,13 @@ impl Run<'_> {
             ..output.ended.clone()
         };
         let verdict = outcome::judge(&ended);
-        note_account(ctx, &verdict).await;
-        let pause = ctx.config.backoff.jittered_pause(lease.job.failures + 1);
+        // Waits for the API are no failures, but their pauses grow all the same.
+        let before = if verdict.waits() {
+            lease.job.attempt
+        } else {
+            lease.job.failures + 1
+        };
+        let pause = ctx.config.backoff.jittered_pause(before);
         let ending = output::of_budget(verdict.into_ending(now.plus(pause))?, &lease);
         let written = transcript::is_written(&folders, spec.claude_session_id).await;
         Some(Report {

@@ -9,12 +9,13 @@ mod sentence;
 
 use crate::claude::message::{ApiRetry, Message, RateLimit, ResultLine};
 use crate::gateway::failure::ApiFailure;
-use sentence::{excerpt, sentence};
+use sentence::sentence;
 use shared::clock::Timestamp;
 use shared::job::{Ending, Hold};
 use std::time::Duration;
 
 pub use code::ErrorCode;
+pub(crate) use sentence::excerpt;
 
 /// Exit codes by which a shell or the CLI itself says that a signal ended it: HUP, KILL, TERM.
 const KILLED: [i32; 3] = [129, 137, 143];
@@ -158,6 +159,11 @@ pub enum When {
     },
     /// At this time exactly: the account's usage limit is reset. Until then no run on this account can do anything.
     At(Timestamp),
+    /// When the Messages API serves runs again, or after the usual pause, but not before the time that the API named.
+    Upstream {
+        /// That time.
+        not_before: Option<Timestamp>,
+    },
 }
 
 impl Verdict {
@@ -180,6 +186,10 @@ impl Verdict {
                         not_before.map_or(pause_ends, |at| at.max(pause_ends)),
                         Hold::Delay,
                     ),
+                    When::Upstream { not_before } => (
+                        not_before.map_or(pause_ends, |at| at.max(pause_ends)),
+                        Hold::Upstream,
+                    ),
                     When::At(at) => (at, Hold::UsageLimit),
                 };
                 Ending::Retry {
@@ -194,6 +204,17 @@ impl Verdict {
             Self::Released => Ending::Released,
             Self::Lost => return None,
         })
+    }
+
+    /// Whether the job waits for the Messages API, which is no failure of it.
+    pub fn waits(&self) -> bool {
+        matches!(
+            self,
+            Self::Retry {
+                when: When::At(_) | When::Upstream { .. },
+                ..
+            }
+        )
     }
 
     fn failed(code: ErrorCode, message: String) -> Self {
@@ -234,9 +255,8 @@ pub fn judge(ended: &Ended) -> Verdict {
         _ if complete => Verdict::Done,
         Some(Stopped::Cancelled) => Verdict::Cancelled,
         Some(Stopped::Shutdown) => Verdict::Released,
-        Some(Stopped::Timeout { deadline, after }) => {
-            Verdict::failed(ErrorCode::Timeout, timeout(deadline, after, ended))
-        }
+        Some(Stopped::Timeout { deadline, after }) => api::wait(ended)
+            .unwrap_or_else(|| Verdict::failed(ErrorCode::Timeout, timeout(deadline, after, ended))),
         Some(Stopped::OutOfMemory) => Verdict::failed(
             ErrorCode::OutOfMemory,
             sentence(
@@ -332,7 +352,7 @@ fn by_result(result: &ResultLine, ended: &Ended) -> Verdict {
                 "Submit the job to a new session.",
             ),
         ),
-        _ => api::refused_credential(ended).unwrap_or_else(|| {
+        _ => api::wait(ended).unwrap_or_else(|| {
             // An interrupt that isn't this worker's comes from outside, as a signal does.
             if reason.starts_with("aborted") {
                 return Verdict::again(
@@ -369,9 +389,6 @@ fn schema_mismatch() -> Verdict {
 
 /// No result is a failure whatever the exit code says; exit code 0 exists too.
 fn without_result(ended: &Ended) -> Verdict {
-    if let Some(verdict) = api::refused_credential(ended) {
-        return verdict;
-    }
     let said = excerpt(
         ended
             .stderr_tail
@@ -395,6 +412,9 @@ fn without_result(ended: &Ended) -> Verdict {
                 "Look whether the machine ran out of memory, and submit the job again.",
             ),
         );
+    }
+    if let Some(verdict) = api::wait(ended) {
+        return verdict;
     }
     // The id of the session is new in each attempt, so the next one isn't refused.
     if said.contains("is already in use") {

@@ -113,6 +113,7 @@ impl<'a> Run<'a> {
             ctx.credentials.clone(),
             &token,
             &ctx.upstream,
+            ctx.pause.clone(),
         )?;
 
         let output = RunOutput::new(spec.json_schema.is_some(), clock::now());

@@ -1,21 +1,12 @@
-//! Errors of the API → permanent, again later, or again when the account's limit is reset.
+//! Errors of the API → permanent, again later, or a wait for the API.
+//!
+//! What the gateway saw decides whether a job waits. What the CLI says about an error decides this job's own end at
+//! most, since the agent can write it too.
 
 use super::sentence::{excerpt, sentence};
 use super::{Ended, ErrorCode, Verdict, When};
 use crate::claude::message::{RateLimit, ResultLine};
-use crate::gateway::failure::{ApiFailure, UNREACHABLE};
-use shared::clock::Timestamp;
-use std::time::Duration;
-
-/// The longest wait that the API is believed to mean.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_hours(24);
-
-/// The furthest reset of a usage limit that is believed: a week, and a day for clocks.
-const FURTHEST_RESET: Duration = Duration::from_hours(8 * 24);
-
-/// The wait for a usage limit whose end isn't known or has passed: such attempts count nothing, so they mustn't come
-/// one after the other.
-const UNKNOWN_RESET: Duration = Duration::from_mins(5);
+use crate::gateway::failure::{ApiFailure, Cause};
 
 /// What is known about the request that failed, the gateway's knowledge first: it saw the answer itself, while the CLI
 /// leaves out headers and some statuses.
@@ -148,23 +139,31 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// When the API wants to be asked again, if it said so.
-    fn not_before(&self, now: Timestamp) -> Option<Timestamp> {
-        let seconds = self.observed?.retry_after_seconds?;
-        Some(now.plus(Duration::from_secs(seconds).min(LONGEST_RETRY_AFTER)))
+    /// The wait for the API that this failure means, if it isn't about the request alone.
+    fn wait(&self, ended: &Ended) -> Option<Verdict> {
+        let seen = self.observed?;
+        let cause = seen.cause()?;
+        let not_before = seen.retry_after.map(|wait| ended.now.plus(wait));
+        Some(Verdict::Retry {
+            code: code_of(cause),
+            message: seen.reason(cause),
+            when: match seen.usage_reset {
+                Some(reset) if cause == Cause::UsageLimit => When::At(reset),
+                _ => When::Upstream { not_before },
+            },
+            counts: false,
+        })
     }
+}
 
-    fn reset(&self, now: Timestamp) -> Timestamp {
-        let seconds = self
-            .observed
-            .and_then(|seen| seen.unified_reset)
-            .or_else(|| self.rate_limit.and_then(|limit| limit.resets_at));
-        let reset = seconds.map_or(now, |seconds| Timestamp(seconds.saturating_mul(1_000_000)));
-        if reset <= now {
-            now.plus(UNKNOWN_RESET)
-        } else {
-            reset.min(now.plus(FURTHEST_RESET))
-        }
+fn code_of(cause: Cause) -> ErrorCode {
+    match cause {
+        Cause::UsageLimit => ErrorCode::UsageLimit,
+        Cause::Refused => ErrorCode::AuthError,
+        Cause::Billing => ErrorCode::BillingError,
+        Cause::RateLimited => ErrorCode::RateLimited,
+        Cause::Overloaded => ErrorCode::Overloaded,
+        Cause::Unavailable | Cause::Unreachable | Cause::NoRoute => ErrorCode::ApiUnavailable,
     }
 }
 
@@ -172,40 +171,36 @@ impl<'a> Facts<'a> {
 pub(super) fn verdict(result: &ResultLine, ended: &Ended) -> Verdict {
     let facts = Facts::of(result, ended);
     let code = facts.code();
+    if !is_of_the_turn(code)
+        && let Some(wait) = facts.wait(ended)
+    {
+        return wait;
+    }
     let message = message(code, &facts);
     match code {
-        ErrorCode::UsageLimit => Verdict::Retry {
-            code,
-            message,
-            when: When::At(facts.reset(ended.now)),
-            counts: false,
-        },
-        ErrorCode::Overloaded | ErrorCode::RateLimited | ErrorCode::ApiUnavailable => Verdict::Retry {
-            code,
-            message,
-            when: When::Backoff {
-                not_before: facts.not_before(ended.now),
-            },
-            counts: true,
-        },
+        ErrorCode::UsageLimit
+        | ErrorCode::Overloaded
+        | ErrorCode::RateLimited
+        | ErrorCode::ApiUnavailable => Verdict::again(code, message),
         _ => Verdict::failed(code, message),
     }
 }
 
-/// The verdict on a run that was broken off while its credential was being refused: that is the reason to tell.
-pub(super) fn refused_credential(ended: &Ended) -> Option<Verdict> {
-    let seen = ended.observed.as_ref().map(|seen| seen.status);
-    let retried = ended.last_api_retry.as_ref().and_then(|retry| retry.status);
-    let status = seen.or(retried).filter(|status| matches!(status, 401 | 403))?;
+/// Whether it ended the turn without an HTTP status: what the gateway remembers then is older.
+fn is_of_the_turn(code: ErrorCode) -> bool {
+    matches!(
+        code,
+        ErrorCode::Refusal | ErrorCode::MaxOutputTokens | ErrorCode::PromptTooLong
+    )
+}
+
+/// The wait of a run that was broken off while the API couldn't serve it: that is the reason to tell.
+pub(super) fn wait(ended: &Ended) -> Option<Verdict> {
     let facts = Facts {
-        status: Some(status),
-        texts: [ended.observed.as_ref().map_or("", |seen| &seen.message), ""],
+        observed: ended.observed.as_ref(),
         ..Facts::default()
     };
-    Some(Verdict::failed(
-        ErrorCode::AuthError,
-        message(ErrorCode::AuthError, &facts),
-    ))
+    facts.wait(ended)
 }
 
 /// The last failed request, in words; empty when there was none.
@@ -260,14 +255,14 @@ fn message(code: ErrorCode, facts: &Facts<'_>) -> String {
         ),
         ErrorCode::UsageLimit => (
             "The Anthropic account has used up what its plan allows for now",
-            "The job waits until the limit is reset.",
+            "Submit the job again when the limit is reset.",
         ),
         ErrorCode::RateLimited => (
             "The API limits the account's requests",
             "Submit the job again later, or run fewer jobs at once.",
         ),
         ErrorCode::Overloaded => ("The API is overloaded", "Submit the job again later."),
-        ErrorCode::ApiUnavailable if facts.is(UNREACHABLE) || facts.is("connection_failed") => (
+        ErrorCode::ApiUnavailable if facts.is("connection_failed") => (
             "The API can't be reached",
             "Check the worker's connection and ANTHROPIC_BASE_URL, then submit the job again.",
         ),

@@ -13,7 +13,7 @@ pub(super) fn sentence(problem: &str, said: &str, advice: &str) -> String {
 }
 
 /// Somebody else's words in one line: no control characters, no final full stop, and not too long.
-pub(super) fn excerpt(text: &str) -> String {
+pub(crate) fn excerpt(text: &str) -> String {
     let words = text
         .split(|c: char| c.is_whitespace() || c.is_control())
         .filter(|word| !word.is_empty());

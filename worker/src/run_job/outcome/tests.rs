@@ -15,7 +15,7 @@ enum Kind {
     Failed(ErrorCode),
     /// After the usual pause, counted.
     Retry(ErrorCode),
-    /// Until a time, not counted.
+    /// Until the API serves runs again, not counted.
     Waits(ErrorCode),
 }
 
@@ -31,7 +31,7 @@ fn kind(verdict: &Verdict) -> Kind {
         } => Retry(*code),
         Verdict::Retry {
             code,
-            when: When::At(_),
+            when: When::At(_) | When::Upstream { .. },
             counts: false,
             ..
         } => Waits(*code),
@@ -77,13 +77,7 @@ fn with_api_error(status: Option<u16>, text: &str) -> Ended {
 }
 
 fn failure(status: u16, error_type: &str, message: &str) -> ApiFailure {
-    ApiFailure {
-        status,
-        error_type: Some(error_type.to_owned()),
-        retry_after_seconds: None,
-        unified_reset: None,
-        message: message.to_owned(),
-    }
+    ApiFailure::own(status, error_type, message)
 }
 
 #[test]
@@ -159,8 +153,8 @@ fn each_recorded_run_gets_its_verdict() {
             Retry(RateLimited),
             "rejected without a reset time: not the account's usage limit",
         ),
-        ("usage-limit", Waits(UsageLimit), "the five-hour limit"),
-        ("usage-limit-week", Waits(UsageLimit), "the weekly limit"),
+        ("usage-limit", Retry(UsageLimit), "the five-hour limit"),
+        ("usage-limit-week", Retry(UsageLimit), "the weekly limit"),
         ("usage-warning", Done, "a warning is no rejection"),
         ("e500", Retry(ApiUnavailable), "a server error passes"),
         ("e500-final", Retry(ApiUnavailable), "not at once, but later"),
@@ -304,82 +298,33 @@ fn a_message_says_what_was_wrong_and_what_to_do() {
 }
 
 #[test]
-fn a_usage_limit_waits_until_its_reset() {
-    for (name, seconds) in [
-        ("usage-limit", 1_900_000_000),
-        ("usage-limit-week", 1_900_300_000),
-    ] {
-        // As if the transcript were of the hour before.
-        let now = Timestamp((seconds - 3_600) * 1_000_000);
-        let Verdict::Retry { when, .. } = judge(&Ended {
-            now,
-            ..ended(&fixtures::named(name))
-        }) else {
-            panic!()
-        };
-        assert_eq!(when, When::At(Timestamp(seconds * 1_000_000)), "{name}");
-    }
-}
-
-#[test]
-fn a_reset_that_is_past_or_unknown_or_absurd_is_bounded() {
-    let limited = || Ended {
-        rate_limit: Some(RateLimit {
-            status: Some("rejected".to_owned()),
-            ..RateLimit::default()
-        }),
-        ..with_api_error(Some(429), "You've hit your 5-hour limit · resets 9:35pm (UTC)")
-    };
-    let five_minutes = NOW.plus(Duration::from_mins(5));
-    let now = NOW.unix_seconds();
-    for (resets_at, seen, at, reason) in [
-        (
-            None,
-            None,
-            five_minutes,
-            "nobody says when: not one attempt after the other",
-        ),
-        (Some(now - 60), None, five_minutes, "past, by this clock"),
-        (
-            Some(now + 60),
-            None,
-            NOW.plus(Duration::from_mins(1)),
-            "the transcript's time",
-        ),
-        (
-            None,
-            Some(now + 120),
-            NOW.plus(Duration::from_mins(2)),
-            "the gateway's time",
-        ),
-        (
-            Some(now + 60),
-            Some(now + 120),
-            NOW.plus(Duration::from_mins(2)),
-            "the gateway saw the header itself",
-        ),
-        (
-            Some(i64::MAX),
-            None,
-            NOW.plus(Duration::from_hours(8 * 24)),
-            "no limit is longer than a week",
-        ),
-        (Some(i64::MIN), None, five_minutes, "no time at all"),
-    ] {
-        let mut ended = limited();
-        ended.rate_limit.as_mut().unwrap().resets_at = resets_at;
-        ended.observed = seen.map(|reset| ApiFailure {
-            unified_reset: Some(reset),
+fn only_the_gateway_makes_a_job_wait_for_a_usage_limit() {
+    for name in ["usage-limit", "usage-limit-week"] {
+        let reset = NOW.plus(Duration::from_hours(3));
+        let seen = ApiFailure {
+            usage_reset: Some(reset),
             ..failure(
                 429,
                 "rate_limit_error",
                 "This request would exceed your account's rate limit.",
             )
-        });
-        let Verdict::Retry { when, counts, .. } = judge(&ended) else {
-            panic!("{reason}")
         };
-        assert_eq!((when, counts), (When::At(at), false), "{reason}");
+
+        let told = judge(&ended(&fixtures::named(name)));
+        let met = judge(&Ended {
+            observed: Some(seen),
+            ..ended(&fixtures::named(name))
+        });
+
+        assert_eq!(
+            kind(&told),
+            Retry(ErrorCode::UsageLimit),
+            "the agent can write that"
+        );
+        let Verdict::Retry { when, counts, .. } = met else {
+            panic!("{met:?}")
+        };
+        assert_eq!((when, counts), (When::At(reset), false));
     }
 }
 
@@ -388,27 +333,26 @@ fn what_the_gateway_saw_comes_first() {
     let plain = || with_api_error(Some(429), "API Error: Request rejected (429) · slow down");
     let retry_after = |seconds| {
         Some(ApiFailure {
-            retry_after_seconds: Some(seconds),
+            retry_after: Some(Duration::from_secs(seconds)),
             ..failure(429, "rate_limit_error", "slow down")
         })
     };
     for (observed, not_before, reason) in [
-        (None, None, "nothing seen"),
+        (
+            Some(failure(429, "rate_limit_error", "slow down")),
+            None,
+            "no time named",
+        ),
         (
             retry_after(3_600),
             Some(NOW.plus(Duration::from_hours(1))),
             "the CLI doesn't tell the header",
         ),
-        (
-            retry_after(u64::MAX),
-            Some(NOW.plus(Duration::from_hours(24))),
-            "bounded",
-        ),
     ] {
         let Verdict::Retry { when, .. } = judge(&Ended { observed, ..plain() }) else {
             panic!("{reason}")
         };
-        assert_eq!(when, When::Backoff { not_before }, "{reason}");
+        assert_eq!(when, When::Upstream { not_before }, "{reason}");
     }
 }
 
@@ -425,7 +369,7 @@ fn causes_without_a_transcript() {
                 observed: seen(529, "overloaded_error", "Overloaded"),
                 ..with_api_error(None, "API Error")
             },
-            Retry(Overloaded),
+            Waits(Overloaded),
             "the CLI left out the status",
         ),
         (
@@ -441,7 +385,7 @@ fn causes_without_a_transcript() {
                 observed: seen(502, UNREACHABLE, "connection refused"),
                 ..with_api_error(Some(502), "API Error: 502")
             },
-            Retry(ApiUnavailable),
+            Waits(ApiUnavailable),
             "the gateway reached nothing",
         ),
         (
@@ -449,8 +393,24 @@ fn causes_without_a_transcript() {
                 observed: seen(401, NO_CREDENTIAL, "no login"),
                 ..with_api_error(Some(401), "Not logged in")
             },
-            Failed(AuthError),
+            Waits(AuthError),
             "the gateway has no credential",
+        ),
+        (
+            Ended {
+                observed: seen(404, "not_found_error", "Not Found"),
+                ..with_api_error(Some(404), "There's an issue with the selected model")
+            },
+            Waits(ApiUnavailable),
+            "the address is wrong, not the model",
+        ),
+        (
+            Ended {
+                observed: seen(404, "not_found_error", "model: claude-x"),
+                ..with_api_error(Some(404), "There's an issue with the selected model")
+            },
+            Failed(ModelNotFound),
+            "the model is wrong",
         ),
         (
             Ended {
@@ -479,7 +439,7 @@ fn causes_without_a_transcript() {
                 ),
                 ..with_api_error(Some(400), "API Error: 400")
             },
-            Failed(BillingError),
+            Waits(BillingError),
             "known by the API's own text alone",
         ),
         (
@@ -546,34 +506,46 @@ fn causes_without_a_transcript() {
 }
 
 #[test]
-fn a_run_broken_off_while_its_credential_was_refused_fails_for_that() {
-    let retry = |status| {
-        Some(ApiRetry {
-            status: Some(status),
-            error: None,
-        })
-    };
-    let killed = || Ended {
-        signal: Some(9),
-        ..Ended::new(false, NOW)
+fn a_run_broken_off_while_the_api_could_not_serve_it_waits() {
+    let seen = || Some(failure(401, "authentication_error", "invalid x-api-key"));
+    let timeout = Stopped::Timeout {
+        deadline: Deadline::Total,
+        after: Duration::from_mins(5),
     };
 
-    let refused = judge(&Ended {
-        last_api_retry: retry(401),
-        ..killed()
-    });
-    let overloaded = judge(&Ended {
-        last_api_retry: retry(529),
-        ..killed()
-    });
-    let interrupted = judge(&Ended {
-        last_api_retry: retry(401),
+    let ended_early = judge(&Ended {
+        observed: seen(),
         ..ended(&fixtures::named("interrupt-streaming"))
     });
+    let without_result = judge(&Ended {
+        observed: seen(),
+        exit: Some(1),
+        ..Ended::new(false, NOW)
+    });
+    let too_long = judge(&Ended {
+        observed: seen(),
+        stopped: Some(timeout),
+        ..Ended::new(false, NOW)
+    });
+    let killed = judge(&Ended {
+        observed: seen(),
+        signal: Some(9),
+        ..Ended::new(false, NOW)
+    });
+    let told_by_the_cli = judge(&Ended {
+        last_api_retry: Some(ApiRetry {
+            status: Some(401),
+            error: None,
+        }),
+        exit: Some(1),
+        ..Ended::new(false, NOW)
+    });
 
-    assert_eq!(kind(&refused), Failed(ErrorCode::AuthError));
-    assert_eq!(kind(&overloaded), Retry(ErrorCode::ClaudeKilled));
-    assert_eq!(kind(&interrupted), Failed(ErrorCode::AuthError));
+    for verdict in [ended_early, without_result, too_long] {
+        assert_eq!(kind(&verdict), Waits(ErrorCode::AuthError));
+    }
+    assert_eq!(kind(&killed), Retry(ErrorCode::ClaudeKilled));
+    assert_eq!(kind(&told_by_the_cli), Failed(ErrorCode::ClaudeError));
 }
 
 #[test]
@@ -665,12 +637,12 @@ fn a_timeout_says_how_long_and_what_the_api_did() {
                 deadline,
                 after: Duration::from_mins(2),
             }),
-            observed: Some(failure(529, "overloaded_error", "Overloaded")),
+            observed: Some(failure(400, "invalid_request_error", "Overlong")),
             ..Ended::new(false, NOW)
         });
         let message = message(&verdict);
         assert!(
-            message.contains(words) && message.contains("failed with 529: Overloaded"),
+            message.contains(words) && message.contains("failed with 400: Overlong"),
             "{message}"
         );
     }
@@ -752,6 +724,14 @@ fn storage_gets_the_later_of_pause_and_wish() {
             later,
             Hold::Delay,
             "the API's wish is longer",
+        ),
+        (
+            When::Upstream {
+                not_before: Some(later),
+            },
+            later,
+            Hold::Upstream,
+            "the API's wish, as a wait for it",
         ),
         (When::At(NOW), NOW, Hold::UsageLimit, "a reset is exact"),
     ] {
