@@ -53,7 +53,7 @@ impl Run<'_> {
                     }
                     let act = self.react(&message, &mut stop, now);
                     self.note(message, &mut steps, &mut recorder, now);
-                    if let Some(event) = steps.usage(&meter.spend(), now) {
+                    if let Some(event) = steps.usage(now, || meter.spend()) {
                         recorder.event(event);
                     }
                     act
