@@ -6,7 +6,7 @@ use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
 use shared::telemetry::{self, chain};
-use shared::{clock, env};
+use shared::{clock, env, permissions};
 use std::error::Error;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -19,7 +19,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(25);
 /// Connections to PostgreSQL, beside the few that every process has.
 const DATABASE_SLOTS: u32 = 8;
 
+/// Serves the HTTP API of claude-queue. Settings are variables of the environment or of .env; see .env.example.
+#[derive(Debug, clap::Parser)]
+#[command(name = "claude-queue-api", version)]
+struct Arguments {}
+
 fn main() -> ExitCode {
+    permissions::private_files();
+    let Arguments {} = clap::Parser::parse();
     match settings() {
         Ok((config, database)) => run(config, &database),
         Err(error) => {
@@ -57,11 +64,12 @@ async fn serve(config: Config, database: &DatabaseUrl) -> Result<(), Box<dyn Err
     let wakeups = Wakeups::listen(&store, LOOK_EVERY, shutdown.drain.clone());
     let listener = listen(config.address).await?;
     let context = Context::new(config, store.clone(), wakeups).await?;
-    writeln!(
+    // Whoever started this may not read on.
+    let _ = writeln!(
         std::io::stdout(),
         "listening on http://{}",
         listener.local_addr()?
-    )?;
+    );
     api::serve(listener, context, shutdown).await?;
     store.close().await;
     Ok(())

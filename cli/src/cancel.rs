@@ -4,6 +4,7 @@ use shared::env::Vars;
 
 use crate::client::Client;
 use crate::failure::Failure;
+use crate::output;
 
 /// The job to cancel.
 #[derive(Debug, clap::Args)]
@@ -15,8 +16,10 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure> {
     let job = Client::from_vars(vars)?.cancel(&arguments.id).await?;
     match job["status"].as_str() {
-        Some("cancelled") => println!("cancelled"),
-        _ => println!("cancelling: it is {}", job["status"].as_str().unwrap_or("?")),
+        Some("cancelled") => output::result("cancelled"),
+        _ => output::result(format_args!(
+            "cancelling: it is {}",
+            job["status"].as_str().unwrap_or("?")
+        )),
     }
-    Ok(())
 }

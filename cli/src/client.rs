@@ -12,7 +12,6 @@ use tokio::time::sleep;
 
 use crate::failure::Failure;
 
-const DEFAULT_URL: &str = "http://127.0.0.1:8000";
 /// Longer than any long poll.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 /// How often an unreachable service is tried again: for a minute in total, with `FIRST_PAUSE` before the first retry and
@@ -27,6 +26,8 @@ pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
     key: Option<String>,
+    /// Why there is no key, to be said when one is asked for.
+    without_key: String,
 }
 
 /// One event of a job.
@@ -76,15 +77,22 @@ impl Retry {
 }
 
 impl Client {
-    /// The service of `CLAUDE_QUEUE_URL` and `CLAUDE_QUEUE_API_KEY`. Without them, the service on this machine with the
-    /// key from `.env`; this key is sent only to this machine.
+    /// The service of `CLAUDE_QUEUE_URL` and `CLAUDE_QUEUE_API_KEY`. Without them, the service of `API_HOST` and
+    /// `API_PORT` and the first of `API_KEYS`, which is sent to this service only.
     pub(crate) fn from_vars(vars: &Vars) -> Result<Self, Failure> {
+        let own = own_url(vars)?;
         let url = vars.text("CLAUDE_QUEUE_URL")?;
-        let mut key = vars.text("CLAUDE_QUEUE_API_KEY")?;
-        if url.is_none() && key.is_none() {
-            key = vars.list("API_KEYS", "")?.into_iter().next();
+        let mut client = Self::new(url.as_deref().unwrap_or(&own), vars.text("CLAUDE_QUEUE_API_KEY")?)?;
+        let own_key = vars.list("API_KEYS", "")?.into_iter().next();
+        if client.key.is_none() && is_same_service(&client.base, &own) {
+            client.key = own_key;
+        } else if client.key.is_none() && own_key.is_some() {
+            client.without_key = format!(
+                "; no key was sent: API_KEYS is for {own} only, set CLAUDE_QUEUE_API_KEY for {}",
+                client.base
+            );
         }
-        Self::new(url.as_deref().unwrap_or(DEFAULT_URL), key)
+        Ok(client)
     }
 
     /// A client of the service at `url`.
@@ -95,12 +103,9 @@ impl Client {
             .ok()
             .filter(|url| matches!(url.scheme(), "http" | "https"));
         let Some(parsed) = parsed else {
-            return Err(Error::new(
-                "CLAUDE_QUEUE_URL",
-                "isn't a URL",
-                format!("such as {DEFAULT_URL}"),
-            )
-            .into());
+            return Err(
+                Error::new("CLAUDE_QUEUE_URL", "isn't a URL", "such as http://127.0.0.1:8000").into(),
+            );
         };
         let host = parsed.host_str().unwrap_or_default().trim_matches(['[', ']']);
         let mut builder = reqwest::Client::builder().connect_timeout(Duration::from_secs(10));
@@ -113,8 +118,9 @@ impl Client {
             .map_err(|error| Failure::Other(format!("no HTTP client: {}", cause(&error))))?;
         Ok(Self {
             http,
-            base: url.trim_end_matches('/').to_owned(),
+            base: base(url).to_owned(),
             key,
+            without_key: String::new(),
         })
     }
 
@@ -181,7 +187,7 @@ impl Client {
         &self,
         id: &str,
         mut after: i64,
-        mut see: impl FnMut(&Event),
+        mut see: impl FnMut(&Event) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let mut retry = Retry::default();
         loop {
@@ -207,7 +213,7 @@ impl Client {
                 for event in reader.read(&piece) {
                     after = event.seq;
                     retry.reset();
-                    see(&event);
+                    see(&event)?;
                     if event.is_last() {
                         return Ok(());
                     }
@@ -251,7 +257,10 @@ impl Client {
         }
         let status = response.status();
         let problem: Value = response.json().await.unwrap_or_default();
-        let sentence = sentence(status, &problem);
+        let mut sentence = sentence(status, &problem);
+        if status == StatusCode::UNAUTHORIZED {
+            sentence.push_str(&self.without_key);
+        }
         Err(match status {
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
                 Failure::Unavailable(sentence)
@@ -266,6 +275,39 @@ impl Client {
             why,
         }
     }
+}
+
+/// The address under which this machine's own service is reached.
+fn own_url(vars: &Vars) -> Result<String, Error> {
+    let host = vars.or("API_HOST", "127.0.0.1")?;
+    let host = match host.trim_matches(['[', ']']).parse() {
+        Ok(IpAddr::V4(address)) if address.is_unspecified() => "127.0.0.1".to_owned(),
+        Ok(IpAddr::V6(address)) if address.is_unspecified() => "[::1]".to_owned(),
+        Ok(IpAddr::V6(address)) => format!("[{address}]"),
+        _ => host,
+    };
+    let port: u16 = vars.number("API_PORT", 8000, 0, u16::MAX)?;
+    Ok(format!("http://{host}:{port}"))
+}
+
+/// The service's URL as people give it: the API's own path at its end is added by each request.
+fn base(url: &str) -> &str {
+    let url = url.trim_end_matches('/');
+    url.strip_suffix("/api/v1").unwrap_or(url).trim_end_matches('/')
+}
+
+/// Whether two URLs lead to the same service on this machine, whatever name of the loopback they use.
+fn is_same_service(url: &str, own: &str) -> bool {
+    let address = |url: &str| {
+        let url = Url::parse(url).ok().filter(|url| url.scheme() == "http")?;
+        let host = url.host_str()?.trim_matches(['[', ']']).to_owned();
+        let host = match host.parse::<IpAddr>() {
+            Ok(address) if address.is_loopback() => "localhost".to_owned(),
+            _ => host,
+        };
+        Some((host, url.port_or_known_default()))
+    };
+    base(url) == base(own) || address(url).is_some_and(|address_of| address(own) == Some(address_of))
 }
 
 /// Escapes an id, so that it can't change the path.
@@ -393,6 +435,42 @@ mod tests {
             assert!(!reader.said_bye);
             assert!(reader.read(b": bye\r\n\r\n").is_empty() && reader.said_bye);
         }
+    }
+
+    #[test]
+    fn the_own_key_goes_to_the_own_service_only() {
+        let client = |url, port| {
+            let vars = Vars::of([
+                ("CLAUDE_QUEUE_URL", url),
+                ("API_PORT", port),
+                ("API_KEYS", "own,other"),
+            ]);
+            Client::from_vars(&vars).unwrap()
+        };
+
+        for (url, port, base) in [
+            ("", "", "http://127.0.0.1:8000"),
+            ("", "8123", "http://127.0.0.1:8123"),
+            ("http://localhost:8123/", "8123", "http://localhost:8123"),
+            ("http://[::1]:8123/api/v1/", "8123", "http://[::1]:8123"),
+        ] {
+            let own = client(url, port);
+            assert_eq!((own.base.as_str(), own.key.as_deref()), (base, Some("own")));
+        }
+        for url in [
+            "http://127.0.0.1:8124",
+            "https://queue.example",
+            "http://10.0.0.7:8123/api/v1",
+        ] {
+            let other = client(url, "8123");
+            assert_eq!(other.key, None, "{url}");
+            assert!(other.without_key.contains("CLAUDE_QUEUE_API_KEY"), "{url}");
+            assert!(!other.base.ends_with("/api/v1"), "{url}");
+        }
+        let everywhere = Vars::of([("API_HOST", "0.0.0.0"), ("CLAUDE_QUEUE_API_KEY", "mine")]);
+        let everywhere = Client::from_vars(&everywhere).unwrap();
+        assert_eq!(everywhere.base, "http://127.0.0.1:8000");
+        assert_eq!(everywhere.key.as_deref(), Some("mine"));
     }
 
     #[tokio::test(start_paused = true)]

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::service::Service;
-use crate::show;
+use crate::{output, show};
 
 const PROMPT: &str =
     "Write a small program hello.sh into the workspace, run it, and tell me what it printed.";
@@ -47,11 +47,12 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
     let key = format!("demo_{}", Uuid::new_v4().simple());
     let vars = settings(&folder.0, &simulator.url(), &key)?;
     telemetry::start(&vars)?;
+    let sandbox = vars.flag("SANDBOX_ENABLED", true)?;
     let signals =
         Shutdown::on_signals().map_err(|error| Failure::Other(format!("no signal handler: {error}")))?;
     let step = |text: &str| {
         for line in text.lines() {
-            println!("{:7.2} s  {line}", began.elapsed().as_secs_f64());
+            output::progress(format_args!("{:7.2} s  {line}", began.elapsed().as_secs_f64()));
         }
     };
 
@@ -90,15 +91,23 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
     nothing_is_left()?;
     step("stopped    no process is left");
     drop(simulator);
-    println!("\n{report}");
+    output::progress(format_args!("\n{report}"));
     if arguments.keep {
-        println!("The database and the workspace are in {}", folder.0.display());
+        output::progress(format_args!(
+            "The database and the workspace are in {}",
+            folder.0.display()
+        ));
     }
-    println!(
+    let real = if sandbox {
+        "the API, the queue, the sandbox, the Claude CLI and its tools"
+    } else {
+        "the API, the queue, the Claude CLI and its tools; there was no sandbox"
+    };
+    output::progress(format_args!(
         "The model's answers came from a simulator on this machine: no account was used and nothing was paid.\n\
-         Everything else was real: the API, the queue, the sandbox, the Claude CLI and its tools.\n\
+         Everything else was real: {real}.\n\
          With an account, run: make up"
-    );
+    ));
     Ok(())
 }
 
@@ -114,6 +123,7 @@ async fn play(client: &Client, step: impl Fn(&str)) -> Result<Value, Failure> {
         if let Some(line) = show::event(event) {
             step(&line);
         }
+        Ok(())
     });
     timeout(JOB_TIMEOUT, followed)
         .await
@@ -129,7 +139,7 @@ async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Fai
         let status = job["status"].as_str().unwrap_or("?");
         return Err(Failure::Other(format!("the job is {status}: {error}")));
     }
-    let result = show::printable(job["result"]["content"].as_str().unwrap_or_default());
+    let result = job["result"]["content"].as_str().unwrap_or_default();
 
     let file = folder.join("data/jobs").join(id).join("workspace").join(FILE);
     let content = std::fs::read_to_string(&file)
@@ -166,8 +176,8 @@ async fn report(job: &Value, store: &Store, folder: &Path) -> Result<String, Fai
         .collect();
     Ok(format!(
         "Result\n{}\n{FILE}, as the job left it\n{}\nLedger\n{}\n",
-        indented(&result),
-        indented(&show::printable(&content)),
+        indented(result),
+        indented(&content),
         ledger.join("\n")
     ))
 }
@@ -182,6 +192,12 @@ fn settings(folder: &Path, simulator: &str, key: &str) -> Result<Vars, Failure> 
     let process = Vars::from_process()?;
     let passed_on = |name| process.unlisted(name).unwrap_or_default();
     let database = format!("sqlite://{}", folder.join("claude-queue.db").display());
+    // Without the sandbox the worker doesn't let the CLI run commands, so the simulated model doesn't try.
+    let scenario = if process.flag("SANDBOX_ENABLED", true)? {
+        "sim-demo"
+    } else {
+        "sim-demo-without-sandbox"
+    };
     let level = process.unlisted("LOG_LEVEL").unwrap_or_else(|| "warn".to_owned());
     Ok(Vars::of([
         ("PATH", passed_on("PATH").as_str()),
@@ -194,7 +210,7 @@ fn settings(folder: &Path, simulator: &str, key: &str) -> Result<Vars, Failure> 
         ("DATA_DIR", &folder.join("data").display().to_string()),
         ("API_PORT", "0"),
         ("API_KEYS", key),
-        ("ANTHROPIC_API_KEY", "sim-demo"),
+        ("ANTHROPIC_API_KEY", scenario),
         ("ANTHROPIC_BASE_URL", simulator),
     ]))
 }

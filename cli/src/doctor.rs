@@ -6,7 +6,7 @@ use std::path::Path;
 
 use shared::disk;
 use shared::env::Vars;
-use shared::storage::DatabaseUrl;
+use shared::storage::{DatabaseUrl, Inspection, inspect};
 use shared::telemetry::chain;
 use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
@@ -15,6 +15,7 @@ use worker::{Config, LOWEST_CLI, TESTED_CLI};
 
 use crate::client::Client;
 use crate::failure::Failure;
+use crate::output;
 
 /// The result of a check.
 enum Finding {
@@ -39,7 +40,7 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
                 ("BAD", text)
             }
         };
-        println!("{mark:<5} {name:<11} {text}");
+        output::progress(format_args!("{mark:<5} {name:<11} {text}"));
     };
 
     if let Err(error) = api::Config::from_vars(vars) {
@@ -52,8 +53,9 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
             None
         }
     };
-    tell("database", database(vars));
-    tell("keys", keys(vars));
+    let (found, has_keys) = database(vars).await;
+    tell("database", found);
+    tell("keys", keys(vars, has_keys));
     if let Some(config) = &config {
         let path = config.path.as_ref().map(OsString::from);
         tell("data", data_folder(&config.data_dir));
@@ -78,26 +80,56 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
     )))
 }
 
-/// Doesn't open the database, because that would also migrate it.
-fn database(vars: &Vars) -> Finding {
-    match DatabaseUrl::from_vars(vars) {
-        Err(error) => Bad(error.to_string()),
-        Ok(DatabaseUrl::Sqlite(file)) if file.exists() => {
-            match fs::OpenOptions::new().append(true).open(&file) {
-                Ok(_) => Good(format!("{}", file.display())),
-                Err(error) => Bad(format!("{} can't be written: {error}", file.display())),
-            }
+/// Connects to the database, but neither creates nor migrates it. Also whether there are keys in it.
+async fn database(vars: &Vars) -> (Finding, bool) {
+    let url = match DatabaseUrl::from_vars(vars) {
+        Ok(url) => url,
+        Err(error) => return (Bad(error.to_string()), false),
+    };
+    if let DatabaseUrl::Sqlite(file) = &url {
+        if !file.exists() {
+            return (
+                Good(format!("{} is created at the first start", file.display())),
+                false,
+            );
         }
-        Ok(DatabaseUrl::Sqlite(file)) => Good(format!("{} is created at the first start", file.display())),
-        Ok(url @ DatabaseUrl::Postgres(_)) => Note(format!(
-            "{url:?}; claude-queue migrate connects to it and migrates it"
-        )),
+        if let Err(error) = fs::OpenOptions::new().append(true).open(file) {
+            return (
+                Bad(format!(
+                    "{} (DATABASE_URL) can't be written: {error}",
+                    file.display()
+                )),
+                false,
+            );
+        }
+    }
+    match inspect(&url).await {
+        Ok(found) => (schema(&url, &found), found.has_keys),
+        Err(error) => (
+            Bad(format!("{}; DATABASE_URL says where it is", chain(&error))),
+            false,
+        ),
     }
 }
 
-fn keys(vars: &Vars) -> Finding {
+fn schema(url: &DatabaseUrl, found: &Inspection) -> Finding {
+    let known = found.known;
+    match found.schema {
+        None => Good(format!("{url:?}, empty; its tables are made at the first start")),
+        Some(schema) if schema < known => Note(format!(
+            "{url:?}, schema {schema}; the next start migrates it to {known}"
+        )),
+        Some(schema) if schema > known => Note(format!(
+            "{url:?}, schema {schema}, of a newer release than this one, which knows {known}"
+        )),
+        Some(schema) => Good(format!("{url:?}, schema {schema}")),
+    }
+}
+
+fn keys(vars: &Vars, in_database: bool) -> Finding {
     let count = |name| vars.list(name, "").map_or(0, |keys| keys.len());
     match count("API_KEYS") + count("ADMIN_API_KEYS") {
+        0 if in_database => Good("in the database; `claude-queue keys list` shows them".to_owned()),
         0 => Note("no API_KEYS: every program on this machine may submit jobs".to_owned()),
         1 => Good("1 key".to_owned()),
         count => Good(format!("{count} keys")),
@@ -106,8 +138,14 @@ fn keys(vars: &Vars) -> Finding {
 
 /// Writes a file, because a full disk can still be read.
 fn data_folder(folder: &Path) -> Finding {
-    let written = fs::create_dir_all(folder).and_then(|()| disk::try_to_write(folder));
-    match written {
+    // A folder that isn't there is made by the service; this only looks whether it can be.
+    let there = folder
+        .ancestors()
+        .find(|folder| folder.exists() && !folder.as_os_str().is_empty());
+    match disk::try_to_write(there.unwrap_or(Path::new("."))) {
+        Ok(()) if there != Some(folder) => {
+            Good(format!("{} is created at the first start", folder.display()))
+        }
         Ok(()) => Good(format!("{} can be written", folder.display())),
         Err(error) => Bad(format!("DATA_DIR {} can't be written: {error}", folder.display())),
     }

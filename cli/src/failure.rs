@@ -1,5 +1,6 @@
 //! How a command fails: its message and its exit code.
 
+use std::io;
 use std::process::ExitCode;
 
 use shared::{env, storage, telemetry};
@@ -24,6 +25,12 @@ pub(crate) enum Failure {
     /// The job ended, but isn't done. The command has printed why.
     #[error("the job isn't done")]
     NotDone,
+    /// The job hasn't ended within the given time; in a sentence.
+    #[error("{0}")]
+    StillRunning(String),
+    /// Standard output is closed or full.
+    #[error("standard output can't be written: {0}")]
+    Output(io::Error),
     /// Any other failure; a sentence.
     #[error("{0}")]
     Other(String),
@@ -40,17 +47,23 @@ impl Failure {
         matches!(self, Self::Unreachable { .. } | Self::Unavailable(_))
     }
 
-    /// The message to print; `None` if everything was printed already.
+    /// What to print, unless the command has printed it already, or nobody reads what is printed.
     pub(crate) fn message(&self) -> Option<String> {
-        (!matches!(self, Self::NotDone)).then(|| self.to_string())
+        match self {
+            Self::NotDone => None,
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
+            other => Some(other.to_string()),
+        }
     }
 
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
+            // The reader has what it wanted, as `head` does.
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            Self::NotDone | Self::Output(_) | Self::Other(_) => ExitCode::FAILURE,
             Self::Setting(_) => ExitCode::from(2),
-            Self::Unreachable { .. } | Self::Unavailable(_) | Self::NotDone | Self::Other(_) => {
-                ExitCode::FAILURE
-            }
+            Self::StillRunning(_) => ExitCode::from(3),
+            Self::Unreachable { .. } | Self::Unavailable(_) => ExitCode::from(4),
         }
     }
 }

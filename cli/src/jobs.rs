@@ -4,7 +4,7 @@ use shared::env::Vars;
 
 use crate::client::Client;
 use crate::failure::Failure;
-use crate::show;
+use crate::{output, show};
 
 /// The jobs to list.
 #[derive(Debug, clap::Args)]
@@ -25,14 +25,13 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
     query.extend(arguments.status.map(|status| ("status", status)));
     let page = Client::from_vars(vars)?.jobs(&query).await?;
     if arguments.json {
-        println!("{page:#}");
-        return Ok(());
+        return output::json(&page);
     }
     for job in page["data"].as_array().into_iter().flatten() {
-        println!("{}", show::row(job));
+        output::result(show::row(job))?;
     }
     if page["pagination"]["has_more"] == true {
-        eprintln!("there are more jobs; --limit shows up to 100");
+        output::note("there are more jobs; --limit shows up to 100");
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! `keys`: creates, lists, rotates and revokes keys in the database itself, since the first administrator's key can't be
 //! created over HTTP. Running services notice within seconds.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -14,6 +15,7 @@ use shared::key::{
 use shared::storage::{AuditEntry, DatabaseUrl, KeyFilter, NewSecret, Store};
 
 use crate::failure::Failure;
+use crate::{output, show};
 
 /// A page of keys.
 const PAGE: i64 = 200;
@@ -74,7 +76,11 @@ struct Revoke {
 }
 
 pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure> {
-    let keys = Keys::open(vars).await?;
+    let url = DatabaseUrl::from_vars(vars)?;
+    if !matches!(arguments.command, Command::Create(_)) {
+        must_exist(&url)?;
+    }
+    let keys = Keys::open(vars, &url).await?;
     let done = match arguments.command {
         Command::Create(request) => keys.create(request).await,
         Command::List => keys.list().await,
@@ -91,9 +97,9 @@ struct Keys {
 }
 
 impl Keys {
-    async fn open(vars: &Vars) -> Result<Self, Failure> {
+    async fn open(vars: &Vars, url: &DatabaseUrl) -> Result<Self, Failure> {
         let config = api::Config::from_vars(vars)?;
-        let store = Store::open(&DatabaseUrl::from_vars(vars)?, 1).await?;
+        let store = Store::open(url, 1).await?;
         Ok(Self { store, config })
     }
 
@@ -124,18 +130,28 @@ impl Keys {
             created_at: now,
             created_by: "cli".to_owned(),
         };
-        let budget = self.config.max_cost_per_user;
+        output::note(format_args!("The secret of {}, shown only once:", key.key_id));
+        output::result(secret.expose())
+            .map_err(|failure| Failure::Other(format!("no key was created: {failure}")))?;
+        self.insert(&key).await.map_err(|failure| {
+            Failure::Other(format!(
+                "{} wasn't created, its secret is worthless: {failure}",
+                key.key_id
+            ))
+        })?;
+        output::note(format_args!("It may: {}", key.rights.scopes));
+        Ok(())
+    }
+
+    /// The secret has been shown by now: nobody could use a key whose secret nobody has seen.
+    async fn insert(&self, key: &NewApiKey) -> Result<(), Failure> {
+        let (now, budget) = (key.created_at, self.config.max_cost_per_user);
         let mut tx = self.store.begin().await?;
-        tx.insert_api_key(&key, self.config.key_max_running_jobs).await?;
+        tx.insert_api_key(key, self.config.key_max_running_jobs).await?;
         tx.put_default_budget(&key.key_id, budget, now).await?;
         let detail = json!({"name": key.name, "scopes": key.rights.scopes.to_string()});
         tx.audit(&entry("key.create", &key.key_id, detail)).await?;
         tx.commit().await?;
-        eprintln!(
-            "{} may: {}\nIts secret, shown only once:",
-            key.key_id, key.rights.scopes
-        );
-        println!("{}", secret.expose());
         Ok(())
     }
 
@@ -146,8 +162,12 @@ impl Keys {
             let keys = self.store.api_keys(&filter, PAGE, now).await?;
             for key in &keys {
                 let status = key.status(now).as_str();
-                let shown = crate::show::printable(&key.name);
-                println!("{}  {status:<8} {}  {shown}", key.key_id, key.shown());
+                let name = show::short(&key.name);
+                output::result(format_args!(
+                    "{}  {status:<8} {}  {name}",
+                    key.key_id,
+                    key.shown()
+                ))?;
             }
             match keys.last() {
                 Some(last) => filter.before = Some(last.key_number),
@@ -167,22 +187,37 @@ impl Keys {
         let (secret, digest) = self.secret(KeyKind::of(key.is_admin()), &kid).await?;
         let grace = Duration::from_secs(request.grace_seconds);
         let fresh = NewSecret::new((&secret, digest), grace, clock::now());
+        output::note(format_args!("The new secret of {}, shown only once:", key.key_id));
+        output::result(secret.expose())
+            .map_err(|failure| Failure::Other(format!("{} keeps its old secret: {failure}", key.key_id)))?;
+        self.replace(&key, &fresh, request.grace_seconds)
+            .await
+            .map_err(|failure| {
+                Failure::Other(format!(
+                    "{} keeps its old secret, the new one is worthless: {failure}",
+                    key.key_id
+                ))
+            })?;
+        output::note(format_args!(
+            "The old secret stays valid for {} seconds.",
+            request.grace_seconds
+        ));
+        Ok(())
+    }
+
+    /// As [`Keys::insert`]: the new secret has been shown.
+    async fn replace(&self, key: &ApiKey, fresh: &NewSecret, grace_seconds: u64) -> Result<(), Failure> {
         let mut tx = self.store.begin().await?;
-        let rotated = tx.rotate_api_key(&key.key_id, key.version, &fresh).await?;
+        let rotated = tx.rotate_api_key(&key.key_id, key.version, fresh).await?;
         if rotated.is_none() {
             return Err(Failure::Other(format!(
                 "{} was changed meanwhile; try again",
                 key.key_id
             )));
         }
-        let detail = json!({"grace_seconds": request.grace_seconds});
+        let detail = json!({ "grace_seconds": grace_seconds });
         tx.audit(&entry("key.rotate", &key.key_id, detail)).await?;
         tx.commit().await?;
-        eprintln!(
-            "The old secret of {} stays valid for {} seconds.\nThe new one, shown only once:",
-            key.key_id, request.grace_seconds
-        );
-        println!("{}", secret.expose());
         Ok(())
     }
 
@@ -205,12 +240,12 @@ impl Keys {
             tx.audit(&entry("key.revoke", &key.key_id, detail)).await?;
         }
         tx.commit().await?;
-        println!("{} is revoked", key.key_id);
+        let mut done = format!("{} is revoked", key.key_id);
         if request.cancel_jobs {
             let cancelled = self.store.cancel_jobs_of(&key.key_id).await?;
-            println!("{cancelled} jobs are cancelled or told to end");
+            let _ = write!(done, "\n{cancelled} jobs are cancelled or told to end");
         }
-        Ok(())
+        output::result(done)
     }
 
     async fn find(&self, id: &str) -> Result<(Kid, ApiKey), Failure> {
@@ -243,6 +278,17 @@ impl Keys {
         secret_key
             .issue(kind, kid)
             .map_err(|error| Failure::because(&error))
+    }
+}
+
+/// Only what makes a key may make a database.
+fn must_exist(url: &DatabaseUrl) -> Result<(), Failure> {
+    match url {
+        DatabaseUrl::Sqlite(file) if !file.exists() => Err(Failure::Other(format!(
+            "there is no database {} (DATABASE_URL); `claude-queue up` and `migrate` create it",
+            file.display()
+        ))),
+        _ => Ok(()),
     }
 }
 

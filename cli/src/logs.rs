@@ -4,7 +4,7 @@ use shared::env::Vars;
 
 use crate::client::Client;
 use crate::failure::Failure;
-use crate::show;
+use crate::{output, show};
 
 /// The job, and the format.
 #[derive(Debug, clap::Args)]
@@ -23,10 +23,7 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
     }
     client
         .follow(&arguments.id, 0, |event| {
-            println!(
-                "{}",
-                serde_json::json!({"seq": event.seq, "type": event.kind, "data": event.data})
-            );
+            output::json_line(&serde_json::json!({"seq": event.seq, "type": event.kind, "data": event.data}))
         })
         .await
 }
@@ -34,10 +31,6 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
 /// Prints a job's events up to the last one.
 pub(crate) async fn follow(client: &Client, id: &str) -> Result<(), Failure> {
     client
-        .follow(id, 0, |event| {
-            if let Some(line) = show::event(event) {
-                println!("{line}");
-            }
-        })
+        .follow(id, 0, |event| show::event(event).map_or(Ok(()), output::result))
         .await
 }

@@ -4,12 +4,6 @@
 //!
 //! The only crate that knows both the API and the worker. Each command is a file of its name.
 
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a command prints its result; logging is for the service"
-)]
-
 mod cancel;
 mod client;
 mod demo;
@@ -19,6 +13,7 @@ mod jobs;
 mod keys;
 mod logs;
 mod migrate;
+mod output;
 mod prices;
 mod resume;
 mod service;
@@ -36,12 +31,22 @@ use shared::env::Vars;
 
 use failure::Failure;
 
+const AFTER_HELP: &str = "\
+The client commands use CLAUDE_QUEUE_URL and CLAUDE_QUEUE_API_KEY; without them, API_PORT and API_KEYS of .env.
+
+Exit codes:
+  0  done
+  1  failed: the job, or the command
+  2  a wrong argument or setting
+  3  the job is still running after wait --timeout
+  4  the service can't be reached or isn't available";
+
 /// Runs Claude Code jobs from a durable queue, behind an HTTP API.
 #[derive(Debug, Parser)]
 #[command(
     name = "claude-queue",
     version,
-    after_help = "The client commands speak to CLAUDE_QUEUE_URL (default http://127.0.0.1:8000) with CLAUDE_QUEUE_API_KEY."
+    after_help = AFTER_HELP
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -81,6 +86,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    shared::permissions::private_files();
     // A run's guard is this same program started again; it must stay a small process with one thread.
     if std::env::args_os()
         .nth(1)
@@ -96,7 +102,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if let Some(message) = failure.message() {
-                eprintln!("claude-queue: {message}");
+                output::note(format_args!("claude-queue: {message}"));
             }
             failure.exit_code()
         }

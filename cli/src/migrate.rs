@@ -4,6 +4,7 @@ use shared::env::Vars;
 use shared::storage::{DatabaseUrl, Store};
 
 use crate::failure::Failure;
+use crate::output;
 
 pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
     let url = DatabaseUrl::from_vars(vars)?;
@@ -11,6 +12,5 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
         .await
         .map_err(|error| Failure::because(&error))?;
     store.close().await;
-    println!("{url:?} is up to date");
-    Ok(())
+    output::result(format_args!("{url:?} is up to date"))
 }

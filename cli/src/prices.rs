@@ -5,42 +5,45 @@ use shared::env::Vars;
 use worker::spend::price::Tokens;
 
 use crate::failure::Failure;
+use crate::output;
 
 pub(crate) fn run(vars: &Vars) -> Result<(), Failure> {
     let prices = worker::config::prices(vars).map_err(|error| Failure::Other(error.to_string()))?;
-    println!("Version {}. US dollars per million tokens.\n", prices.version());
-    println!(
-        "{}",
-        line(
-            "model",
-            ["input", "output", "write 5m", "write 1h", "read"].map(str::to_owned)
-        )
-    );
+    output::result(format_args!(
+        "Version {}. US dollars per million tokens.\n",
+        prices.version()
+    ))?;
+    output::result(line(
+        "model",
+        ["input", "output", "write 5m", "write 1h", "read"].map(str::to_owned),
+    ))?;
     for row in prices.in_force(clock::now()) {
-        println!("{}", line(&row.model, of(&row.standard)));
+        output::result(line(&row.model, of(&row.standard)))?;
         if let Some((above, long)) = &row.long_prompt {
-            println!("{}", line(&format!("  prompt over {above}"), of(long)));
+            output::result(line(&format!("  prompt over {above}"), of(long)))?;
         }
         if let Some(fast) = &row.fast {
-            println!("{}", line("  fast mode", of(fast)));
+            output::result(line("  fast mode", of(fast)))?;
         }
     }
     for (region, factor) in prices.regions() {
-        println!(
+        output::result(format_args!(
             "\nRequests that have to run in {region} cost {} times as much.",
             decimal(factor)
-        );
+        ))?;
     }
     let mut searches: Vec<u64> = prices.in_force(clock::now()).map(|row| row.web_search).collect();
     searches.sort_unstable();
     searches.dedup();
     let searches: Vec<String> = searches.iter().map(|price| decimal(price / 1_000_000)).collect();
-    println!("A search of the web costs ${}.", searches.join(" or "));
+    output::result(format_args!(
+        "A search of the web costs ${}.",
+        searches.join(" or ")
+    ))?;
     for (alias, models) in prices.aliases().all() {
-        println!("{alias} is {}.", models.join(" or "));
+        output::result(format_args!("{alias} is {}.", models.join(" or ")))?;
     }
-    println!("A model that isn't listed costs as much as the dearest one.");
-    Ok(())
+    output::result("A model that isn't listed costs as much as the dearest one.")
 }
 
 fn of(tokens: &Tokens) -> [String; 5] {

@@ -58,7 +58,7 @@ pub(crate) fn event(event: &Event) -> Option<String> {
         "cancelled" => ("cancelled".to_owned(), word(&data["reason"]).to_owned()),
         _ => return None,
     };
-    Some(format!("{:<10} {}", printable(&word), text).trim_end().to_owned())
+    Some(format!("{:<10} {}", word, text).trim_end().to_owned())
 }
 
 /// A row of a table of jobs: id, status, cost, creation time, the start of the prompt.
@@ -81,16 +81,9 @@ pub(crate) fn money(cost: &Value) -> String {
     format!("${:.4}", cost.as_f64().unwrap_or_default())
 }
 
-/// Removes control characters, because a model's text must not control the terminal.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars()
-        .filter(|c| !c.is_control() || matches!(c, '\n' | '\t'))
-        .collect()
-}
-
 /// Shortens a text to one line of at most `WIDTH` characters.
 pub(crate) fn short(text: &str) -> String {
-    let text = printable(text).split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if text.chars().count() <= WIDTH {
         return text;
     }
@@ -159,12 +152,5 @@ mod tests {
             line("error", json!({"error": "No.", "code": "auth_error"})),
             "failed     No. [auth_error]"
         );
-    }
-
-    #[test]
-    fn a_model_can_not_steer_the_terminal() {
-        let told = line("assistant", json!({"content": "\u{1b}[2Jgone\u{7}\r"}));
-
-        assert_eq!(told, "says       [2Jgone");
     }
 }

@@ -8,6 +8,7 @@ use shared::shutdown::Shutdown;
 use simulator::{Scenario, Simulator};
 
 use crate::failure::Failure;
+use crate::output;
 
 /// The address, and further scenarios.
 #[derive(Debug, clap::Args)]
@@ -26,7 +27,7 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
     if arguments.list {
         for (name, scenario) in simulator::builtin() {
-            println!("{name:<18} {}", scenario.about);
+            output::result(format_args!("{name:<18} {}", scenario.about))?;
         }
         return Ok(());
     }
@@ -42,12 +43,12 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
     for (name, scenario) in scenarios {
         simulator.put_scenario(name, scenario);
     }
-    println!("listening on {}", simulator.url());
-    eprintln!(
+    output::progress(format_args!("listening on {}", simulator.url()));
+    output::note(format_args!(
         "Point the CLI or claude-queue at it: ANTHROPIC_BASE_URL={} ANTHROPIC_API_KEY=sim-default",
         simulator.url()
-    );
-    eprintln!("[[scenario:NAME]] in a prompt chooses what is answered; --list shows the names.");
+    ));
+    output::note("[[scenario:NAME]] in a prompt chooses what is answered; --list shows the names.");
     shutdown.drain.cancelled().await;
     Ok(())
 }

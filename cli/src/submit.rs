@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::client::Client;
 use crate::failure::Failure;
-use crate::{logs, wait};
+use crate::{logs, output, wait};
 
 /// The prompt and the settings of the job.
 #[derive(Debug, clap::Args)]
@@ -75,17 +75,22 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
     let job = client.submit(&body, &key).await?;
 
     let id = job["id"].as_str().unwrap_or_default();
+    if arguments.follow || arguments.wait {
+        output::note(id);
+    }
     if arguments.follow {
-        eprintln!("{id}");
         logs::follow(&client, id).await?;
     }
     if arguments.wait {
         return wait::until_end(&client, id, None, false).await;
     }
-    if !arguments.follow {
-        println!("{id}");
+    if arguments.follow {
+        return wait::done(&client.job(id, 0).await?);
     }
-    Ok(())
+    output::result(id).map_err(|failure| {
+        // Whatever the reason: the id is all that leads to the job.
+        Failure::Other(format!("{id} is submitted, but {failure}"))
+    })
 }
 
 fn from_stdin() -> Result<String, Failure> {

@@ -5,7 +5,7 @@ use shared::env::Vars;
 
 use crate::client::Client;
 use crate::failure::Failure;
-use crate::show;
+use crate::{output, show};
 
 /// Maximum number of pages, which is 100,000 lines.
 const PAGES: usize = 100;
@@ -37,11 +37,9 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
     let Some(by) = arguments.by else {
         let usage = client.usage(&query).await?;
         if arguments.json {
-            println!("{usage:#}");
-        } else {
-            println!("{}", summary(&usage));
+            return output::json(&usage);
         }
-        return Ok(());
+        return output::result(summary(&usage));
     };
     query.extend(arguments.from.map(|from| ("from", from)));
     query.extend(arguments.to.map(|to| ("to", to)));
@@ -65,12 +63,11 @@ pub(crate) async fn run(vars: &Vars, arguments: Arguments) -> Result<(), Failure
         }
     }
     if arguments.json {
-        println!("{:#}", Value::Array(rows));
-        return Ok(());
+        return output::json(&Value::Array(rows));
     }
-    println!("{}", table(&by, &rows));
+    output::result(table(&by, &rows))?;
     if cursor.is_some() {
-        eprintln!("there are more lines; use a shorter span of time");
+        output::note("there are more lines; use a shorter span of time");
     }
     Ok(())
 }

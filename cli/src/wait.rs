@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::client::{Client, Retry};
 use crate::failure::Failure;
-use crate::show;
+use crate::output;
 
 /// Seconds of one long poll; the service may make it shorter.
 const POLL_SECONDS: u64 = 50;
@@ -61,7 +61,9 @@ pub(crate) async fn until_end(
         }
         if left == Some(0) {
             let status = job["status"].as_str().unwrap_or("?");
-            return Err(Failure::Other(format!("{id} is still {status}; it goes on")));
+            return Err(Failure::StillRunning(format!(
+                "{id} is still {status}; it goes on"
+            )));
         }
         if wait > 0 && asked.elapsed() < Duration::from_secs(1) {
             // The service didn't wait.
@@ -72,13 +74,18 @@ pub(crate) async fn until_end(
 
 fn print_result(job: &Value, as_json: bool) -> Result<(), Failure> {
     if as_json {
-        println!("{job:#}");
+        output::json(job)?;
     } else if let Some(content) = job["result"]["content"]
         .as_str()
         .filter(|content| !content.is_empty())
     {
-        println!("{}", show::printable(content));
+        output::result(content)?;
     }
+    done(job)
+}
+
+/// Fails unless the job is done, and says why it isn't.
+pub(crate) fn done(job: &Value) -> Result<(), Failure> {
     if job["status"] == "done" {
         return Ok(());
     }
@@ -86,10 +93,9 @@ fn print_result(job: &Value, as_json: bool) -> Result<(), Failure> {
         .as_str()
         .or(job["cancel_reason"].as_str())
         .unwrap_or_default();
-    let why = show::printable(why);
-    eprintln!(
+    output::note(format_args!(
         "claude-queue: the job is {}: {why}",
         job["status"].as_str().unwrap_or("?")
-    );
+    ));
     Err(Failure::NotDone)
 }

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -38,6 +39,10 @@ pub struct Vars {
     values: HashMap<String, String>,
     /// Variables whose values aren't UTF-8.
     no_text: BTreeSet<String>,
+    /// The folder of the `.env` file, unless it is the working directory.
+    folder: Option<PathBuf>,
+    /// Variables that the environment itself sets.
+    own: BTreeSet<String>,
     asked: RefCell<BTreeMap<&'static str, String>>,
 }
 
@@ -59,9 +64,11 @@ impl Vars {
     pub fn from_process() -> Result<Self, Error> {
         let own: Vec<_> = std::env::vars_os().collect();
         // Also loaded into the environment, for libraries and the CLI, which read variables such as HTTPS_PROXY.
-        let file = match dotenvy::dotenv().and_then(|_| dotenvy::dotenv_iter()?.collect()) {
-            Ok(file) => file,
-            Err(error) if error.not_found() => Vec::new(),
+        let read =
+            dotenvy::dotenv().and_then(|path| Ok((path, dotenvy::dotenv_iter()?.collect::<Result<_, _>>()?)));
+        let (path, file) = match read {
+            Ok((path, file)) => (Some(path), file),
+            Err(error) if error.not_found() => (None, Vec::new()),
             Err(dotenvy::Error::LineParse(_, column)) => {
                 let problem = format!("has a line that can't be read (at character {column} of the line)");
                 return Err(Error::new(
@@ -78,7 +85,12 @@ impl Vars {
                 ));
             }
         };
-        Ok(Self::from_os(file, own))
+        let working = std::env::current_dir().ok();
+        let folder = path.and_then(|mut path| path.pop().then_some(path));
+        Ok(Self {
+            folder: folder.filter(|folder| working.as_ref() != Some(folder)),
+            ..Self::from_os(file, own)
+        })
     }
 
     /// Merges the file and the environment, which takes precedence. In the file the last value of a name wins. An empty
@@ -93,7 +105,10 @@ impl Vars {
             let Ok(name) = name.into_string() else { continue };
             match value.into_string() {
                 Ok(value) if value.trim().is_empty() && vars.values.contains_key(&name) => {}
-                Ok(value) => drop(vars.values.insert(name, value)),
+                Ok(value) => {
+                    vars.own.insert(name.clone());
+                    vars.values.insert(name, value);
+                }
                 Err(_) => drop(vars.no_text.insert(name)),
             }
         }
@@ -130,6 +145,21 @@ impl Vars {
     /// The value of a variable of the system (`HOME`, `PATH`), which isn't a setting of this service.
     pub fn unlisted(&self, name: &str) -> Option<String> {
         self.values.get(name).filter(|value| !value.is_empty()).cloned()
+    }
+
+    /// Resolves the relative path that is the value or the default of `name`. A value of the environment counts from
+    /// the working directory; all others count from the folder of the `.env` file, so that a service and its commands
+    /// use the same files from every folder below it.
+    pub fn resolve(&self, name: &str, path: PathBuf) -> PathBuf {
+        match &self.folder {
+            Some(folder) if !self.own.contains(name) => folder.join(path),
+            _ => path,
+        }
+    }
+
+    /// The resolved path in `name`; `None` if it is unset, empty or blank.
+    pub fn path(&self, name: &'static str) -> Result<Option<PathBuf>, Error> {
+        Ok(self.text(name)?.map(|path| self.resolve(name, path.into())))
     }
 
     /// The value of `name`, or `default`.
@@ -274,6 +304,24 @@ mod tests {
                 None
             ]
         );
+    }
+
+    #[test]
+    fn relative_paths_count_from_the_file_that_names_them() {
+        let text = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let file = vec![text("A", "data"), text("B", "b")];
+        let own = vec![("B".into(), "b".into()), ("C".into(), "/c".into())];
+        let vars = Vars {
+            folder: Some("/srv".into()),
+            ..Vars::from_os(file, own)
+        };
+        let path = |name| vars.path(name).unwrap();
+
+        assert_eq!(path("A"), Some("/srv/data".into()));
+        assert_eq!(path("B"), Some("b".into()));
+        assert_eq!(path("C"), Some("/c".into()));
+        assert_eq!(path("D"), None);
+        assert_eq!(vars.resolve("D", "data".into()), PathBuf::from("/srv/data"));
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! * The database, SQLite or PostgreSQL: [`storage`]. Reads are methods of `Store`, and so are writes that are a
 //!   whole transaction; parts of a caller's transaction are methods of `Tx`.
 //! * What every process needs when it starts and stops: [`mod@env`], [`telemetry`], [`shutdown`]; and on its disk:
-//!   [`data_dir`], [`disk`].
+//!   [`data_dir`], [`disk`], [`permissions`].
+//! * What may be printed of text from outside: [`text`].
 
 pub mod budget;
 pub mod clock;
@@ -17,7 +18,9 @@ pub mod id;
 pub mod job;
 pub mod key;
 pub mod money;
+pub mod permissions;
 pub mod session;
 pub mod shutdown;
 pub mod storage;
 pub mod telemetry;
+pub mod text;

@@ -34,6 +34,8 @@ pub fn start(vars: &Vars) -> Result<(), Error> {
     let filter = EnvFilter::try_new(quiet).map_err(|_| unknown())?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Nobody may read standard error any more; a log line that is lost must not end a service.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let format = vars.choice("LOG_FORMAT", "text", &["text", "json"])?;
     // A second start, as in tests, keeps the first logger.

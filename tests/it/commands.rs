@@ -18,6 +18,8 @@ use tokio::net::{TcpListener, TcpStream};
 
 once!(
     the_demo_runs_a_job_and_leaves_nothing,
+    the_demo_without_the_sandbox_claims_neither_it_nor_bash,
+    the_doctor_connects_to_the_database,
     a_job_is_submitted_followed_and_cancelled_on_the_command_line,
     a_refusal_is_told_in_a_sentence,
     who_follows_a_job_outlives_a_restart_of_the_service,
@@ -79,8 +81,33 @@ async fn the_demo_runs_a_job_and_leaves_nothing() {
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "a file is left");
 }
 
+async fn the_demo_without_the_sandbox_claims_neither_it_nor_bash() {
+    let folder = paths::folder('d');
+    let folder_name = folder.to_str().unwrap();
+    let claude = real_claude();
+    let _permit = real_cli_permit().await;
+    let env = [
+        ("TMPDIR", folder_name),
+        ("XDG_RUNTIME_DIR", folder_name),
+        (paths::MARKER, folder_name),
+        ("CLAUDE_CLI_PATH", claude.to_str().unwrap()),
+        ("SANDBOX_ENABLED", "false"),
+    ];
+
+    let finished = run(CLAUDE_QUEUE, &["demo"], &env).await;
+
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    let told = &finished.stdout;
+    for word in ["Write ", "I didn't run it", "there was no sandbox", "#!/bin/sh"] {
+        assert!(told.contains(word), "{word}: {told}");
+    }
+    for word in ["Bash  ", "ran it", "the sandbox, the Claude CLI"] {
+        assert!(!told.contains(word), "{word}: {told}");
+    }
+}
+
 async fn a_job_is_submitted_followed_and_cancelled_on_the_command_line() {
-    let system = System::start(Db::Sqlite).await;
+    let system = System::builder().env("JOB_MAX_ATTEMPTS", "1").start().await;
     let script = steps([Step::Say("half way".to_owned())]).answering("all of it");
 
     let id = ask(&system, &["submit", "--max-turns", "7", &script.prompt()]).await;
@@ -108,6 +135,10 @@ async fn a_job_is_submitted_followed_and_cancelled_on_the_command_line() {
     assert_eq!(followed.code, Some(0), "{followed:#?}");
     assert!(followed.stderr.starts_with("job_"), "{followed:#?}");
     assert!(followed.stdout.contains("says       half way"), "{followed:#?}");
+    let failing = steps([Step::Exit(3)]).prompt();
+    let failed = client(&system, &["submit", "--follow", &failing]).await;
+    assert_eq!(failed.code, Some(1), "{failed:#?}");
+    assert!(failed.stderr.contains("the job is failed"), "{failed:#?}");
     let waited = ask(&system, &["submit", "--wait", &answer("at once").prompt()]).await;
     assert_eq!(waited, "at once\n");
     // The same idempotency key makes one job.
@@ -131,14 +162,14 @@ async fn a_job_is_submitted_followed_and_cancelled_on_the_command_line() {
     assert_eq!(ask(&system, &["cancel", id]).await, "cancelled\n");
 
     let jobs = ask(&system, &["jobs"]).await;
-    assert_eq!(jobs.lines().count(), 5, "{jobs}");
+    assert_eq!(jobs.lines().count(), 6, "{jobs}");
     let newest = jobs.lines().next().unwrap();
     assert!(newest.starts_with(id) && newest.contains("cancelled"), "{jobs}");
     let some = client(&system, &["jobs", "--status", "done", "--limit", "2", "--json"]).await;
     let page: Value = serde_json::from_str(&some.stdout).unwrap();
     assert_eq!(page["data"].as_array().unwrap().len(), 2, "{page:#}");
     let usage = ask(&system, &["usage"]).await;
-    assert!(usage.contains("5 total, 4 completed"), "{usage}");
+    assert!(usage.contains("6 total, 4 completed"), "{usage}");
 }
 
 async fn a_refusal_is_told_in_a_sentence() {
@@ -169,6 +200,11 @@ async fn a_refusal_is_told_in_a_sentence() {
             "claude-queue: Job not found (404)\n",
         ),
         (
+            with(&format!("{url}/api/v1/"), KEYS[0], &["wait", "job_1"]).await,
+            1,
+            "claude-queue: Job not found (404)\n",
+        ),
+        (
             with(&url, KEYS[0], &["submit", "--max-turns", "0", "hi"]).await,
             1,
             "claude-queue: body -> max_turns: Input should be greater than or equal to 1 (422)\n",
@@ -177,7 +213,7 @@ async fn a_refusal_is_told_in_a_sentence() {
         // Nobody waits for a service that was never there.
         (
             with("http://127.0.0.1:9", KEYS[0], &["logs", "job_1"]).await,
-            1,
+            4,
             "http://127.0.0.1:9 can't be reached",
         ),
     ] {
@@ -187,7 +223,7 @@ async fn a_refusal_is_told_in_a_sentence() {
     }
     let late = with(&url, KEYS[0], &["submit", "hi"]).await;
     let late = with(&url, KEYS[0], &["wait", "--timeout", "1", late.stdout.trim()]).await;
-    assert_eq!(late.code, Some(1), "{late:#?}");
+    assert_eq!(late.code, Some(3), "{late:#?}");
     assert!(late.stderr.contains("is still queued; it goes on"), "{late:#?}");
 }
 
@@ -362,6 +398,51 @@ async fn the_doctor_says_what_is_missing() {
         assert!(ill.stdout.contains(line), "{line}: {ill:#?}");
     }
     assert!(ill.stderr.contains("2 checks failed"), "{ill:#?}");
+}
+
+async fn the_doctor_connects_to_the_database() {
+    let system = System::builder().database(Db::Postgres).workers(0).start().await;
+    let data = system.folder().join("data");
+    let fake = paths::binary("fake-claude");
+    let ask = async |url: &str| {
+        let env = [
+            ("DATABASE_URL", url),
+            ("DATA_DIR", data.to_str().unwrap()),
+            ("XDG_RUNTIME_DIR", data.to_str().unwrap()),
+            ("SECRET_KEY", "kit-secret-key-which-is-long-enough-0123456789"),
+            ("ANTHROPIC_API_KEY", "sk-x"),
+            ("CLAUDE_QUEUE_URL", "http://127.0.0.1:9"),
+            ("CLAUDE_CLI_PATH", fake.to_str().unwrap()),
+        ];
+        let made = run(CLAUDE_QUEUE, &["doctor"], &env).await;
+        (made.code, made.stdout)
+    };
+
+    let (code, well) = ask(system.database().url()).await;
+    assert_eq!(code, Some(0), "{well}");
+    assert!(
+        well.contains("ok    database") && well.contains(", schema "),
+        "{well}"
+    );
+    assert!(well.contains("note  keys"), "{well}");
+    let key = [
+        ("DATABASE_URL", system.database().url()),
+        ("SECRET_KEY", "kit-secret-key-which-is-long-enough-0123456789"),
+    ];
+    assert_eq!(run(CLAUDE_QUEUE, &["keys", "create"], &key).await.code, Some(0));
+    let (_, keys) = ask(system.database().url()).await;
+    assert!(keys.contains("ok    keys        in the database"), "{keys}");
+
+    let (code, ill) = ask("postgres://me:very-secret@127.0.0.1:9/queue").await;
+    assert_eq!(code, Some(1), "{ill}");
+    let line = ill
+        .lines()
+        .find(|line| line.starts_with("BAD   database"))
+        .unwrap();
+    for word in ["127.0.0.1", "port 9", "queue", "refused", "DATABASE_URL"] {
+        assert!(line.contains(word), "{word}: {line}");
+    }
+    assert!(!ill.contains("very-secret"), "{ill}");
 }
 
 async fn the_simulator_answers_until_it_is_told_to_stop() {

@@ -6,7 +6,7 @@ use crate::spend::price::Prices;
 use shared::env::{Error, Vars};
 use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
 use shared::money::MicroUsd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -136,7 +136,7 @@ impl Config {
             ));
         }
         Ok(Self {
-            data_dir: PathBuf::from(vars.or("DATA_DIR", "./data")?),
+            data_dir: vars.resolve("DATA_DIR", vars.or("DATA_DIR", "./data")?.into()),
             concurrency: number(
                 vars,
                 "WORKER_CONCURRENCY",
@@ -207,7 +207,7 @@ impl Claude {
             allowed_tools.clear();
         }
         Ok(Self {
-            cli: vars.text("CLAUDE_CLI_PATH")?.map(PathBuf::from),
+            cli: cli(vars)?,
             model: vars.or("CLAUDE_MODEL", "sonnet")?,
             effort,
             permission_mode: mode,
@@ -217,6 +217,15 @@ impl Claude {
             disallowed_tools,
         })
     }
+}
+
+/// A name without a slash is looked up on the path.
+fn cli(vars: &Vars) -> Result<Option<PathBuf>, Error> {
+    let text = vars.text("CLAUDE_CLI_PATH")?;
+    if text.as_ref().is_some_and(|text| text.contains('/')) {
+        return vars.path("CLAUDE_CLI_PATH");
+    }
+    Ok(text.map(PathBuf::from))
 }
 
 fn number(vars: &Vars, name: &'static str, default: u32, low: u32, high: u32) -> Result<u32, Error> {
@@ -244,11 +253,11 @@ fn run_memory(vars: &Vars) -> Result<Option<u64>, Error> {
 
 /// The table of prices that is in force.
 pub fn prices(vars: &Vars) -> Result<Prices, Error> {
-    let Some(file) = vars.text("PRICES_FILE")? else {
+    let Some(file) = vars.path("PRICES_FILE")? else {
         return Ok(Prices::default());
     };
     let accepted = "a file like worker/prices.json in the source, or nothing for that one";
-    Prices::read(Path::new(&file)).map_err(|problem| Error::new("PRICES_FILE", problem, accepted))
+    Prices::read(&file).map_err(|problem| Error::new("PRICES_FILE", problem, accepted))
 }
 
 fn money(vars: &Vars, name: &'static str, default: f64, low: f64, high: f64) -> Result<MicroUsd, Error> {

@@ -1,10 +1,10 @@
 //! `claude-queue-worker`: takes jobs and runs them. With the argument `guard` it is the guard of one run.
 
-use shared::clock;
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
 use shared::telemetry;
+use shared::{clock, permissions};
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,7 +14,13 @@ use worker::{Config, Error};
 /// How long what is still open may take to close when everything else has ended.
 const CLOSE: Duration = Duration::from_secs(2);
 
+/// Runs the jobs of claude-queue. Settings are variables of the environment or of .env; see .env.example.
+#[derive(Debug, clap::Parser)]
+#[command(name = "claude-queue-worker", version)]
+struct Arguments {}
+
 fn main() -> ExitCode {
+    permissions::private_files();
     // First of all: a guard is single-threaded and small.
     if std::env::args_os()
         .nth(1)
@@ -22,6 +28,7 @@ fn main() -> ExitCode {
     {
         return worker::guard::main();
     }
+    let Arguments {} = clap::Parser::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let ended = match runtime {
         Ok(runtime) => {

@@ -41,8 +41,15 @@ impl DatabaseUrl {
     /// Reads `DATABASE_URL`; the default is a SQLite file in `./data`.
     pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
         let text = vars.or("DATABASE_URL", "sqlite://data/claude-queue.db")?;
-        Self::parse(&text)
-            .ok_or_else(|| Error::new("DATABASE_URL", "isn't a database this service knows", ACCEPTED))
+        match Self::parse(&text) {
+            Some(Self::Sqlite(file)) => Ok(Self::Sqlite(vars.resolve("DATABASE_URL", file))),
+            Some(url) => Ok(url),
+            None => Err(Error::new(
+                "DATABASE_URL",
+                "isn't a database this service knows",
+                ACCEPTED,
+            )),
+        }
     }
 
     /// Parses a URL in any accepted format.

@@ -37,7 +37,7 @@ impl Anthropic {
             api_key: credential(vars, "ANTHROPIC_API_KEY")?,
             oauth_token: credential(vars, "CLAUDE_CODE_OAUTH_TOKEN")?,
             auth_token: credential(vars, "ANTHROPIC_AUTH_TOKEN")?,
-            config_dir: vars.text("CLAUDE_CONFIG_DIR")?.map(PathBuf::from).or(home),
+            config_dir: vars.path("CLAUDE_CONFIG_DIR")?.or(home),
             base_url,
         })
     }
