@@ -3,6 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+scripts/need-rust.sh
 scripts/install-debian.sh cc bwrap postgres
 scripts/install-claude.sh
 cargo build --release --workspace --bins --examples

@@ -4,6 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+scripts/need-rust.sh
 scripts/install-debian.sh cc postgres
 export CHAOS_JOBS="${CHAOS_JOBS:-10000}"
 cargo build --workspace --bins

@@ -2,6 +2,7 @@
 # One job from submit to result, with the real Claude CLI and simulated answers. Needs no account.
 set -eu
 cd "$(dirname "$0")/.."
+scripts/need-rust.sh
 scripts/install-debian.sh cc bwrap
 [ -n "${CLAUDE_CLI_PATH:-}" ] || scripts/install-claude.sh
 echo "Building …"

@@ -11,19 +11,31 @@ step() {
 }
 
 step "what the tests need"
+scripts/need-rust.sh
 scripts/install-debian.sh cc bwrap pgbouncer postgres
 scripts/install-claude.sh
 step "format"
 cargo fmt --check
 step "lints"
 cargo clippy --workspace --all-targets -- -D warnings
-# The tests start the binaries, so all of them are built first, in the profile that the tests are built in.
+# Programs and tests in one go: asked for apart, they differ in the features of libraries, and each library that has
+# one of these above it is compiled twice.
 step "build"
-cargo build --workspace --bins
+cargo build --workspace --all-targets
+# The documentation is written while the tests wait for processes. Private items are in it, so links to them are right.
+documentation=$(mktemp)
+trap 'rm -f "$documentation"' EXIT
+RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" \
+    cargo doc --workspace --no-deps --document-private-items >"$documentation" 2>&1 &
+writing=$!
 step "tests"
+tests=0
 # Most cases of the integration tests wait for processes, so more of them than cores run at once.
-RUST_TEST_THREADS=4 cargo test --workspace
+RUST_TEST_THREADS=4 cargo test --workspace || tests=$?
 step "documentation"
-# For those who read the code: private items are in it, so links to them are right.
-RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --workspace --no-deps --document-private-items
+if ! wait "$writing"; then
+    cat "$documentation" >&2
+    exit 1
+fi
+[ "$tests" -eq 0 ] || exit "$tests"
 step "all passed"

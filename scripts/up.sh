@@ -2,6 +2,7 @@
 # Serves for real, on SQLite, with this machine's Anthropic credential.
 set -eu
 cd "$(dirname "$0")/.."
+scripts/need-rust.sh
 scripts/install-debian.sh cc bwrap
 
 # The value of a variable: from the environment, else from .env.

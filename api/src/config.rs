@@ -36,6 +36,10 @@ pub struct Config {
     pub problem_type_base: String,
     /// How long a request may ask to wait. `WAIT_MAX_SECONDS`, 50, at most 300.
     pub wait_max: Duration,
+    /// How long a client may take to send the head of a request. `API_HEAD_SECONDS`, 10.
+    pub head_timeout: Duration,
+    /// How long a client may take to send the body of a request. `API_BODY_SECONDS`, 30.
+    pub body_timeout: Duration,
     /// How long an event stream stays open. `STREAM_MAX_SECONDS`, 3600.
     pub stream_max: Duration,
     /// How many attempts a job gets that doesn't say. `JOB_MAX_ATTEMPTS`, 3, at most 5.
@@ -69,6 +73,8 @@ impl Default for Config {
             cors: Cors::any(),
             problem_type_base: "urn:problem:".to_owned(),
             wait_max: Duration::from_secs(50),
+            head_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(30),
             stream_max: Duration::from_hours(1),
             job_max_attempts: 3,
             job_timeout_max_seconds: 3_600,
@@ -96,6 +102,8 @@ impl Config {
             cors: cors(vars)?,
             problem_type_base: vars.or("PROBLEM_TYPE_BASE", &default.problem_type_base)?,
             wait_max: seconds(vars, "WAIT_MAX_SECONDS", default.wait_max, 0, 300)?,
+            head_timeout: seconds(vars, "API_HEAD_SECONDS", default.head_timeout, 1, 300)?,
+            body_timeout: seconds(vars, "API_BODY_SECONDS", default.body_timeout, 1, 3_600)?,
             stream_max: seconds(vars, "STREAM_MAX_SECONDS", default.stream_max, 1, 86_400)?,
             job_max_attempts: vars.number("JOB_MAX_ATTEMPTS", default.job_max_attempts, 1, 5)?,
             job_timeout_max_seconds: vars.number(

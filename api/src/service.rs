@@ -16,6 +16,8 @@ pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) 
     let housekeeping = tokio::spawn(housekeeping::keep(context.clone(), ended.clone()));
     let edge = Edge {
         cors: context.config.cors.clone(),
+        head_timeout: context.config.head_timeout,
+        body_timeout: context.config.body_timeout,
         drain: context.config.drain,
         stopping: context.stopping.clone(),
     };

@@ -3,17 +3,20 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tests::both;
 use tests::client::Client;
 use tests::database::Db;
 use tests::paths;
 use tests::script::{Deaf, Script, Step, daemon, steps};
 use tests::system::System;
+use tests::{both, once};
 
 both!(
     a_queued_job_is_cancelled_at_once,
     a_running_job_is_cancelled_and_paid_for,
     a_finished_job_cannot_be_cancelled,
+    a_run_ends_at_its_timeout,
+);
+once!(
     a_bad_reason_cancels_nothing,
     a_deaf_run_is_ended,
     a_deaf_run_is_ended_without_a_sandbox,
@@ -25,7 +28,6 @@ both!(
     a_daemon_ends_with_a_cancelled_run_without_a_sandbox,
     a_daemon_ends_with_a_finished_run,
     a_daemon_ends_with_a_finished_run_without_a_sandbox,
-    a_run_ends_at_its_timeout,
     a_run_that_never_speaks_is_ended,
     a_run_that_falls_silent_is_ended,
     an_open_tool_call_is_no_silence,
@@ -131,8 +133,8 @@ async fn a_finished_job_cannot_be_cancelled(db: Db) {
     }
 }
 
-async fn a_bad_reason_cancels_nothing(db: Db) {
-    let system = System::builder().database(db).workers(0).start().await;
+async fn a_bad_reason_cancels_nothing() {
+    let system = System::builder().workers(0).start().await;
     let client = system.client();
     let id = client.accepted("hi").await;
     let path = format!("/api/v1/jobs/{id}/cancel");
@@ -166,9 +168,9 @@ async fn is_ended(db: Db, sandbox: bool, script: &Script) {
     assert_eq!(job["cost"], 0.25, "{job:#}");
 }
 
-async fn a_deaf_run_is_ended(db: Db) {
+async fn a_deaf_run_is_ended() {
     is_ended(
-        db,
+        Db::Sqlite,
         true,
         &ready([Step::Hang])
             .deaf_to(Deaf::Interrupt)
@@ -177,12 +179,12 @@ async fn a_deaf_run_is_ended(db: Db) {
     .await;
 }
 
-async fn a_deaf_run_is_ended_without_a_sandbox(db: Db) {
+async fn a_deaf_run_is_ended_without_a_sandbox() {
     let script = ready([Step::Hang])
         .deaf_to(Deaf::Interrupt)
         .deaf_to(Deaf::Signals)
         .deaf_to(Deaf::Stdin);
-    is_ended(db, false, &script).await;
+    is_ended(Db::Sqlite, false, &script).await;
 }
 
 /// Cancels a run of a CLI that gives its result when it is interrupted, and then does this. It hears no signal and no
@@ -221,28 +223,28 @@ result
     assert_eq!(system.run_processes(), []);
 }
 
-async fn a_run_that_answers_a_cancel_and_stays_is_ended(db: Db) {
-    is_ended_after_its_answer(db, "exec sleep 600").await;
+async fn a_run_that_answers_a_cancel_and_stays_is_ended() {
+    is_ended_after_its_answer(Db::Sqlite, "exec sleep 600").await;
 }
 
-async fn a_run_that_repeats_its_results_is_ended(db: Db) {
-    is_ended_after_its_answer(db, "while :; do result; sleep 0.2; done").await;
+async fn a_run_that_repeats_its_results_is_ended() {
+    is_ended_after_its_answer(Db::Sqlite, "while :; do result; sleep 0.2; done").await;
 }
 
-async fn a_frozen_run_is_ended(db: Db) {
-    is_ended(db, true, &ready([Step::Freeze])).await;
+async fn a_frozen_run_is_ended() {
+    is_ended(Db::Sqlite, true, &ready([Step::Freeze])).await;
 }
 
-async fn a_frozen_run_is_ended_without_a_sandbox(db: Db) {
-    is_ended(db, false, &ready([Step::Freeze]).deaf_to(Deaf::Signals)).await;
+async fn a_frozen_run_is_ended_without_a_sandbox() {
+    is_ended(Db::Sqlite, false, &ready([Step::Freeze]).deaf_to(Deaf::Signals)).await;
 }
 
-async fn a_daemon_ends_with_a_cancelled_run(db: Db) {
-    is_ended(db, true, &daemonic().then(Step::Hang)).await;
+async fn a_daemon_ends_with_a_cancelled_run() {
+    is_ended(Db::Sqlite, true, &daemonic().then(Step::Hang)).await;
 }
 
-async fn a_daemon_ends_with_a_cancelled_run_without_a_sandbox(db: Db) {
-    is_ended(db, false, &daemonic().then(Step::Hang)).await;
+async fn a_daemon_ends_with_a_cancelled_run_without_a_sandbox() {
+    is_ended(Db::Sqlite, false, &daemonic().then(Step::Hang)).await;
 }
 
 /// Says that it is ready only when its daemon runs; the daemon's call costs nothing to speak of.
@@ -250,12 +252,12 @@ fn daemonic() -> Script {
     steps([daemon(), Step::Spend(0.2496)])
 }
 
-async fn a_daemon_ends_with_a_finished_run(db: Db) {
-    a_daemon_ends(db, true).await;
+async fn a_daemon_ends_with_a_finished_run() {
+    a_daemon_ends(Db::Sqlite, true).await;
 }
 
-async fn a_daemon_ends_with_a_finished_run_without_a_sandbox(db: Db) {
-    a_daemon_ends(db, false).await;
+async fn a_daemon_ends_with_a_finished_run_without_a_sandbox() {
+    a_daemon_ends(Db::Sqlite, false).await;
 }
 
 async fn a_daemon_ends(db: Db, sandbox: bool) {
@@ -297,13 +299,12 @@ async fn a_run_ends_at_its_timeout(db: Db) {
     assert_eq!(client.all_events(&id).await.last().unwrap()["type"], "error");
 }
 
-async fn a_run_that_never_speaks_is_ended(db: Db) {
+async fn a_run_that_never_speaks_is_ended() {
     let cli = paths::program(
         "mute",
         "case $1 in --version) echo '2.1.331 (Claude Code)' ;; *) exec sleep 600 ;; esac",
     );
     let system = System::builder()
-        .database(db)
         .env("CLAUDE_CLI_PATH", cli.to_str().unwrap())
         .env("JOB_FIRST_OUTPUT_SECONDS", "1")
         .start()
@@ -323,9 +324,8 @@ async fn a_run_that_never_speaks_is_ended(db: Db) {
     assert_eq!(system.run_processes(), []);
 }
 
-async fn a_run_that_falls_silent_is_ended(db: Db) {
+async fn a_run_that_falls_silent_is_ended() {
     let system = System::builder()
-        .database(db)
         // Longer than it takes a busy machine to get from one line to the next.
         .env("JOB_IDLE_SECONDS", "4")
         .start()
@@ -346,12 +346,8 @@ async fn a_run_that_falls_silent_is_ended(db: Db) {
     assert_eq!(system.run_processes(), []);
 }
 
-async fn an_open_tool_call_is_no_silence(db: Db) {
-    let system = System::builder()
-        .database(db)
-        .env("JOB_IDLE_SECONDS", "4")
-        .start()
-        .await;
+async fn an_open_tool_call_is_no_silence() {
+    let system = System::builder().env("JOB_IDLE_SECONDS", "4").start().await;
     let client = system.client();
 
     // A tool has three times as long.

@@ -1,6 +1,6 @@
 //! Everything at once: jobs in and out of sessions from three keys, while processes are killed and stopped at random,
 //! the guards of runs among them.
-//! Then they stop, and what must hold is checked. `CHAOS_JOBS` says how many jobs (500), `CHAOS_SEED` repeats a course.
+//! Then they stop, and what must hold is checked. `CHAOS_JOBS` says how many jobs (120), `CHAOS_SEED` repeats a course.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -46,7 +46,7 @@ fn jobs() -> usize {
     std::env::var("CHAOS_JOBS")
         .ok()
         .and_then(|count| count.parse().ok())
-        .unwrap_or(500)
+        .unwrap_or(120)
 }
 
 /// A small generator, so that a seed repeats the choices (though not the timing).

@@ -24,7 +24,7 @@ both!(
 );
 
 /// Short, so that the tests are quick, and long enough that a machine which hesitates for three seconds loses none.
-const LEASE: Duration = Duration::from_secs(5);
+const LEASE: Duration = Duration::from_secs(3);
 /// A lost lease is found within the lease's length and five seconds.
 const RECOVERY: Duration = LEASE.saturating_add(Duration::from_secs(5));
 

@@ -4,29 +4,31 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tests::both;
 use tests::client::{Client, at_once};
 use tests::database::Db;
 use tests::script::{Step, answer, steps};
 use tests::system::{KEYS, System};
+use tests::{both, once};
 
 both!(
     a_submitted_job_is_done,
     a_job_runs_in_one_process_with_the_api,
-    what_a_tool_writes_is_in_the_workspace,
     a_message_reaches_the_cli_as_it_is,
     a_message_of_a_million_characters_is_run,
     the_settings_of_a_job_reach_the_cli_and_the_answer,
     a_finished_job_shows_what_it_ran_with,
     a_long_poll_ends_with_the_job,
-    a_long_poll_ends_with_its_time,
     the_list_is_filtered_and_paged,
     a_long_list_in_full_does_not_need_room_for_all_of_it,
-    a_cursor_belongs_to_its_filters,
     what_belongs_to_another_key_is_not_there,
     an_administrator_sees_every_job,
     a_submission_during_a_workers_absence_is_run_later,
     many_jobs_of_several_keys_are_all_done,
+);
+once!(
+    what_a_tool_writes_is_in_the_workspace,
+    a_long_poll_ends_with_its_time,
+    a_cursor_belongs_to_its_filters,
 );
 
 async fn a_submitted_job_is_done(db: Db) {
@@ -105,8 +107,8 @@ async fn a_job_runs_in_one_process_with_the_api(db: Db) {
     assert_eq!(system.api(0).stop(Duration::from_secs(10)).await, Some(0));
 }
 
-async fn what_a_tool_writes_is_in_the_workspace(db: Db) {
-    let system = System::start(db).await;
+async fn what_a_tool_writes_is_in_the_workspace() {
+    let system = System::start(Db::Sqlite).await;
     let client = system.client();
     let write = Step::Write {
         file: "hello.txt".to_owned(),
@@ -246,12 +248,8 @@ async fn a_long_poll_ends_with_the_job(db: Db) {
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
 
-async fn a_long_poll_ends_with_its_time(db: Db) {
-    let system = System::builder()
-        .database(db)
-        .env("WAIT_MAX_SECONDS", "2")
-        .start()
-        .await;
+async fn a_long_poll_ends_with_its_time() {
+    let system = System::builder().env("WAIT_MAX_SECONDS", "2").start().await;
     let client = system.client();
     let id = client.play(&steps([Step::Hang])).await;
     let begin = Instant::now();
@@ -381,8 +379,8 @@ fn peak_memory(pid: i32) -> i64 {
     line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-async fn a_cursor_belongs_to_its_filters(db: Db) {
-    let system = System::builder().database(db).workers(0).start().await;
+async fn a_cursor_belongs_to_its_filters() {
+    let system = System::builder().workers(0).start().await;
     let client = system.client();
     for _ in 0..3 {
         client.accepted("hi").await;

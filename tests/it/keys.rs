@@ -30,9 +30,7 @@ both!(
     the_jobs_of_a_revoked_key_go_on_unless_they_are_cancelled,
     a_long_wait_is_no_way_round_a_revocation,
     a_key_ends_when_it_expires,
-    keys_of_the_environment_can_only_be_read,
     keys_are_listed_page_by_page,
-    what_is_no_key_is_refused_with_every_fault,
     another_secret_key_stops_the_start,
     every_change_and_refusal_is_noted,
     no_secret_is_anywhere,
@@ -40,6 +38,8 @@ both!(
 once!(
     a_service_on_the_network_starts_with_a_key_of_the_database,
     the_use_of_a_key_is_noted_also_when_that_failed_first,
+    what_is_no_key_is_refused_with_every_fault,
+    keys_of_the_environment_can_only_be_read,
 );
 
 /// A revoked key opens nothing after this.
@@ -773,8 +773,8 @@ fn rfc3339(micros: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
 }
 
-async fn keys_of_the_environment_can_only_be_read(db: Db) {
-    let system = System::builder().database(db).workers(0).start().await;
+async fn keys_of_the_environment_can_only_be_read() {
+    let system = System::builder().workers(0).start().await;
     let admin = admin(&system);
     let me = system.client().get("/api/v1/keys/me").await;
     let id = me.data(200)["id"].as_str().unwrap().to_owned();
@@ -845,8 +845,8 @@ async fn keys_are_listed_page_by_page(db: Db) {
     assert_eq!(admin.get("/api/v1/keys?status=lost").await.status, 422);
 }
 
-async fn what_is_no_key_is_refused_with_every_fault(db: Db) {
-    let system = System::builder().database(db).workers(0).start().await;
+async fn what_is_no_key_is_refused_with_every_fault() {
+    let system = System::builder().workers(0).start().await;
     let admin = admin(&system);
     for (body, faults) in [
         (json!({}), vec![("body -> name", "missing")]),

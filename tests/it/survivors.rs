@@ -24,7 +24,7 @@ both!(
 const LIMIT: Duration = Duration::from_secs(6);
 
 /// Short, and longer than a busy machine hesitates.
-const LEASE: Duration = Duration::from_secs(6);
+const LEASE: Duration = Duration::from_secs(4);
 
 /// A system whose leases are short.
 async fn start(db: Db, sandbox: bool) -> System {

@@ -33,11 +33,20 @@ pub struct Database {
 }
 
 impl Database {
-    /// An empty SQLite file in `folder` (the product migrates it when it starts), or a PostgreSQL database made from
-    /// the migrated template.
+    /// A migrated database without a row: a SQLite file in `folder` or a PostgreSQL database, copied from a template
+    /// that the product has made.
     pub async fn fresh(db: Db, folder: &Path) -> Self {
+        static MIGRATED: OnceCell<PathBuf> = OnceCell::const_new();
         let url = match db {
-            Db::Sqlite => file_url(folder),
+            Db::Sqlite => {
+                let template = MIGRATED.get_or_init(async || {
+                    let folder = paths::folder('t');
+                    migrate(&file_url(&folder), &folder).expect("the product migrates");
+                    folder.join(FILE_NAME)
+                });
+                fs::copy(template.await, folder.join(FILE_NAME)).expect("the template is copied");
+                file_url(folder)
+            }
             Db::Postgres => cluster().await.fresh().await,
         };
         Self { db, url }
@@ -371,25 +380,7 @@ impl Cluster {
             .map_err(|error| error.to_string())?;
         let data = self.folder.with_extension("d");
         fs::create_dir(&data).map_err(|error| error.to_string())?;
-        let migrated = Command::new(paths::binary("claude-queue"))
-            .arg("migrate")
-            .env_clear()
-            .env("PATH", "/usr/bin:/bin")
-            .env("HOME", &data)
-            .env("DATA_DIR", &data)
-            .env("DATABASE_URL", self.url(TEMPLATE))
-            .env(paths::MARKER, &data)
-            .current_dir(&data)
-            .output()
-            .map_err(|error| format!("claude-queue doesn't start: {error}"))?;
-        if !migrated.status.success() {
-            return Err(format!(
-                "`claude-queue migrate` failed on PostgreSQL: {}{}",
-                String::from_utf8_lossy(&migrated.stdout),
-                String::from_utf8_lossy(&migrated.stderr)
-            ));
-        }
-        Ok(())
+        migrate(&self.url(TEMPLATE), &data)
     }
 
     async fn administer(&self, sql: &str) -> Result<(), sqlx::Error> {
@@ -433,6 +424,29 @@ impl Cluster {
         command.current_dir(&self.folder).stdin(Stdio::null());
         command
     }
+}
+
+/// Has the product make its tables.
+fn migrate(url: &str, folder: &Path) -> Result<(), String> {
+    let migrated = Command::new(paths::binary("claude-queue"))
+        .arg("migrate")
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("HOME", folder)
+        .env("DATA_DIR", folder)
+        .env("DATABASE_URL", url)
+        .env(paths::MARKER, folder)
+        .current_dir(folder)
+        .output()
+        .map_err(|error| format!("claude-queue doesn't start: {error}"))?;
+    if migrated.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "`claude-queue migrate` failed on {url}: {}{}",
+        String::from_utf8_lossy(&migrated.stdout),
+        String::from_utf8_lossy(&migrated.stderr)
+    ))
 }
 
 /// The cluster that all tests of the binary share. Its start is tried once: what is missing then is missing for all.

@@ -24,8 +24,6 @@ use fields::{Fault, Fields};
 
 /// The largest JSON body, in bytes.
 pub const BODY_LIMIT: usize = 2 * 1024 * 1024;
-/// A body that takes longer than this to arrive is given up.
-const BODY_WITHIN: Duration = Duration::from_secs(30);
 /// What is read, and thrown away, of a body that nobody wanted, so that the client sees the answer and not a
 /// connection that was reset under its hands.
 const LEFTOVER_LIMIT: usize = 16 * 1024 * 1024;
@@ -43,6 +41,7 @@ pub struct Request {
     /// The other end of the connection.
     pub peer: SocketAddr,
     uri: Uri,
+    body_timeout: Duration,
     body: Mutex<Unread>,
 }
 
@@ -55,8 +54,8 @@ struct Unread {
 }
 
 impl Request {
-    /// The request that came from `peer`.
-    pub fn new(peer: SocketAddr, request: http::Request<Incoming>) -> Self {
+    /// The request that came from `peer`, whose body must arrive within `body_timeout`.
+    pub fn new(peer: SocketAddr, body_timeout: Duration, request: http::Request<Incoming>) -> Self {
         let (
             Parts {
                 method, uri, headers, ..
@@ -80,6 +79,7 @@ impl Request {
             id,
             peer,
             uri,
+            body_timeout,
             body,
         }
     }
@@ -136,7 +136,7 @@ impl Request {
             return Err(Problem::TooLarge(limit));
         }
         self.unread().held_back = false;
-        let read = timeout(BODY_WITHIN, collect(&mut body, limit)).await;
+        let read = timeout(self.body_timeout, collect(&mut body, limit)).await;
         if let Err(_) | Ok(Err(_)) = read {
             self.unread().body = Some(body);
         }

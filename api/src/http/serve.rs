@@ -37,9 +37,6 @@ const MAX_CONNECTIONS: u64 = 8_192;
 const FILES_KEPT: u64 = 128;
 /// The largest head of a request, in bytes, and what is read of a body at a time.
 const MAX_HEAD: usize = 64 * 1024;
-/// The head of a request must have arrived this long after its connection was ready for it. This also ends
-/// connections on which nothing is asked.
-const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// Answers below this size aren't compressed.
 const COMPRESS_ABOVE: u64 = 1_024;
 
@@ -51,6 +48,10 @@ pub type App = BoxCloneService<http::Request<Empty<Bytes>>, warp::reply::Respons
 pub struct Edge {
     /// The web pages that may read the answers.
     pub cors: Cors,
+    /// How long a client may take to send the head of a request.
+    pub head_timeout: Duration,
+    /// How long it may take to send the body.
+    pub body_timeout: Duration,
     /// How long open requests get at shutdown.
     pub drain: Duration,
     /// Cancelled when the loop accepts no more: whoever waits for something stops waiting.
@@ -145,14 +146,16 @@ async fn connection(
     // Answers are written whole, so waiting for more to send would only delay them.
     let _ = stream.set_nodelay(true);
     let stopping = edge.stopping.clone();
+    // Since the connection was ready for the request. This also ends connections on which nothing is asked.
+    let (head_timeout, body_timeout) = (edge.head_timeout, edge.body_timeout);
     let service = service_fn(move |request| {
-        let request = Arc::new(Request::new(peer, request));
+        let request = Arc::new(Request::new(peer, body_timeout, request));
         let (app, cors) = (app.clone(), edge.cors.clone());
         async move { Ok::<_, Infallible>(answer(app, &cors, request).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN)
+        .header_read_timeout(head_timeout)
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
