@@ -46,7 +46,7 @@ pub struct Config {
     pub job_max_attempts: i64,
     /// The longest attempt that a job may ask for, in seconds. `JOB_TIMEOUT_MAX_SECONDS`, 3600.
     pub job_timeout_max_seconds: i64,
-    /// What one attempt may cost at most. `CLAUDE_MAX_COST_PER_REQUEST`, 5.0 dollars.
+    /// What all attempts of a job together may cost at most. `CLAUDE_MAX_COST_PER_REQUEST`, 5.0 dollars.
     pub max_cost_per_request: MicroUsd,
     /// What a key may spend in all, unless it has a budget of its own. `CLAUDE_MAX_COST_PER_USER`, 50.0 dollars.
     pub max_cost_per_user: MicroUsd,

@@ -31,7 +31,7 @@ pub struct Settings {
     pub allowed_tools: Option<Vec<String>>,
     /// Rules that forbid tools.
     pub disallowed_tools: Option<Vec<String>>,
-    /// What one attempt may cost at most.
+    /// What all attempts together may cost at most.
     pub max_cost_usd: Option<MicroUsd>,
 }
 

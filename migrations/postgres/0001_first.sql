@@ -125,6 +125,7 @@ create table attempt (
   ending text,                        -- done, failed, cancelled, retry, lost, released
   error_code text,
   cost bigint not null default 0,
+  reported_cost bigint,              -- what the CLI said; decides nothing
   turns bigint not null default 0,
   exit text,
   stderr_tail text,

@@ -124,6 +124,7 @@ create table attempt (
   ending text,                        -- done, failed, cancelled, retry, lost, released
   error_code text,
   cost integer not null default 0,
+  reported_cost integer,              -- what the CLI said; decides nothing
   turns integer not null default 0,
   exit text,
   stderr_tail text,

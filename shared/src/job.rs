@@ -188,7 +188,7 @@ pub struct NewJob {
     pub max_turns: Option<i64>,
     /// Seconds an attempt may take; `None` is the service's default.
     pub timeout_seconds: Option<i64>,
-    /// What one attempt may cost at most.
+    /// What all its attempts together may cost at most.
     pub max_cost: MicroUsd,
     /// The client's own name for it.
     pub custom_id: Option<String>,
@@ -245,7 +245,7 @@ pub struct Job {
     pub max_turns: Option<i64>,
     /// Seconds an attempt may take.
     pub timeout_seconds: Option<i64>,
-    /// What one attempt may cost at most.
+    /// What all its attempts together may cost at most.
     pub max_cost: MicroUsd,
     /// Where to tell the end of the job; this release tells nobody.
     pub webhook_url: Option<String>,
@@ -285,6 +285,13 @@ pub struct Job {
     pub data_removed: bool,
 }
 
+impl Job {
+    /// What its attempts may still cost. Meant for a job that isn't running.
+    pub fn cost_left(&self) -> MicroUsd {
+        self.max_cost - self.cost
+    }
+}
+
 /// Proof that this process holds the run of a job. Only storage makes one, and only with one can anything be
 /// written about the run; (`job.job_id`, `job.attempt`) is the fence.
 #[derive(Debug)]
@@ -297,6 +304,8 @@ pub struct Lease {
     pub message: String,
     /// What only the run needs.
     pub options: RunOptions,
+    /// The models that its key may use now, as the key names them; all, if there are none.
+    pub allowed_models: Vec<String>,
     /// What this run may cost: reserved in every budget that applies.
     pub reserved: MicroUsd,
     /// The Claude sessions that the run may continue, best first; the first whose transcript is there is taken.
@@ -338,7 +347,7 @@ impl std::ops::AddAssign for TokenUsage {
 /// What one model cost in one attempt: a row of the ledger.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelCost {
-    /// The model, as the CLI names it.
+    /// The model, by its plain name.
     pub model: String,
     /// Its cost.
     pub cost: MicroUsd,
@@ -351,10 +360,13 @@ pub struct ModelCost {
 pub struct Spend {
     /// A row for each model.
     pub models: Vec<ModelCost>,
-    /// Whether it was rebuilt from what was seen, because the CLI didn't live to say.
+    /// Whether a part of it is estimated, because a request was cut off before its answer said what it used.
     pub estimated: bool,
-    /// Which price table an estimate used.
+    /// The price table that was used.
     pub price_version: Option<String>,
+    /// What the CLI reported. For people only: nothing is decided by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reported: Option<MicroUsd>,
 }
 
 impl Spend {

@@ -1,7 +1,8 @@
 //! The simulator's own routes, for a test that starts it as a process. They need no credential.
 //!
 //! `GET /_sim/health` · `GET /_sim/requests[?scenario=NAME][&run=RUN]` · `GET /_sim/last?scenario=NAME&run=RUN` ·
-//! `GET /_sim/scenarios` · `GET`, `PUT /_sim/scenarios/NAME` · `POST /_sim/reset`
+//! `GET /_sim/scenarios` · `GET`, `PUT /_sim/scenarios/NAME` · `POST /_sim/reset` ·
+//! `GET /_sim/spend`: what was answered, at list prices
 
 use bytes::Bytes;
 use http::{Method, Response};
@@ -61,8 +62,10 @@ pub(crate) fn answer(
             }
             Err(error) => refuse(400, &error.to_string()),
         },
+        ("GET", "spend", _) => response::json(200, &state.spend.json()),
         ("POST", "reset", _) => {
             state.recorder.reset();
+            state.spend.reset();
             response::json(200, &json!({"ok": true}))
         }
         _ => refuse(404, "no such control route"),

@@ -62,6 +62,19 @@ impl Choice {
     }
 }
 
+/// What the newest prompt with a marker `[[tokens:IN:OUT]]` says that its answer uses.
+pub(crate) fn tokens(body: &Value) -> Option<(u64, u64)> {
+    let prompts = messages(body)
+        .iter()
+        .rev()
+        .filter(|message| message["role"] == "user");
+    prompts.flat_map(prompt_texts).find_map(|text| {
+        let (tokens, _) = text.split_once("[[tokens:")?.1.split_once("]]")?;
+        let (input, output) = tokens.split_once(':')?;
+        Some((input.parse().ok()?, output.parse().ok()?))
+    })
+}
+
 /// The conversation's messages.
 pub(crate) fn messages(body: &Value) -> &[Value] {
     body["messages"].as_array().map_or(&[], Vec::as_slice)
@@ -208,6 +221,10 @@ mod tests {
             None
         );
         assert_eq!(prompt(&body), "please  do");
+        assert_eq!(tokens(&body), None);
+        let body =
+            json!({"messages": [{"role": "user", "content": "[[tokens:100:5000]] [[scenario:text]]"}]});
+        assert_eq!(tokens(&body), Some((100, 5000)));
     }
 
     #[test]

@@ -14,6 +14,8 @@
 //! `RUN` is any word; it gives a scenario that counts requests a counter of its own. Without one the counter belongs
 //! to the Claude session that asks.
 //!
+//! A prompt may say what its answer uses: `[[tokens:IN:OUT]]`.
+//!
 //! Start reading at `messages.rs`, which answers a request; then `conversation.rs` (what the request says),
 //! `answer.rs` (the answer as events) and `playback.rs` (the events on the wire, with their pauses and faults).
 
@@ -27,6 +29,7 @@ mod recorder;
 mod response;
 mod scenario;
 mod server;
+mod spend;
 mod state;
 
 use std::collections::BTreeMap;
@@ -108,9 +111,15 @@ impl Simulator {
         self.state.recorder.open()
     }
 
+    /// What all answers so far cost at list prices, in dollars. Of an answer that is cut off, the part that was sent counts.
+    pub fn spent(&self) -> f64 {
+        self.state.spend.dollars()
+    }
+
     /// Forgets the requests and sets all counters to 0. Scenarios stay.
     pub fn reset(&self) {
         self.state.recorder.reset();
+        self.state.spend.reset();
     }
 }
 

@@ -16,6 +16,7 @@ use crate::conversation::{self, Choice};
 use crate::recorder::{CredentialKind, Open, Recorded};
 use crate::response::{self, Body};
 use crate::scenario::{Fault, HttpError, Pick, Scenario, Step};
+use crate::spend::Spend;
 use crate::state::State;
 use crate::{answer, playback};
 
@@ -79,7 +80,7 @@ pub(crate) async fn answer(state: &State, head: &Parts, body: &Bytes, reset: Res
     let request_id = format!("req_sim_{number}");
 
     if let Some(step) = state.outage() {
-        return play(step, &asked, &request_id, reset, open).await;
+        return play(step, &asked, &request_id, reset, open, &state.spend).await;
     }
     let mut response = match check(head, path, credential_kind, body, &asked, scenario.as_deref()) {
         Err(Refusal(status, kind, message)) => {
@@ -91,12 +92,16 @@ pub(crate) async fn answer(state: &State, head: &Parts, body: &Bytes, reset: Res
         ),
         Ok(None) => response::json(200, &json!({"input_tokens": body.len() / 4})),
         Ok(Some(scenario)) => {
-            let step = if is_turn {
+            let mut step = if is_turn {
                 scenario.step(n)
             } else {
                 scenario.auxiliary_step()
             };
-            play(step, &asked, &request_id, reset, open).await
+            if let Some((input_tokens, output_tokens)) = conversation::tokens(&asked) {
+                step.usage.input_tokens = input_tokens;
+                step.usage.output_tokens = output_tokens;
+            }
+            play(step, &asked, &request_id, reset, open, &state.spend).await
         }
     };
     if let Ok(value) = HeaderValue::try_from(request_id) {
@@ -164,6 +169,7 @@ async fn play(
     request_id: &str,
     reset: ResetAtEnd,
     open: Open,
+    spend: &Spend,
 ) -> Response<Body> {
     answer::fill_in(&mut step, asked);
     sleep(Duration::from_millis(step.delay_ms)).await;
@@ -174,12 +180,20 @@ async fn play(
         error_response(error, request_id)
     } else {
         let answer = answer::to(asked, &step);
+        let model = step
+            .model
+            .as_deref()
+            .or(asked["model"].as_str())
+            .unwrap_or_default();
         if asked["stream"] == true {
-            let mut response = Response::new(playback::body(answer.events, &step, reset, open));
+            let mut response = Response::new(playback::body(answer.events, &step, reset, open, |pieces| {
+                spend.bill(model, step.usage, pieces)
+            }));
             let event_stream = HeaderValue::from_static("text/event-stream; charset=utf-8");
             response.headers_mut().insert(CONTENT_TYPE, event_stream);
             response
         } else {
+            spend.bill(model, step.usage, 1).whole();
             response::json(200, &answer.message)
         }
     };

@@ -16,6 +16,7 @@ use crate::connection::ResetAtEnd;
 use crate::recorder::Open;
 use crate::response::Body;
 use crate::scenario::{Fault, Step};
+use crate::spend::Bill;
 
 /// Between the last event and a cut, so that what was sent before arrives before.
 const BEFORE_CUT: Duration = Duration::from_millis(30);
@@ -25,6 +26,7 @@ struct Playback {
     ending: Ending,
     pause: Duration,
     words: u64,
+    bill: Bill,
     _open: Open,
 }
 
@@ -37,8 +39,19 @@ enum Ending {
 }
 
 /// The body of a streamed answer.
-pub(crate) fn body(events: Vec<Value>, step: &Step, reset: ResetAtEnd, open: Open) -> Body {
+/// `bill` begins to count it, by the number of its pieces of text, which is 0 when it has no end.
+pub(crate) fn body(
+    events: Vec<Value>,
+    step: &Step,
+    reset: ResetAtEnd,
+    open: Open,
+    bill: impl FnOnce(usize) -> Bill,
+) -> Body {
     let mut events = VecDeque::from(events);
+    let pieces = events
+        .iter()
+        .filter(|event| event["type"] == "content_block_delta")
+        .count();
     let mut pause = Duration::from_millis(step.chunk_delay_ms);
     let ending = match &step.fault {
         // The server never comes here with NoAnswer.
@@ -70,11 +83,13 @@ pub(crate) fn body(events: Vec<Value>, step: &Step, reset: ResetAtEnd, open: Ope
             cut_to(&mut events, 2, Ending::Endless)
         }
     };
+    let is_endless = matches!(ending, Ending::Endless);
     let playback = Playback {
         events,
         ending,
         pause,
         words: 0,
+        bill: bill(if is_endless { 0 } else { pieces }),
         _open: open,
     };
     StreamBody::new(stream::unfold(playback, next)).boxed_unsync()
@@ -91,6 +106,7 @@ async fn next(mut playback: Playback) -> Option<(io::Result<Frame<Bytes>>, Playb
         if event["type"] == "content_block_delta" && !playback.pause.is_zero() {
             sleep(playback.pause).await;
         }
+        playback.bill.sent(&event);
         return Some((Ok(frame(&event)), playback));
     }
     let piece = match &playback.ending {
@@ -112,9 +128,9 @@ async fn next(mut playback: Playback) -> Option<(io::Result<Frame<Bytes>>, Playb
             playback.words += 1;
             let text = format!("word{} ", playback.words);
             let delta = json!({"type": "text_delta", "text": text});
-            Ok(frame(
-                &json!({"type": "content_block_delta", "index": 0, "delta": delta}),
-            ))
+            let event = json!({"type": "content_block_delta", "index": 0, "delta": delta});
+            playback.bill.sent(&event);
+            Ok(frame(&event))
         }
     };
     Some((piece, playback))

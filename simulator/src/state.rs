@@ -4,12 +4,14 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::recorder::Recorder;
 use crate::scenario::{Scenarios, Step};
+use crate::spend::Spend;
 
-/// The scenarios, and what was asked for.
+/// The scenarios, what was asked for, and what the answers cost.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) scenarios: Scenarios,
     pub(crate) recorder: Recorder,
+    pub(crate) spend: Spend,
     /// What answers everything while the API is out.
     outage: Mutex<Option<Step>>,
 }
@@ -20,6 +22,7 @@ impl State {
         Self {
             scenarios: Scenarios::builtin(),
             recorder: Recorder::default(),
+            spend: Spend::default(),
             outage: Mutex::default(),
         }
     }

@@ -421,6 +421,18 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
             .await,
         0
     );
+    // The simulator's own count of what it answered: a killed worker may hide no more than its last 300 ms.
+    let answered = system.simulator().spent();
+    #[expect(clippy::cast_precision_loss, reason = "amounts stay below 2^53 millionths")]
+    let metered = spent as f64 / 1e6;
+    say(&format!(
+        "${answered:.4} answered, ${metered:.4} in the ledger, ${:.4} between them",
+        answered - metered
+    ));
+    assert!(
+        answered >= 0.98 * metered,
+        "${answered} answered, ${metered} in the ledger"
+    );
     // At least what every done job's answer cost.
     let done = finals.values().filter(|job| job["status"] == "done").count();
     assert!(

@@ -25,6 +25,7 @@ mod pooler; // PgBouncer between the product and PostgreSQL.
 mod real_cli; // The real Claude CLI against the simulator.
 mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.
+mod spend; // Only the gateway is believed about money and models.
 mod start; // How programs start, and on what they depend.
 mod survivors; // A run that does everything to live on doesn't.
 mod tickets; // What wakes the slots may be lost, damaged or too much.

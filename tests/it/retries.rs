@@ -266,7 +266,6 @@ async fn a_usage_limit_is_met_once_and_waited_for(db: Db) {
     let mut system = System::builder()
         .database(db)
         .workers(0)
-        .simulated()
         .sandbox(false)
         .stepped_clock()
         .env("WORKER_CONCURRENCY", "2")
@@ -328,7 +327,6 @@ async fn a_worker_at_its_limit_leaves_the_jobs_to_others(db: Db) {
     let system = System::builder()
         .database(db)
         .workers(2)
-        .simulated()
         .sandbox(false)
         .start()
         .await;

@@ -74,12 +74,7 @@ async fn well(client: &Client) {
 }
 
 async fn start(db: Db) -> System {
-    System::builder()
-        .database(db)
-        .simulated()
-        .sandbox(false)
-        .start()
-        .await
+    System::builder().database(db).sandbox(false).start().await
 }
 
 /// Thirty jobs are submitted while the API is out; all are done afterwards.
@@ -207,7 +202,6 @@ async fn what_a_run_prints_concerns_no_other_job(db: Db) {
 async fn a_wrong_address_is_the_operators_problem(db: Db) {
     let mut system = System::builder()
         .database(db)
-        .simulated()
         .sandbox(false)
         .workers(0)
         .start()
@@ -251,7 +245,6 @@ async fn a_wrong_address_is_the_operators_problem(db: Db) {
 async fn a_person_lifts_the_pauses_of_all_workers(db: Db) {
     let mut system = System::builder()
         .database(db)
-        .simulated()
         .sandbox(false)
         .workers(2)
         .start()
@@ -334,7 +327,6 @@ async fn cancelling_the_job_that_met_a_limit_lifts_nothing(db: Db) {
 async fn a_job_waits_for_the_api_no_longer_than_it_may(db: Db) {
     let system = System::builder()
         .database(db)
-        .simulated()
         .sandbox(false)
         .stepped_clock()
         .env("JOB_WAIT_MAX_HOURS", "5")
@@ -362,12 +354,7 @@ async fn a_job_waits_for_the_api_no_longer_than_it_may(db: Db) {
 
 async fn the_address_may_end_like_the_apis_own_paths() {
     for end in ["/", "/v1", "/v1/", "/v1/messages", "/v1/messages//"] {
-        let mut system = System::builder()
-            .simulated()
-            .sandbox(false)
-            .workers(0)
-            .start()
-            .await;
+        let mut system = System::builder().sandbox(false).workers(0).start().await;
         let url = format!("{}{end}", system.simulator().url());
         system.add_worker_with(&[("ANTHROPIC_BASE_URL", &url)]).await;
         let client = system.client();

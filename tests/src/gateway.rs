@@ -53,3 +53,44 @@ pub async fn send(path: &str, body: &str) -> io::Result<(u16, String)> {
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
     Ok((status.ok_or(io::ErrorKind::InvalidData)?, body.to_owned()))
 }
+
+/// Why there was no answer of the model.
+#[derive(Debug)]
+pub enum Failure {
+    /// The gateway, or the API behind it, refused.
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// The status and the API's sentence.
+        text: String,
+    },
+    /// The connection failed or was cut.
+    NoAnswer(String),
+}
+
+/// Asks for an answer that uses so many tokens, which the simulator gives, and reads it to its end.
+///
+/// # Errors
+/// When there is no whole answer.
+pub async fn pay(model: &str, input: u64, output: u64) -> Result<(), Failure> {
+    let body = json!({
+        "model": model, "max_tokens": output.max(1), "stream": true,
+        "messages": [{ "role": "user", "content": format!("[[tokens:{input}:{output}]]") }],
+    });
+    let (status, answer) = send("/v1/messages?beta=true", &body.to_string())
+        .await
+        .map_err(|error| Failure::NoAnswer(error.to_string()))?;
+    match status {
+        // The end of chunks.
+        200 if answer.ends_with("0\r\n\r\n") => Ok(()),
+        200 => Err(Failure::NoAnswer("the answer was cut".to_owned())),
+        status => {
+            let body: Value = serde_json::from_str(&answer).unwrap_or_default();
+            let message = body["error"]["message"].as_str().unwrap_or_default();
+            Err(Failure::Refused {
+                status,
+                text: format!("{status} {message}"),
+            })
+        }
+    }
+}

@@ -51,8 +51,20 @@ pub enum Step {
     /// A message of this price, in USD.
     Spend(f64),
     /// A request through the gateway, which the simulator answers with this scenario; tried again twice when it fails,
-    /// and then the end, as the real CLI does it. Needs [`Builder::simulated`](crate::system::Builder::simulated).
+    /// and then the end, as the real CLI does it.
     Request(String),
+    /// Requests through the gateway that the CLI knows nothing of, as a program of the agent makes them. A line for each
+    /// in [`REQUESTS`] says what came back.
+    Direct {
+        /// For which model.
+        model: String,
+        /// Tokens of the prompt, and of the answer.
+        tokens: (u64, u64),
+        /// How many there are.
+        count: usize,
+        /// How many of them at once.
+        at_once: usize,
+    },
     /// A call of the Bash tool that really runs, in a session of its own as the real tool does it.
     Shell(String),
     /// A call of the Write tool that really writes, relative to the working directory.
@@ -115,6 +127,9 @@ pub enum Deaf {
 pub fn until(file: impl AsRef<Path>) -> Step {
     Step::Until(file.as_ref().to_string_lossy().into_owned())
 }
+
+/// The file that [`Step::Direct`] writes.
+pub const REQUESTS: &str = "requests.log";
 
 /// The file that [`until_told`] waits for.
 pub const GO_ON: &str = "go-on";

@@ -43,7 +43,6 @@ pub struct Builder {
     workers: usize,
     up: bool,
     cli: Cli,
-    simulated: bool,
     sandbox: bool,
     stepped_clock: bool,
     enter: Vec<String>,
@@ -93,13 +92,6 @@ impl Builder {
         self
     }
 
-    /// With the simulator as the Messages API, which the real CLI always has.
-    #[must_use]
-    pub fn simulated(mut self) -> Self {
-        self.simulated = true;
-        self
-    }
-
     /// Whether runs are sandboxed; they are, unless told.
     #[must_use]
     pub fn sandbox(mut self, enabled: bool) -> Self {
@@ -142,11 +134,8 @@ impl Builder {
             Cli::Fake => (None, paths::binary("fake-claude")),
             Cli::Real => (Some(real_cli_permit().await), real_claude()),
         };
-        let mut simulator = None;
-        if self.simulated || self.cli == Cli::Real {
-            let started = Simulator::start(([127, 0, 0, 1], 0).into()).await;
-            simulator = Some(started.expect("the simulator starts"));
-        }
+        let started = Simulator::start(([127, 0, 0, 1], 0).into()).await;
+        let simulator = Some(started.expect("the simulator starts"));
         let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
         let mut env: Vec<(String, String)> = [
             ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin".to_owned()),
@@ -173,12 +162,9 @@ impl Builder {
             ("CLAUDE_CLI_PATH", claude.to_string_lossy().into_owned()),
             ("SANDBOX_ENABLED", self.sandbox.to_string()),
             ("ANTHROPIC_API_KEY", ANTHROPIC_KEY.to_owned()),
-            // A port that nobody listens on: the scripted CLI calls nobody.
             (
                 "ANTHROPIC_BASE_URL",
-                simulator
-                    .as_ref()
-                    .map_or("http://127.0.0.1:9".to_owned(), Simulator::url),
+                simulator.as_ref().map_or_else(String::new, Simulator::url),
             ),
         ]
         .map(|(name, value)| (name.to_owned(), value))
@@ -248,7 +234,6 @@ impl System {
             workers: 1,
             up: false,
             cli: Cli::Fake,
-            simulated: false,
             sandbox: true,
             stepped_clock: false,
             enter: Vec::new(),

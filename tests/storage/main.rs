@@ -275,6 +275,7 @@ fn spend(micros: i64) -> Spend {
         }],
         estimated: false,
         price_version: None,
+        reported: None,
     }
 }
 

@@ -56,6 +56,7 @@ impl Change {
             job: job.clone(),
             held_at: std::time::Instant::now(),
             message: String::new(),
+            allowed_models: Vec::new(),
             options: RunOptions::default(),
             reserved: MicroUsd::ZERO,
             resume: Vec::new(),

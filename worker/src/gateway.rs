@@ -5,9 +5,12 @@
 
 pub mod credentials;
 pub mod failure;
+mod relay;
+pub mod request;
 pub mod secret;
 pub mod upstream;
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,7 +21,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Uri};
-use http_body_util::{BodyExt as _, Either, Full, Limited};
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -26,24 +29,34 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use shared::clock;
 use subtle::ConstantTimeEq as _;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
-
-use credentials::Credentials;
-use failure::{ApiFailure, NO_CREDENTIAL, NOT_THE_API, UNREACHABLE};
-use secret::Secret;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::pause::Pause;
+use crate::spend::meter::Meter;
+use credentials::Credentials;
+use failure::{ApiFailure, NO_CREDENTIAL, NOT_THE_API, UNREACHABLE};
+use relay::{Head, Passing};
+use request::{Permissions, Refusal};
+use secret::Secret;
 
 pub use upstream::Upstream;
 
-/// Connections of one run at once. The CLI opens one or two.
+/// Connections of one run at once. The CLI opens one or two, and one for each subagent.
 const MAX_CONNECTIONS: usize = 64;
 
-/// The part of an error's body that is read for its type and message.
-const MAX_ERROR_BODY: usize = 64 * 1024;
+/// Requests of one run at once; more wait.
+const MAX_REQUESTS: usize = 32;
 
-/// How long the body of an error may take.
-const ERROR_BODY_WITHIN: Duration = Duration::from_secs(10);
+/// How often a run may count tokens: so many at once, and so many more each second.
+const COUNTS_AT_ONCE: f64 = 60.0;
+const COUNTS_PER_SECOND: f64 = 20.0;
+
+/// The part of an error's body that is read.
+const MAX_ERROR_BODY: usize = 64 * 1024;
 
 /// Headers that belong to one connection and not to the message.
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -73,15 +86,47 @@ struct Run {
     upstream: Upstream,
     /// Is told what the answers mean for the runs of this worker.
     pause: Arc<Pause>,
+    /// The attempt that may send requests.
+    attempt: Mutex<Option<Arc<Attempt>>>,
+    requests: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
+    counts: Mutex<Counts>,
     /// The last request that failed, unless a later one succeeded.
     last_failure: Mutex<Option<ApiFailure>>,
+    /// The last request that was refused here, unless a later one was sent.
+    last_refusal: Mutex<Option<Refusal>>,
+    tally: Mutex<BTreeMap<&'static str, Noted>>,
 }
 
-type Answer = Response<Either<reqwest::Body, Full<Bytes>>>;
+/// An attempt whose requests are served.
+#[derive(Debug)]
+struct Attempt {
+    meter: Arc<Meter>,
+    permissions: Permissions,
+    /// The requests under way.
+    relays: TaskTracker,
+    ending: CancellationToken,
+}
+
+/// How many counts of tokens are left.
+#[derive(Debug)]
+struct Counts {
+    left: f64,
+    at: Instant,
+}
+
+/// What the gateway refused for one reason.
+#[derive(Debug)]
+struct Noted {
+    count: u64,
+    first: String,
+}
+
+type Answer = Response<Either<Passing, Full<Bytes>>>;
 
 impl Gateway {
     /// Listens at `socket`, whose path may have 107 bytes, for requests that hold `token`, and sends them to
-    /// `upstream` with one of `credentials`.
+    /// `upstream` with one of `credentials`, while it is armed for an attempt.
     /// Has to be called inside a runtime.
     pub fn start(
         socket: &Path,
@@ -101,15 +146,53 @@ impl Gateway {
             token: Secret::new(token.to_owned()),
             upstream: upstream.clone(),
             pause,
+            attempt: Mutex::default(),
+            requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            memory: request::memory(),
+            counts: Mutex::new(Counts {
+                left: COUNTS_AT_ONCE,
+                at: Instant::now(),
+            }),
             last_failure: Mutex::default(),
+            last_refusal: Mutex::default(),
+            tally: Mutex::default(),
         });
         let server = tokio::spawn(serve(listener, Arc::clone(&run)));
         Ok(Self { run, server })
     }
 
+    /// Serves the requests of an attempt from now on: what they cost is added to `meter`, and they may ask for what
+    /// `permissions` allow.
+    pub fn arm(&self, meter: Arc<Meter>, permissions: Permissions) {
+        let attempt = Attempt {
+            meter,
+            permissions,
+            relays: TaskTracker::new(),
+            ending: CancellationToken::new(),
+        };
+        *lock(&self.run.attempt) = Some(Arc::new(attempt));
+    }
+
+    /// Serves no more requests, ends those that are under way, and waits until what they cost is known: two seconds at
+    /// most. Tells the log what was refused.
+    pub async fn disarm(&self) {
+        let attempt = lock(&self.run.attempt).take();
+        if let Some(attempt) = attempt {
+            attempt.ending.cancel();
+            attempt.relays.close();
+            attempt.relays.wait().await;
+        }
+        self.run.tell();
+    }
+
     /// The last request that failed, unless a later one succeeded.
     pub fn last_failure(&self) -> Option<ApiFailure> {
-        self.run.last_failure().clone()
+        lock(&self.run.last_failure).clone()
+    }
+
+    /// The last request of the attempt that was refused here, unless a later one was sent.
+    pub fn last_refusal(&self) -> Option<Refusal> {
+        lock(&self.run.last_refusal).clone()
     }
 }
 
@@ -117,7 +200,14 @@ impl Drop for Gateway {
     fn drop(&mut self) {
         // The connections' tasks are owned by this one and end with it.
         self.server.abort();
+        if let Some(attempt) = lock(&self.run.attempt).take() {
+            attempt.ending.cancel();
+        }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn serve(listener: UnixListener, run: Arc<Run>) {
@@ -130,7 +220,7 @@ async fn serve(listener: UnixListener, run: Arc<Run>) {
                 }
                 // Out of file descriptors, most likely: it passes.
                 Err(error) => {
-                    tracing::warn!("a connection to the gateway was lost: {error}");
+                    run.note("connection lost", || error.to_string());
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             },
@@ -153,60 +243,87 @@ async fn connection(socket: UnixStream, run: Arc<Run>) {
 
 impl Run {
     async fn answer(&self, request: Request<Incoming>) -> Answer {
+        match self.serve(request).await {
+            Ok(answer) => answer,
+            Err(refusal) => self.refuse(&refusal),
+        }
+    }
+
+    async fn serve(&self, request: Request<Incoming>) -> Result<Answer, Refusal> {
         if !self.knows(request.headers()) {
-            let message = "This request doesn't hold the token of the run.";
-            return refusal(StatusCode::UNAUTHORIZED, "authentication_error", message);
+            return Err(Refusal::Token);
         }
         if !is_served(request.method(), request.uri()) {
-            let message =
-                "The gateway of a run serves POST /v1/messages and POST /v1/messages/count_tokens only.";
-            return refusal(StatusCode::NOT_FOUND, "not_found_error", message);
+            return Err(Refusal::Path);
         }
+        let attempt = lock(&self.attempt).clone().ok_or(Refusal::Disarmed)?;
+        let (parts, body) = request.into_parts();
+        let is_message = parts.uri.path() == "/v1/messages";
+        if !is_message && !self.may_count() {
+            return Err(Refusal::TooOften);
+        }
+        let slot = Arc::clone(&self.requests).acquire_owned().await;
+        let slot = slot.map_err(|_| Refusal::Disarmed)?;
+        let aliases = attempt.meter.prices().aliases();
+        let asked = request::read(&parts.headers, body, &self.memory, &attempt.permissions, aliases).await?;
+        let metered = if is_message {
+            let admitted = tokio::select! {
+                admitted = attempt.meter.admit(asked.planned.clone()) => admitted,
+                () = attempt.ending.cancelled() => return Err(Refusal::Disarmed),
+            };
+            Some(admitted.map_err(|_| Refusal::NothingLeft)?)
+        } else {
+            None
+        };
         let (name, value) = match self.credentials.header().await {
             Ok(credential) => credential,
             Err(error) => {
-                return self.failed(
+                return Ok(self.failed(
                     StatusCode::UNAUTHORIZED,
                     NO_CREDENTIAL,
                     "authentication_error",
                     &error.to_string(),
-                );
+                ));
             }
         };
-        let (parts, body) = request.into_parts();
-        let is_message = parts.uri.path() == "/v1/messages";
-        let mut headers = end_to_end(&parts.headers);
-        for own in [header::HOST, header::AUTHORIZATION, API_KEY] {
-            headers.remove(own);
-        }
+        *lock(&self.last_refusal) = None;
+        let mut headers = asked.headers.clone();
         // What passes must be readable here.
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         headers.insert(name, value.clone());
-        let sent = self
-            .upstream
-            .post(&parts.uri, headers, reqwest::Body::wrap(body))
-            .await;
-        let response = match sent {
-            Ok(response) => response,
-            Err(error) => return self.failed(StatusCode::BAD_GATEWAY, UNREACHABLE, "api_error", &error),
+        let (upstream, is_stream) = (self.upstream.clone(), asked.is_stream);
+        let send = async move {
+            // The body's part of the memory is given back when it was sent.
+            upstream
+                .post(&parts.uri, headers, asked.body.clone().into())
+                .await
         };
-        let status = response.status();
-        if status == StatusCode::UNAUTHORIZED {
-            // The CLI asks a second time; by then there may be a fresh credential.
-            self.credentials.refused(&value).await;
+        let (head, came) = oneshot::channel();
+        let relay = relay::relay(send, is_stream, metered, head, attempt.ending.clone());
+        attempt.relays.spawn(async move {
+            relay.await;
+            drop(slot);
+        });
+        match came.await {
+            Ok(Head::Answer(response, body)) => {
+                if is_message && upstream::is_page(response.headers()) {
+                    let status = response.status().as_u16();
+                    self.note_failure(ApiFailure::own(status, NOT_THE_API, ""));
+                } else if is_message {
+                    *lock(&self.last_failure) = None;
+                    self.pause.served();
+                }
+                let (mut parts, ()) = response.into_parts();
+                parts.headers = end_to_end(&parts.headers);
+                Ok(Response::from_parts(parts, Either::Left(body)))
+            }
+            Ok(Head::Failure(response)) => Ok(self.pass_failure(response, &value, is_message).await),
+            Ok(Head::Unreachable(error)) => {
+                Ok(self.failed(StatusCode::BAD_GATEWAY, UNREACHABLE, "api_error", &error))
+            }
+            // The attempt has ended.
+            Err(_) => Err(Refusal::Disarmed),
         }
-        if !status.is_success() {
-            return self.pass_failure(response, is_message).await;
-        }
-        if is_message && upstream::is_page(response.headers()) {
-            self.note_failure(ApiFailure::own(status.as_u16(), NOT_THE_API, ""));
-        } else if is_message {
-            *self.last_failure() = None;
-            self.pause.served();
-        }
-        let (mut parts, body) = Response::<reqwest::Body>::from(response).into_parts();
-        parts.headers = end_to_end(&parts.headers);
-        Response::from_parts(parts, Either::Left(body))
     }
 
     /// Whether the request holds the token of this run, in whichever header.
@@ -222,49 +339,90 @@ impl Run {
             .any(|given| given.ct_eq(token).into())
     }
 
+    /// Whether tokens may be counted once more by now.
+    fn may_count(&self) -> bool {
+        let mut counts = lock(&self.counts);
+        let now = Instant::now();
+        let refilled = now.duration_since(counts.at).as_secs_f64() * COUNTS_PER_SECOND;
+        counts.left = (counts.left + refilled).min(COUNTS_AT_ONCE);
+        counts.at = now;
+        let may = counts.left >= 1.0;
+        if may {
+            counts.left -= 1.0;
+        }
+        may
+    }
+
     /// Takes note of an answer with an error status and hands it on.
-    async fn pass_failure(&self, response: reqwest::Response, is_message: bool) -> Answer {
-        let (mut parts, body) = Response::<reqwest::Body>::from(response).into_parts();
+    async fn pass_failure(
+        &self,
+        response: Response<Bytes>,
+        credential: &HeaderValue,
+        is_message: bool,
+    ) -> Answer {
+        let (mut parts, body) = response.into_parts();
+        if parts.status == StatusCode::UNAUTHORIZED {
+            // The CLI asks a second time; by then there may be a fresh credential.
+            self.credentials.refused(credential).await;
+        }
         parts.headers = end_to_end(&parts.headers);
-        // It's read whole, so its length is known anew.
+        // It was read whole, so its length is known anew.
         parts.headers.remove(header::CONTENT_LENGTH);
-        let read =
-            tokio::time::timeout(ERROR_BODY_WITHIN, Limited::new(body, MAX_ERROR_BODY).collect()).await;
-        let body = read
-            .ok()
-            .and_then(Result::ok)
-            .map(http_body_util::Collected::to_bytes)
-            .unwrap_or_default();
         // Not every gateway of an operator counts tokens, and no run needs it.
         if is_message {
-            let now = clock::now();
-            self.note_failure(ApiFailure::read(
-                parts.status.as_u16(),
-                &parts.headers,
-                &body,
-                now,
-            ));
+            let status = parts.status.as_u16();
+            self.note_failure(ApiFailure::read(status, &parts.headers, &body, clock::now()));
         }
         Response::from_parts(parts, Either::Right(Full::new(body)))
     }
 
     /// Takes note of a failure of the gateway's own and tells the CLI in the API's words.
-    fn failed(&self, status: StatusCode, observed: &str, kind: &str, message: &str) -> Answer {
-        tracing::warn!(
-            status = status.as_u16(),
-            "the gateway can't serve a request: {message}"
-        );
+    fn failed(&self, status: StatusCode, observed: &'static str, kind: &str, message: &str) -> Answer {
+        if self.note(observed, || message.to_owned()) {
+            tracing::warn!(
+                status = status.as_u16(),
+                "the gateway can't serve a request: {message}"
+            );
+        }
         self.note_failure(ApiFailure::own(status.as_u16(), observed, message));
-        refusal(status, kind, message)
+        error_answer(status, kind, message)
     }
 
     fn note_failure(&self, failure: ApiFailure) {
         self.pause.failed(&failure, clock::now());
-        *self.last_failure() = Some(failure);
+        *lock(&self.last_failure) = Some(failure);
     }
 
-    fn last_failure(&self) -> MutexGuard<'_, Option<ApiFailure>> {
-        self.last_failure.lock().unwrap_or_else(PoisonError::into_inner)
+    fn refuse(&self, refusal: &Refusal) -> Answer {
+        self.note(refusal.reason(), || refusal.to_string());
+        *lock(&self.last_refusal) = Some(refusal.clone());
+        let (status, kind) = refusal.answer();
+        let mut answer = error_answer(status, kind, &refusal.to_string());
+        if matches!(refusal, Refusal::TooLarge | Refusal::Incomplete) {
+            // The rest of the body isn't waited for.
+            answer
+                .headers_mut()
+                .insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        answer
+    }
+
+    /// Counts what a run was refused; whether it is the first for this reason.
+    fn note(&self, reason: &'static str, message: impl FnOnce() -> String) -> bool {
+        let mut tally = lock(&self.tally);
+        let noted = tally.entry(reason).or_insert_with(|| Noted {
+            count: 0,
+            first: message(),
+        });
+        noted.count += 1;
+        noted.count == 1
+    }
+
+    /// Tells the log what was refused, a line for each reason: a run may be refused a thousand times a second.
+    fn tell(&self) {
+        for (reason, Noted { count, first }) in std::mem::take(&mut *lock(&self.tally)) {
+            tracing::warn!(count, reason, "the gateway refused requests of the run: {first}");
+        }
     }
 }
 
@@ -292,7 +450,7 @@ fn end_to_end(headers: &HeaderMap) -> HeaderMap {
 }
 
 /// An error of the gateway's own, in the API's form.
-fn refusal(status: StatusCode, kind: &str, message: &str) -> Answer {
+fn error_answer(status: StatusCode, kind: &str, message: &str) -> Answer {
     let body = serde_json::json!({ "type": "error", "error": { "type": kind, "message": message } });
     let mut response = Response::new(Either::Right(Full::new(Bytes::from(body.to_string()))));
     *response.status_mut() = status;

@@ -1,9 +1,12 @@
 //! What runs cost: the tokens of their requests, the prices of models, and the sum of an attempt.
 
-mod meter;
+pub mod answer;
+pub mod meter;
 pub mod model;
 pub mod price;
+mod reported;
 mod usage;
 
 pub use meter::Meter;
+pub use reported::Reported;
 pub use usage::{MAX_COUNT, Usage, count};

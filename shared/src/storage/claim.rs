@@ -7,6 +7,7 @@ use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::id::{KeyId, WorkerId};
 use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume, RunDefaults};
+use crate::key::TextList;
 use crate::money::MicroUsd;
 use serde_json::json;
 use std::time::Instant;
@@ -64,8 +65,14 @@ impl Store {
             self.cancel_job(job.job_id, CancelReason::Deadline, now).await?;
             return Ok(Claim::TryAgain);
         }
+        let left = job.cost_left();
+        if left <= MicroUsd::ZERO {
+            tx.rollback().await?;
+            self.fail_used_up(&job, now).await?;
+            return Ok(Claim::TryAgain);
+        }
         let budgets = tx.lock_budgets(&key_id, now).await?;
-        let claim = match budget::allow(&budgets, job.max_cost, claimant.least_reserve) {
+        let claim = match budget::allow(&budgets, left, claimant.least_reserve) {
             Allowance::Reserve(amount) => tx.begin_attempt(job, claimant, &budgets, amount, now).await?,
             Allowance::Wait { everybody } => {
                 tx.hold_for_budget(&key_id, everybody).await?;
@@ -82,6 +89,24 @@ impl Store {
         Ok(claim)
     }
 
+    /// Fails a waiting job whose earlier attempts have cost all that it may cost.
+    async fn fail_used_up(&self, job: &Job, now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
+        tx.lock_lane(&job.key_id).await?;
+        let ending = Ending::Failed {
+            code: "max_cost".to_owned(),
+            message: format!(
+                "The job's earlier attempts have cost {} of the {} that it may cost. Allow more with `max_cost_usd`, or \
+                 go on in the same session.",
+                job.cost, job.max_cost
+            ),
+        };
+        tx.end_waiting(job.job_id, &ending, CancelReason::User, now)
+            .await?;
+        tx.commit().await
+    }
+
     /// Fails a waiting job that no budget leaves enough money for, if that is still so.
     async fn fail_unaffordable(&self, job: &Job, least: MicroUsd, now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
@@ -92,10 +117,10 @@ impl Store {
             everybody,
             spent,
             limit,
-        } = budget::allow(&budgets, job.max_cost, least)
+        } = budget::allow(&budgets, job.cost_left(), least)
         {
             let which = if everybody { "global" } else { "key's" };
-            let need = least.min(job.max_cost);
+            let need = least.min(job.cost_left());
             let ending = Ending::Failed {
                 code: "budget_exceeded".to_owned(),
                 message: format!(
@@ -172,13 +197,18 @@ impl Tx {
         self.finish_events(&claimed, &[NewEvent::new(EventType::Status, running)], now)
             .await?;
         self.lower(&claimed.key_id).await?;
-        let (message, options) = fetch!(
+        let (message, options, allowed_models) = fetch!(
             self,
             "read a prompt",
-            fetch_one => (String, String),
-            "select message, options from prompt where job_id = $1",
-            claimed.job_id
+            fetch_one => (String, String, Option<String>),
+            "select message, options, (select allowed_models from api_key where key_id = $2) from prompt
+             where job_id = $1",
+            claimed.job_id,
+            &claimed.key_id
         )?;
+        let allowed_models = allowed_models
+            .map_or(Ok(TextList::default()), TextList::try_from)
+            .map_err(|error| Error::during("read a key's models")(error.to_string()))?;
         let options = serde_json::from_str(&options)
             .map_err(|error| Error::during("read a prompt")(error.to_string()))?;
         let job = Job {
@@ -190,6 +220,7 @@ impl Tx {
             held_at,
             message,
             options,
+            allowed_models: allowed_models.0,
             reserved,
             resume,
         })))

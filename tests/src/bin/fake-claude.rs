@@ -1,5 +1,5 @@
 //! A scripted Claude Code CLI. It takes the real one's flags, speaks its two-way protocol in the shapes of 2.1.331,
-//! keeps a transcript to resume from, and does what the script in the prompt says ([`tests::script`]).
+//! keeps a transcript to resume from, pays for each message at the gateway, and does what the script in the prompt says ([`tests::script`]).
 
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, Write as _};
@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use futures_util::{StreamExt as _, stream};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 use tests::script::{Deaf, Script, Step};
-use tests::{processes, trace};
+use tests::{gateway, processes, script, trace};
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -546,7 +547,7 @@ impl Cli {
                 .await;
         }
         let answer = self.answer();
-        self.say(&answer, self.script.cost)
+        self.say(&answer, self.script.cost).await
     }
 
     fn answer(&self) -> String {
@@ -559,11 +560,30 @@ impl Cli {
 
     async fn step(&mut self, step: Step) -> Flow {
         match step {
-            Step::Say(text) => self.say(&text, None),
+            Step::Say(text) => self.say(&text, None).await,
             Step::Sleep(millis) => self.wait(Duration::from_millis(millis), false).await,
             Step::Hang => self.wait(Duration::from_secs(1_000_000), false).await,
             Step::Until(file) => self.wait_for(Path::new(&file)).await,
-            Step::Spend(usd) => self.say("Thinking.", Some(usd)),
+            Step::Spend(usd) => self.say("Thinking.", Some(usd)).await,
+            Step::Direct {
+                model,
+                tokens: (input, output),
+                count,
+                at_once,
+            } => {
+                let asked = (0..count).map(|_| gateway::pay(&model, input, output));
+                let answers: Vec<_> = stream::iter(asked).buffer_unordered(at_once).collect().await;
+                let mut lines = String::new();
+                for answer in answers {
+                    lines += &match answer {
+                        Ok(()) => "200\n".to_owned(),
+                        Err(gateway::Failure::Refused { text, .. }) => format!("{text}\n"),
+                        Err(gateway::Failure::NoAnswer(text)) => format!("none: {text}\n"),
+                    };
+                }
+                fs::write(script::REQUESTS, lines).expect("a working directory");
+                Flow::GoOn
+            }
             Step::Request(scenario) => self.request(&scenario).await,
             Step::Shell(command) => self.shell(&command).await,
             Step::Write { file, content } => {
@@ -583,7 +603,13 @@ impl Cli {
                 .await
             }
             Step::Tool(millis) => {
-                let id = self.call("Bash", &json!({ "command": format!("sleep {millis}") }));
+                let id = match self
+                    .call("Bash", &json!({ "command": format!("sleep {millis}") }))
+                    .await
+                {
+                    Ok(id) => id,
+                    Err(flow) => return flow,
+                };
                 let flow = self.wait(Duration::from_millis(millis), true).await;
                 if let Flow::GoOn = flow {
                     return self.returned(&id, "", false);
@@ -624,6 +650,7 @@ impl Cli {
                     &format!("{} to {}: {}", of("subtype"), of("request_id"), of("error")),
                     None,
                 )
+                .await
             }
             Step::Stderr(text) => {
                 complain(&text);
@@ -667,7 +694,7 @@ impl Cli {
             answer = tests::gateway::ask(&self.model, &prompt).await;
         }
         match answer {
-            Ok((200, text)) => self.say(&text, None),
+            Ok((200, text)) => self.say(&text, None).await,
             Ok((status, text)) => {
                 let error = match status {
                     401 | 403 => "authentication_failed",
@@ -726,10 +753,11 @@ impl Cli {
     }
 
     async fn shell(&mut self, command: &str) -> Flow {
-        let id = self.call(
-            "Bash",
-            &json!({ "command": command, "description": "A step of the script" }),
-        );
+        let input = json!({ "command": command, "description": "A step of the script" });
+        let id = match self.call("Bash", &input).await {
+            Ok(id) => id,
+            Err(flow) => return flow,
+        };
         let child = Command::new("setsid")
             .args(["--wait", "sh", "-c", command])
             .stdin(Stdio::null())
@@ -769,7 +797,10 @@ impl Cli {
     }
 
     async fn tool(&mut self, name: &str, input: &Value, result: &str) -> Flow {
-        let id = self.call(name, input);
+        let id = match self.call(name, input).await {
+            Ok(id) => id,
+            Err(flow) => return flow,
+        };
         match self.wait(Duration::ZERO, true).await {
             Flow::GoOn => self.returned(&id, result, result.starts_with("Error")),
             other => other,
@@ -777,11 +808,11 @@ impl Cli {
     }
 
     /// A message that calls a tool; the call's id.
-    fn call(&mut self, name: &str, input: &Value) -> String {
+    async fn call(&mut self, name: &str, input: &Value) -> Result<String, Flow> {
         let id = format!("toolu_{}", Uuid::new_v4().simple());
         let block = json!({ "type": "tool_use", "id": id, "name": name, "input": input });
-        self.message(&block, None, "tool_use");
-        id
+        self.message(&block, None, "tool_use").await?;
+        Ok(id)
     }
 
     /// The result of a tool call; then the caps are looked at, as before every further request.
@@ -801,9 +832,12 @@ impl Cli {
         self.check_budget()
     }
 
-    fn say(&mut self, text: &str, usd: Option<f64>) -> Flow {
-        self.message(&json!({ "type": "text", "text": text }), usd, "end_turn");
-        self.check_budget()
+    async fn say(&mut self, text: &str, usd: Option<f64>) -> Flow {
+        let block = json!({ "type": "text", "text": text });
+        match self.message(&block, usd, "end_turn").await {
+            Ok(()) => self.check_budget(),
+            Err(flow) => flow,
+        }
     }
 
     fn check_budget(&self) -> Flow {
@@ -813,8 +847,8 @@ impl Cli {
         }
     }
 
-    /// One answer of the model, with one block, and what the API would stream of it.
-    fn message(&mut self, block: &Value, usd: Option<f64>, stop_reason: &str) {
+    /// One answer of the model, with one block, and what the API would stream of it. It is paid for at the gateway.
+    async fn message(&mut self, block: &Value, usd: Option<f64>, stop_reason: &str) -> Result<(), Flow> {
         let usage = Usage {
             input: 100,
             output: usd.map_or(20, |usd| self.output_for(usd)),
@@ -826,6 +860,7 @@ impl Cli {
         };
         self.requests += 1;
         self.emit(json!({ "type": "system", "subtype": "status", "status": "requesting" }));
+        self.ask(usage).await?;
         self.stream(
             &id,
             &json!({
@@ -866,6 +901,47 @@ impl Cli {
             "stop_reason": stop_reason, "stop_sequence": null, "usage": usage.json(),
         });
         self.remember("assistant", &new_uuid(), &message);
+        Ok(())
+    }
+
+    /// Sends a request through the gateway that uses exactly these tokens at the simulator, and listens meanwhile. A
+    /// failure that may pass is tried three times, without the real one's pauses.
+    async fn ask(&mut self, usage: Usage) -> Result<(), Flow> {
+        // Started by hand, without a gateway.
+        if std::env::var_os("ANTHROPIC_UNIX_SOCKET").is_none() {
+            return Ok(());
+        }
+        for attempt in 0..3 {
+            let model = self.model.clone();
+            let answer = gateway::pay(&model, usage.input, usage.output);
+            tokio::pin!(answer);
+            let answer = loop {
+                tokio::select! {
+                    answer = &mut answer => break answer,
+                    flow = self.wait(Duration::from_millis(20), false) => match flow {
+                        Flow::GoOn => {}
+                        other => return Err(other),
+                    },
+                }
+            };
+            let (status, text) = match answer {
+                Ok(()) => return Ok(()),
+                Err(gateway::Failure::Refused { status, text }) => (Some(status), text),
+                Err(gateway::Failure::NoAnswer(text)) => (None, text),
+            };
+            let passes = status.is_none_or(|status| matches!(status, 401 | 408 | 409 | 429 | 500..));
+            if !passes || attempt == 2 {
+                let error = match status {
+                    Some(401 | 403) => "authentication_failed",
+                    Some(404) => "model_not_found",
+                    Some(429) => "rate_limit",
+                    Some(500..) | None => "server_error",
+                    Some(_) => "unknown",
+                };
+                return Err(self.api_error(status, error, &format!("API Error: {text}"), attempt));
+            }
+        }
+        Ok(())
     }
 
     #[expect(

@@ -11,6 +11,7 @@
 
 use super::message::Init;
 use crate::guard::orphans::RUN_VARIABLE;
+use crate::spend::model::{self, Aliases};
 use serde_json::{Value, json};
 use shared::money::MicroUsd;
 use std::path::{Path, PathBuf};
@@ -149,7 +150,9 @@ pub fn environment(paths: &CliPaths, dummy: (&str, &str), run_marker: &str) -> V
         (dummy.0, dummy.1.to_owned()),
         // Waiting for the API happens in the queue, where it costs no slot.
         ("CLAUDE_CODE_MAX_RETRIES", "2".to_owned()),
-        ("API_TIMEOUT_MS", "120000".to_owned()),
+        // The gateway waits no longer than two minutes for the API; it may keep a request for longer until others of the
+        // run have settled.
+        ("API_TIMEOUT_MS", "600000".to_owned()),
         ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1".to_owned()),
         ("DISABLE_AUTOUPDATER", "1".to_owned()),
         // An `@path` in a prompt would put any file into the request, whatever the permission mode.
@@ -175,6 +178,32 @@ pub fn environment(paths: &CliPaths, dummy: (&str, &str), run_marker: &str) -> V
         (RUN_VARIABLE, run_marker.to_owned()),
     ];
     variables.map(|(name, value)| (name.to_owned(), value)).to_vec()
+}
+
+/// The short names of models by which the CLI and its subagents ask, with the variable that says what each stands for.
+const FAMILIES: [(&str, &str); 4] = [
+    ("fable", "ANTHROPIC_DEFAULT_FABLE_MODEL"),
+    ("opus", "ANTHROPIC_DEFAULT_OPUS_MODEL"),
+    ("sonnet", "ANTHROPIC_DEFAULT_SONNET_MODEL"),
+    ("haiku", "ANTHROPIC_DEFAULT_HAIKU_MODEL"),
+];
+
+/// Variables that make the run's own `model` of each short name that stands for one which isn't allowed: subagents and
+/// the CLI's side requests ask by short names, and the gateway would refuse them.
+pub fn model_variables(
+    model: &str,
+    aliases: &Aliases,
+    allow: impl Fn(&str) -> bool,
+) -> Vec<(String, String)> {
+    let own = aliases.of(&model::plain(model)).swap_remove(0);
+    let refused = FAMILIES.iter().filter(|(family, _)| !allow(family));
+    let mut variables: Vec<(String, String)> = refused
+        .map(|(_, variable)| ((*variable).to_owned(), own.clone()))
+        .collect();
+    if !allow("haiku") {
+        variables.push(("ANTHROPIC_SMALL_FAST_MODEL".to_owned(), own));
+    }
+    variables
 }
 
 /// The line that gives the CLI its task, with its end. JSON, so no byte of the prompt can be a line of its own: other

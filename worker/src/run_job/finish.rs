@@ -105,7 +105,7 @@ fn reduced(report: Report, step: u32) -> Report {
             _ => Spend {
                 models: vec![total],
                 estimated: true,
-                price_version: None,
+                ..Spend::default()
             },
         },
         turns: 0,

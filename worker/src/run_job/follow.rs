@@ -11,31 +11,22 @@ use super::watchdog::IdleWatchdog;
 use crate::claude::command;
 use crate::claude::message::{Block, Message};
 use crate::claude::process::{EndedBy, Exit, Process};
-use crate::spend::Meter;
 use shared::clock;
-use shared::job::Report;
+use shared::job::{Report, Spend};
 use shared::storage::RunDirective;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, warn};
 
-/// How often the CLI is asked for what the stream doesn't show.
-const USAGE_QUERY_INTERVAL: Duration = Duration::from_secs(10);
-
 impl Run<'_> {
     /// Runs it to its end. `None` when another worker may hold the job by then, so that nothing may be written.
     pub(super) async fn follow(mut self, mut recorder: Recorder) -> Option<Report> {
-        let mut meter = Meter::new(self.spec.resume.is_some());
-        if self.spec.resume.is_some() {
-            // What the earlier runs of the conversation cost isn't this run's.
-            self.process.send(&command::usage_line("usage-0"));
-        }
+        let mut changes = self.meter.changes();
         self.process.send(&command::user_line(&self.spec));
 
         let started = Instant::now();
         let mut stop = StopSequence::new(started, self.total);
         let mut watchdog = IdleWatchdog::new(started);
-        let mut ask_cost = tokio::time::interval_at(started + USAGE_QUERY_INTERVAL, USAGE_QUERY_INTERVAL);
         let mut steps = Steps::new(started);
         let (first_output, idle) = (self.ctx.config.first_output, self.ctx.config.idle);
         loop {
@@ -47,16 +38,19 @@ impl Run<'_> {
                     let now = Instant::now();
                     let message = Message::read(&line);
                     watchdog.hear(&message, now);
-                    if meter.observe(&message) {
-                        // Kept at once: this is what is paid for if the worker is lost.
-                        recorder.spend(meter.spend());
-                    }
+                    self.reported.observe(&message);
                     let act = self.react(&message, &mut stop, now);
                     self.note(message, &mut steps, &mut recorder, now);
-                    if let Some(event) = steps.usage(now, || meter.spend()) {
+                    act
+                }
+                _ = changes.changed() => {
+                    let spend = self.meter.spend();
+                    if let Some(event) = steps.usage(Instant::now(), || spend.clone()) {
                         recorder.event(event);
                     }
-                    act
+                    // Kept at once: this is what is paid for if the worker is lost.
+                    recorder.spend(spend);
+                    None
                 }
                 lease_state = recorder.changed() => {
                     self.process.renewed_at(lease_state.held_at.into_std());
@@ -76,10 +70,6 @@ impl Run<'_> {
                     stop.kill(Stopped::LeaseLost, Instant::now())
                 }
                 () = sleep_until(stop.until()), if !stop.is_over() => stop.advance(Instant::now()),
-                _ = ask_cost.tick() => {
-                    self.process.send(&command::usage_line("usage"));
-                    None
-                }
             };
             match act {
                 Some(StopAction::Interrupt) => self.process.send(&command::interrupt_line("stop")),
@@ -88,7 +78,7 @@ impl Run<'_> {
                 None => {}
             }
         }
-        self.end(&stop, meter, recorder).await
+        self.end(&stop, recorder).await
     }
 
     /// What a message means for the run as a whole.
@@ -152,21 +142,24 @@ impl Run<'_> {
     }
 
     /// Waits until nothing of the run lives, and says what became of it.
-    async fn end(self, stop: &StopSequence, meter: Meter, mut recorder: Recorder) -> Option<Report> {
+    async fn end(self, stop: &StopSequence, mut recorder: Recorder) -> Option<Report> {
         let Self {
             ctx,
             lease,
             spec,
             folders,
             gateway,
+            meter,
             process,
             sockets,
             total,
             output,
             unreadable: _,
+            reported,
         } = self;
         let exit = end_of(process, stop.left(Instant::now()), &mut recorder).await;
-        let observed = gateway.last_failure();
+        gateway.disarm().await;
+        let (observed, refused) = (gateway.last_failure(), gateway.last_refusal());
         drop(gateway);
         sockets.remove().await;
         let stopped = stop.stopped().or(match exit.ended_by {
@@ -182,12 +175,20 @@ impl Run<'_> {
         });
         recorder.close().await;
 
-        let spend = meter.spend();
+        let spend = Spend {
+            reported: reported.cost(),
+            ..meter.spend()
+        };
+        if !spend.estimated && reported.differs(spend.total()) {
+            let (metered, reported) = (spend.total(), reported.cost().unwrap_or_default());
+            warn!("the gateway metered {metered}, but the CLI reports {reported}");
+        }
         let now = clock::now();
         let ended = Ended {
             exit: exit.code,
             signal: exit.signal,
             observed,
+            refused,
             stopped,
             stderr_tail: exit.stderr_tail.clone(),
             now,

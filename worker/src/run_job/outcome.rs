@@ -9,6 +9,7 @@ mod sentence;
 
 use crate::claude::message::{ApiRetry, Message, RateLimit, ResultLine};
 use crate::gateway::failure::ApiFailure;
+use crate::gateway::request::Refusal;
 use sentence::sentence;
 use shared::clock::Timestamp;
 use shared::job::{Ending, Hold};
@@ -37,6 +38,8 @@ pub struct Ended {
     pub rate_limit: Option<RateLimit>,
     /// The last request that failed, as the gateway saw it, unless a later one succeeded.
     pub observed: Option<ApiFailure>,
+    /// The last request that the gateway refused itself, unless a later one was sent.
+    pub refused: Option<Refusal>,
     /// Why this worker ended the run; none when it ended by itself.
     pub stopped: Option<Stopped>,
     /// The end of the CLI's stderr.
@@ -58,6 +61,7 @@ impl Ended {
             last_api_retry: None,
             rate_limit: None,
             observed: None,
+            refused: None,
             stopped: None,
             stderr_tail: String::new(),
             schema_wanted,
@@ -273,11 +277,62 @@ pub fn judge(ended: &Ended) -> Verdict {
                 "See the worker's log and submit the job again.",
             ),
         ),
-        None => match &ended.result {
+        None => refused(ended).unwrap_or_else(|| match &ended.result {
             Some(result) => by_result(result, ended),
             None => without_result(ended),
-        },
+        }),
     }
+}
+
+/// The verdict on a run that ended after the gateway had refused its last request.
+fn refused(ended: &Ended) -> Option<Verdict> {
+    // The CLI's own limits are told by the CLI.
+    if ended
+        .result
+        .as_ref()
+        .is_some_and(|result| result.subtype != "success")
+    {
+        return None;
+    }
+    let refusal = ended.refused.as_ref()?;
+    Some(match refusal {
+        Refusal::NothingLeft => Verdict::failed(
+            ErrorCode::MaxCost,
+            sentence(
+                "The run reached its cap on cost",
+                "",
+                "Allow more with `max_cost_usd`, or go on in the same session.",
+            ),
+        ),
+        Refusal::Model(_) => Verdict::failed(
+            ErrorCode::ModelNotAllowed,
+            sentence(
+                "The run asked for a model that its key may not use",
+                &refusal.to_string(),
+                "Name one of the key's models, or ask for the key to be changed.",
+            ),
+        ),
+        Refusal::TooLarge => Verdict::failed(
+            ErrorCode::RequestTooLarge,
+            sentence(
+                "The request has more bytes than the API takes",
+                "",
+                "Leave out large images and files, or start a new session.",
+            ),
+        ),
+        Refusal::Invalid(_) | Refusal::Feature(_) => Verdict::failed(
+            ErrorCode::InvalidRequest,
+            sentence(
+                "The gateway refused a request of the run",
+                &refusal.to_string(),
+                "If the Claude CLI itself sends such requests, it isn't the tested version.",
+            ),
+        ),
+        // These say nothing about why the run ended.
+        Refusal::Token | Refusal::Path | Refusal::Disarmed | Refusal::Incomplete | Refusal::TooOften => {
+            return None;
+        }
+    })
 }
 
 /// Whether the result is all that was asked for.

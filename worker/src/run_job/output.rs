@@ -112,7 +112,7 @@ pub(super) fn describe(exit: &Exit) -> String {
 
 /// A run that met its cap because the budget left it no more failed for the budget, not for its own cap.
 pub(super) fn of_budget(ending: Ending, lease: &Lease) -> Ending {
-    let (had, wanted) = (lease.reserved, lease.job.max_cost);
+    let (had, wanted) = (lease.reserved, lease.job.cost_left());
     match ending {
         Ending::Failed { code, .. } if code == ErrorCode::MaxCost.as_str() && had < wanted => {
             Ending::Failed {

@@ -11,7 +11,9 @@ use crate::claude::sandbox::Places;
 use crate::context::Context;
 use crate::disk_space;
 use crate::gateway::Gateway;
+use crate::gateway::request::Permissions;
 use crate::guard;
+use crate::spend::{Meter, Reported};
 use crate::workspace::{Folders, RunDir};
 use shared::clock::{self, Timestamp};
 use shared::job::{Ending, Hold, Lease, Report, Spend};
@@ -23,6 +25,9 @@ use tokio::time::Instant;
 use tracing::{error, warn};
 use uuid::Uuid;
 
+/// The tool whose searches the API makes itself.
+const WEB_SEARCH: &str = "WebSearch";
+
 /// How long a run may take to start.
 const PREPARE_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -33,6 +38,7 @@ pub(super) struct Run<'a> {
     pub(super) spec: RunSpec,
     pub(super) folders: Folders,
     pub(super) gateway: Gateway,
+    pub(super) meter: Arc<Meter>,
     pub(super) process: Process,
     pub(super) sockets: RunDir,
     /// How long it may take.
@@ -40,6 +46,7 @@ pub(super) struct Run<'a> {
     pub(super) output: RunOutput,
     /// Whether a line came that can't be read.
     pub(super) unreadable: bool,
+    pub(super) reported: Reported,
 }
 
 /// Starts the run, in a minute at most.
@@ -115,6 +122,10 @@ impl<'a> Run<'a> {
             &ctx.upstream,
             ctx.pause.clone(),
         )?;
+        let meter = Arc::new(Meter::new(Arc::clone(&ctx.config.prices), lease.reserved));
+        let web_search = !spec.disallowed_tools.iter().any(|tool| tool == WEB_SEARCH);
+        let permissions = Permissions::new(&lease.allowed_models, ctx.config.prices.aliases(), web_search);
+        gateway.arm(Arc::clone(&meter), permissions.clone());
 
         let output = RunOutput::new(spec.json_schema.is_some(), clock::now());
         let total = job
@@ -122,10 +133,16 @@ impl<'a> Run<'a> {
             .and_then(|seconds| u64::try_from(seconds).ok())
             .map_or(ctx.config.timeout, Duration::from_secs);
         let command = ctx.isolation.command(&places, command::arguments(&spec));
+        let mut env = command::environment(&ctx.isolation.paths(&places), (name, &token), &marker);
+        env.extend(command::model_variables(
+            &spec.model,
+            ctx.config.prices.aliases(),
+            |model| permissions.allow(model, ctx.config.prices.aliases()),
+        ));
         let launch = Launch {
             program: command.program,
             args: command.args,
-            env: command::environment(&ctx.isolation.paths(&places), (name, &token), &marker),
+            env,
             cwd: command.cwd,
             marker,
             cgroup: ctx.cgroup.clone(),
@@ -143,11 +160,13 @@ impl<'a> Run<'a> {
             spec,
             folders,
             gateway,
+            meter,
             process,
             sockets,
             total,
             output,
             unreadable: false,
+            reported: Reported::default(),
         })
     }
 }

@@ -1,219 +1,336 @@
-//! What a run cost: read from the CLI's result lines, or rebuilt from what was seen when there is none.
+//! The meter of an attempt: what its requests have cost, and what they may still cost.
+//!
+//! The gateway feeds it with what the Messages API answered; what a run says of itself changes nothing here. It also
+//! keeps the attempt's reservation: a request is admitted only while something of it is left, and beside others only
+//! if its worst case fits.
 
-use super::price::{Prices, Terms};
+use super::model;
+use super::price::{NanoUsd, Prices, Terms};
 use super::usage::Usage;
-use crate::claude::message::{Message, ModelUsage, RequestUsage};
+use shared::clock;
 use shared::job::{ModelCost, Spend};
 use shared::money::MicroUsd;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Notify, watch};
 
-/// Adds up a run's cost from its messages, line by line. What it says may be asked for at any time.
-///
-/// A result line settles what came before it, at the CLI's own price rounded to the nearest micro-dollar. What came
-/// after the last one is estimated, from two sources of which the larger counts, model by model: the usage of each
-/// request in the stream, at list prices, and the CLI's answers to `get_usage`, which also know
-/// subagents and searches. An estimate is marked.
+/// More models than this are one row of the ledger.
+const MAX_MODELS: usize = 50;
+
+/// The row of models that are too many.
+const OTHERS: &str = "others";
+
+/// What is known of a request before it is sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Planned {
+    /// The model that is asked for.
+    pub model: String,
+    /// Whether fast mode is asked for.
+    pub fast: bool,
+    /// Where it has to run, if it has to.
+    pub region: Option<String>,
+    /// No fewer than the tokens of its prompt.
+    pub prompt: u64,
+    /// No fewer than the tokens of its answer.
+    pub output: u64,
+    /// No fewer than the searches that it makes.
+    pub searches: u64,
+}
+
+/// What an answer has told of its usage so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// The model that answers, as it calls itself.
+    pub model: Option<String>,
+    /// Whether it runs in fast mode, where the answer says so.
+    pub fast: Option<bool>,
+    /// Where it runs, where the answer says so.
+    pub region: Option<String>,
+    /// What was counted so far.
+    pub usage: Usage,
+    /// Whether these are the final figures.
+    pub is_final: bool,
+}
+
+/// Nothing of the reservation is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NothingLeft;
+
+/// Adds up the requests of an attempt.
 #[derive(Debug)]
 pub struct Meter {
-    /// By model: what result lines of this process said.
-    settled: BTreeMap<String, ModelUsage>,
-    /// Whether each settled cost came with a price of the CLI's.
-    settled_priced: bool,
-    /// The requests since the last result line, by message id.
-    requests: HashMap<String, Request>,
-    /// The message that started last, by the tool call whose subagent it belongs to.
-    started: HashMap<Option<String>, String>,
-    /// The newest answer to `get_usage`: sums over the process and the runs that it resumes.
-    reported: BTreeMap<String, ModelUsage>,
-    /// The part of such sums that is the runs' before. None while it isn't known.
-    before: Option<BTreeMap<String, ModelUsage>>,
-    /// Whether a request was seen.
-    began: bool,
+    prices: Arc<Prices>,
+    reserved: NanoUsd,
+    sum: Mutex<Sum>,
+    /// Whoever waits to be admitted waits in this line: it is fair.
+    line: tokio::sync::Mutex<()>,
+    settled: Notify,
+    changes: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
-struct Request {
-    model: Option<String>,
+struct Sum {
+    /// What is settled, by model.
+    models: BTreeMap<String, Cost>,
+    /// Whether a part of that is estimated.
+    estimated: bool,
+    /// The requests that are under way.
+    open: HashMap<u64, Open>,
+    /// How many there were.
+    count: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Cost {
+    cost: NanoUsd,
     usage: Usage,
 }
 
+#[derive(Debug)]
+struct Open {
+    worst: NanoUsd,
+    model: String,
+    so_far: Cost,
+}
+
+impl Sum {
+    /// What is spent for sure.
+    fn spent(&self) -> NanoUsd {
+        let settled: NanoUsd = self.models.values().map(|model| model.cost).sum();
+        settled + self.open.values().map(|open| open.so_far.cost).sum()
+    }
+
+    /// What may be spent when all that is under way has ended.
+    fn committed(&self) -> NanoUsd {
+        let settled: NanoUsd = self.models.values().map(|model| model.cost).sum();
+        settled
+            + self
+                .open
+                .values()
+                .map(|open| open.worst.max(open.so_far.cost))
+                .sum()
+    }
+
+    fn add(models: &mut BTreeMap<String, Cost>, model: &str, more: Cost) {
+        let model = if models.contains_key(model) || models.len() < MAX_MODELS {
+            model
+        } else {
+            OTHERS
+        };
+        let sum = models.entry(model.to_owned()).or_default();
+        sum.cost += more.cost;
+        sum.usage += more.usage;
+    }
+}
+
 impl Meter {
-    /// A meter that has seen nothing. For a run that resumes a session, ask for `get_usage` before the first message:
-    /// without that answer, later ones can't be told from the cost of the runs before and aren't used.
-    pub fn new(resumes: bool) -> Self {
+    /// A meter of an attempt that may cost `reserved`, at these prices.
+    pub fn new(prices: Arc<Prices>, reserved: MicroUsd) -> Self {
         Self {
-            settled: BTreeMap::new(),
-            settled_priced: true,
-            requests: HashMap::new(),
-            started: HashMap::new(),
-            reported: BTreeMap::new(),
-            before: (!resumes).then(BTreeMap::new),
-            began: false,
+            prices,
+            reserved: NanoUsd::of(reserved),
+            sum: Mutex::default(),
+            line: tokio::sync::Mutex::default(),
+            settled: Notify::new(),
+            changes: watch::Sender::new(0),
         }
     }
 
-    /// Takes note of a message; whether it may have changed the cost.
-    pub fn observe(&mut self, message: &Message) -> bool {
-        match message {
-            Message::Usage(request) => self.count_request(request),
-            Message::Assistant(answer) if answer.model.as_deref() != Some("<synthetic>") => {
-                // Each block of an answer repeats what the stream said already; without a stream it's all there is.
-                self.count_request(&RequestUsage {
-                    message_id: answer.message_id.clone(),
-                    parent: answer.parent.clone(),
-                    model: answer.model.clone(),
-                    usage: answer.usage,
-                });
-            }
-            Message::ControlResponse(answer) => {
-                if let Some(usage) = answer.model_usage() {
-                    if self.before.is_none() && !self.began {
-                        self.before = Some(usage.clone());
-                    }
-                    self.reported = usage;
-                }
-            }
-            // A result line that couldn't be read settles nothing.
-            Message::Result(result) if result.invalid.is_some() && result.model_usage.is_empty() => {
-                return false;
-            }
-            Message::Result(result) => {
-                if let Some(usage) = &result.model_usage_since_last_result {
-                    self.settle(usage);
-                } else {
-                    // Older releases: sums over this process alone.
-                    self.settled.clear();
-                    self.settle(&result.model_usage);
-                }
-                self.requests.clear();
-                self.started.clear();
-            }
-            _ => return false,
-        }
-        true
+    /// The prices it counts with.
+    pub fn prices(&self) -> &Prices {
+        &self.prices
     }
 
-    /// The cost so far, by model in alphabetical order.
+    /// Tells each change of the cost.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// The cost so far, by model in alphabetical order: of what is settled, and of what has come of the rest.
     pub fn spend(&self) -> Spend {
-        let open = self.open();
-        let mut models = self.settled.clone();
-        for (model, usage) in &open {
-            add(models.entry(model.clone()).or_default(), *usage);
+        let sum = self.sum();
+        let mut models = sum.models.clone();
+        let mut estimated = sum.estimated;
+        for open in sum.open.values().filter(|open| open.so_far.cost > NanoUsd::ZERO) {
+            Sum::add(&mut models, &open.model, open.so_far);
+            estimated = true;
         }
-        let estimated = !open.is_empty() || !self.settled_priced;
+        drop(sum);
+        let models: Vec<ModelCost> = models
+            .into_iter()
+            .filter(|(_, model)| model.cost > NanoUsd::ZERO)
+            .map(|(model, Cost { cost, usage })| ModelCost {
+                model,
+                cost: cost.to_micros(),
+                usage: usage.into(),
+            })
+            .collect();
         Spend {
-            models: models
-                .into_iter()
-                .map(|(model, usage)| ModelCost {
-                    cost: usage.cost.unwrap_or_default(),
-                    usage: usage.usage.into(),
-                    model,
-                })
-                .collect(),
+            price_version: (!models.is_empty()).then(|| self.prices.version().to_owned()),
+            models,
             estimated,
-            price_version: estimated.then(|| PRICES.version().to_owned()),
+            reported: None,
         }
     }
 
-    fn count_request(&mut self, request: &RequestUsage) {
-        self.began = true;
-        let id = match &request.message_id {
-            Some(id) => id.clone(),
-            None => match self.started.get(&request.parent) {
-                Some(id) => id.clone(),
-                None => return,
-            },
+    /// Waits until a request may be sent: at once while its worst case fits beside those of all that are under way,
+    /// otherwise when they have settled. A lone request is admitted while anything is left.
+    pub async fn admit(self: &Arc<Self>, planned: Planned) -> Result<Metered, NothingLeft> {
+        let _first_in_line = self.line.lock().await;
+        let worst = self.worst(&planned);
+        loop {
+            // Registered before the look, so that no settling is missed.
+            let settled = self.settled.notified();
+            {
+                let mut sum = self.sum();
+                if sum.spent() >= self.reserved {
+                    return Err(NothingLeft);
+                }
+                if sum.open.is_empty() || sum.committed() + worst <= self.reserved {
+                    let number = sum.count;
+                    sum.count += 1;
+                    let open = Open {
+                        worst,
+                        model: self.ledger_name(&planned.model),
+                        so_far: Cost::default(),
+                    };
+                    sum.open.insert(number, open);
+                    drop(sum);
+                    return Ok(Metered {
+                        meter: Arc::clone(self),
+                        number,
+                        planned,
+                        reading: Reading::default(),
+                    });
+                }
+            }
+            settled.await;
+        }
+    }
+
+    /// The most that a request may cost: all of its prompt written to a cache, which is the dearest way to read it.
+    fn worst(&self, planned: &Planned) -> NanoUsd {
+        let usage = Usage {
+            cache_write_1h: planned.prompt,
+            output: planned.output,
+            web_searches: planned.searches,
+            ..Usage::default()
         };
-        self.started.insert(request.parent.clone(), id.clone());
-        let known = self.requests.entry(id).or_default();
-        known.usage = known.usage.max(request.usage);
-        if known.model.is_none() {
-            known.model.clone_from(&request.model);
+        self.prices
+            .cost(planned.terms(&Reading::default()), usage, clock::now())
+    }
+
+    /// A model as the ledger names it.
+    fn ledger_name(&self, model: &str) -> String {
+        let plain = model::plain(model);
+        if self.prices.knows(&plain, clock::now()) {
+            plain
+        } else {
+            model::shown(model)
         }
     }
 
-    fn settle(&mut self, models: &BTreeMap<String, ModelUsage>) {
-        for (model, usage) in models {
-            self.settled_priced &= usage.cost.is_some();
-            add(
-                self.settled.entry(model.clone()).or_default(),
-                priced(model, *usage),
-            );
-        }
+    fn sum(&self) -> MutexGuard<'_, Sum> {
+        self.sum.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// By model: what no result line has settled, always with a cost, without models that cost nothing.
-    fn open(&self) -> BTreeMap<String, ModelUsage> {
-        let mut seen = BTreeMap::<String, ModelUsage>::new();
-        for request in self.requests.values() {
-            let model = request.model.as_deref().unwrap_or("unknown");
-            seen.entry(model.to_owned()).or_default().usage += request.usage;
+    fn changed(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+}
+
+impl Planned {
+    fn terms<'a>(&'a self, reading: &'a Reading) -> Terms<'a> {
+        Terms {
+            model: &self.model,
+            fast: reading.fast.unwrap_or(self.fast),
+            region: reading.region.as_deref().or(self.region.as_deref()),
         }
-        for (model, usage) in &mut seen {
-            usage.cost = Some(list_price(model, usage.usage));
+    }
+}
+
+/// A request under way. What it has cost when it is dropped is settled; marked as estimated unless that was final.
+#[derive(Debug)]
+pub struct Metered {
+    meter: Arc<Meter>,
+    number: u64,
+    planned: Planned,
+    reading: Reading,
+}
+
+impl Metered {
+    /// What is known of the answer now.
+    pub fn observe(&mut self, reading: &Reading) {
+        if *reading == self.reading {
+            return;
         }
-        for (model, usage) in self.reported_since_settled() {
-            let seen = seen.entry(model).or_default();
-            if usage.cost > seen.cost {
-                *seen = usage;
+        self.reading = reading.clone();
+        let so_far = Cost {
+            cost: self.cost(reading.usage),
+            usage: reading.usage,
+        };
+        let meter = &self.meter;
+        let answering = reading
+            .model
+            .as_deref()
+            .filter(|model| meter.prices.knows(model, clock::now()));
+        let name = answering.map(|model| meter.ledger_name(model));
+        let mut sum = meter.sum();
+        if let Some(open) = sum.open.get_mut(&self.number) {
+            open.so_far = so_far;
+            if let Some(name) = name {
+                open.model = name;
             }
         }
-        seen.retain(|_, usage| usage.cost > Some(MicroUsd::ZERO));
-        seen
+        drop(sum);
+        meter.changed();
     }
 
-    fn reported_since_settled(&self) -> BTreeMap<String, ModelUsage> {
-        let Some(before) = &self.before else {
-            return BTreeMap::new();
+    /// It was sent, and nothing is known of what became of it: its prompt counts as if it had been read, and its
+    /// answer as if it had been `whole`.
+    pub fn presume(&mut self, whole: bool) {
+        let usage = Usage {
+            cache_write_1h: self.planned.prompt,
+            output: if whole { self.planned.output } else { 0 },
+            web_searches: if whole { self.planned.searches } else { 0 },
+            ..Usage::default()
         };
-        let counted = |models: &BTreeMap<String, ModelUsage>, model: &str| {
-            models
-                .get(model)
-                .map_or_else(ModelUsage::default, |usage| priced(model, *usage))
-        };
-        let since = self.reported.iter().map(|(model, usage)| {
-            let (usage, before, settled) = (
-                priced(model, *usage),
-                counted(before, model),
-                counted(&self.settled, model),
-            );
-            let cost = usage.cost.unwrap_or_default()
-                - before.cost.unwrap_or_default()
-                - settled.cost.unwrap_or_default();
-            let usage = usage.usage.since(before.usage).since(settled.usage);
-            (
-                model.clone(),
-                ModelUsage {
-                    usage,
-                    cost: Some(cost),
-                },
-            )
+        self.observe(&Reading {
+            usage,
+            is_final: false,
+            ..self.reading.clone()
         });
-        since.collect()
+    }
+
+    fn cost(&self, usage: Usage) -> NanoUsd {
+        let terms = self.planned.terms(&self.reading);
+        let (prices, now) = (&self.meter.prices, clock::now());
+        let answering = self
+            .reading
+            .model
+            .as_deref()
+            .filter(|model| prices.knows(model, now));
+        let terms = Terms {
+            model: answering.unwrap_or(terms.model),
+            ..terms
+        };
+        prices.cost(terms, usage, now)
     }
 }
 
-static PRICES: std::sync::LazyLock<Prices> = std::sync::LazyLock::new(Prices::default);
-
-fn list_price(model: &str, usage: Usage) -> MicroUsd {
-    let terms = Terms {
-        model,
-        ..Terms::default()
-    };
-    PRICES.cost(terms, usage, shared::clock::now()).to_micros()
-}
-
-/// With the price of the table where the CLI gave none.
-fn priced(model: &str, usage: ModelUsage) -> ModelUsage {
-    ModelUsage {
-        cost: usage.cost.or_else(|| Some(list_price(model, usage.usage))),
-        ..usage
+impl Drop for Metered {
+    fn drop(&mut self) {
+        let mut sum = self.meter.sum();
+        if let Some(open) = sum.open.remove(&self.number)
+            && open.so_far.cost > NanoUsd::ZERO
+        {
+            sum.estimated |= !self.reading.is_final;
+            Sum::add(&mut sum.models, &open.model, open.so_far);
+        }
+        drop(sum);
+        self.meter.settled.notify_one();
+        self.meter.changed();
     }
-}
-
-fn add(sum: &mut ModelUsage, more: ModelUsage) {
-    sum.usage += more.usage;
-    sum.cost = Some(sum.cost.unwrap_or_default() + more.cost.unwrap_or_default());
 }
 
 #[cfg(test)]

@@ -72,7 +72,7 @@ impl Tx {
             self,
             "end an attempt",
             "update attempt set ended_at = $3, ending = $4, error_code = $5, cost = $6, turns = $7, exit = $8,
-               stderr_tail = $9, spend = null
+               stderr_tail = $9, reported_cost = $10, spend = null
              where job_id = $1 and attempt = $2",
             job.job_id,
             job.attempt,
@@ -85,7 +85,8 @@ impl Tx {
             spent,
             report.turns,
             storable(&report.exit),
-            storable(&report.stderr_tail)
+            storable(&report.stderr_tail),
+            report.spend.reported
         )?;
         if let Some(result) = &report.result {
             execute!(

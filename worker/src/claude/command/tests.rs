@@ -207,7 +207,7 @@ fn the_environment_is_complete_and_holds_no_secret() {
         ("ANTHROPIC_BASE_URL", "http://gateway"),
         ("ANTHROPIC_API_KEY", "dummy"),
         ("CLAUDE_CODE_MAX_RETRIES", "2"),
-        ("API_TIMEOUT_MS", "120000"),
+        ("API_TIMEOUT_MS", "600000"),
         ("CLAUDE_CODE_DISABLE_FILE_MENTIONS", "1"),
         ("CLAUDE_CODE_DISABLE_DEFERRED_TOOL_RESUME", "1"),
         ("CLAUDE_CODE_MAX_CONCURRENT_SUBAGENTS", "10"),

@@ -32,6 +32,8 @@ pub enum ErrorCode {
     MaxOutputTokens,
     /// The run reached its number of turns.
     MaxTurns,
+    /// The run asked for a model that its key may not use.
+    ModelNotAllowed,
     /// The model doesn't exist, or not for this account.
     ModelNotFound,
     /// The run's processes took more memory than they may.
@@ -58,7 +60,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::ApiUnavailable,
         Self::AuthError,
         Self::BillingError,
@@ -72,6 +74,7 @@ impl ErrorCode {
         Self::MaxCost,
         Self::MaxOutputTokens,
         Self::MaxTurns,
+        Self::ModelNotAllowed,
         Self::ModelNotFound,
         Self::OutOfMemory,
         Self::Overloaded,
@@ -117,6 +120,7 @@ impl ErrorCode {
             Self::MaxCost => "max_cost",
             Self::MaxOutputTokens => "max_output_tokens",
             Self::MaxTurns => "max_turns",
+            Self::ModelNotAllowed => "model_not_allowed",
             Self::ModelNotFound => "model_not_found",
             Self::OutOfMemory => "out_of_memory",
             Self::Overloaded => "overloaded",

@@ -1,308 +1,302 @@
 use super::*;
-use crate::claude::message::fixtures;
-use serde_json::{Value, json};
+use crate::claude::message::{Message, fixtures};
+use crate::spend::Reported;
+use proptest::prelude::*;
+use std::time::Duration;
 
-const SONNET: &str = "claude-sonnet-5-5";
+fn meter(dollars: f64) -> Arc<Meter> {
+    Arc::new(Meter::new(Arc::default(), MicroUsd::from_usd(dollars).unwrap()))
+}
 
-fn metered(resumes: bool, messages: &[Message]) -> Spend {
-    let mut meter = Meter::new(resumes);
-    for message in messages {
-        meter.observe(message);
+/// A request for opus whose answer may have so many tokens: a fiftieth of a dollar for a thousand.
+fn planned(output: u64) -> Planned {
+    Planned {
+        model: "opus".to_owned(),
+        output,
+        ..Planned::default()
     }
-    meter.spend()
 }
 
-fn read(lines: &[Value]) -> Vec<Message> {
-    lines
-        .iter()
-        .map(|line| Message::parse(line.to_string().as_bytes()))
-        .collect()
+fn answered(output: u64) -> Reading {
+    Reading {
+        model: Some("claude-opus-5-5".to_owned()),
+        usage: Usage {
+            output,
+            ..Usage::default()
+        },
+        is_final: true,
+        ..Reading::default()
+    }
 }
 
-fn start(id: &str, input: u64) -> Value {
-    json!({"type": "stream_event", "event": {"type": "message_start",
-        "message": {"id": id, "model": SONNET, "usage": {"input_tokens": input, "output_tokens": 1}}}})
+/// Whether it has to wait.
+async fn waits<T>(future: &mut (impl Future<Output = T> + Unpin)) -> bool {
+    tokio::time::timeout(Duration::from_millis(20), future)
+        .await
+        .is_err()
 }
 
-fn delta(id: Option<&str>, output: u64) -> Value {
-    json!({"type": "stream_event", "api_message_id": id,
-        "event": {"type": "message_delta", "usage": {"output_tokens": output}}})
-}
-
-fn reported(input: u64, dollars: f64) -> Value {
-    json!({"type": "control_response", "response": {"subtype": "success", "request_id": "u", "response":
-        {"session": {"model_usage": {SONNET: {"inputTokens": input, "costUSD": dollars}}}}}})
-}
-
-fn result(members: &Value) -> Value {
-    let mut line = json!({"type": "result", "subtype": "success", "is_error": false});
-    line.as_object_mut()
-        .unwrap()
-        .extend(members.as_object().unwrap().clone());
-    line
-}
-
-#[test]
-fn a_run_costs_what_its_result_says() {
-    let mut paid = 0;
-    for (name, fixture) in fixtures::all() {
-        let messages = fixture.messages();
-        let result = messages.iter().rev().find_map(|message| match message {
-            Message::Result(result) => Some(result),
-            _ => None,
+#[tokio::test]
+async fn each_model_has_its_own_row_and_its_own_price() {
+    let meter = meter(1.0);
+    for model in [
+        "claude-opus-5-5",
+        "claude-haiku-4-5-20251001",
+        "claude-opus-5-5[1m]",
+    ] {
+        let mut metered = meter.admit(planned(0)).await.unwrap();
+        metered.observe(&Reading {
+            model: Some(model.to_owned()),
+            ..answered(1_000)
         });
-        let Some(result) = result else { continue };
-
-        let spend = metered(fixture.resumes, &messages);
-
-        // In a resumed session the CLI's total holds the runs before.
-        if !fixture.resumes {
-            assert_eq!(spend.total(), result.total_cost.unwrap(), "{name}");
-        }
-        assert_eq!(
-            (spend.estimated, spend.price_version.as_deref()),
-            (false, None),
-            "{name}"
-        );
-        paid += i32::from(spend.total() > MicroUsd::ZERO);
     }
-    assert!(paid > 20, "{paid} runs cost something");
-}
-
-/// The same runs, as if the CLI had been killed a moment before its result line.
-#[test]
-fn a_killed_run_is_rebuilt_from_its_stream() {
-    for (name, reason) in [
-        ("text", "one request"),
-        ("write", "two requests"),
-        ("bash", "two requests"),
-        ("thinking", "thinking is output"),
-        ("max-turns", "many requests"),
-        ("max-cost", "dear requests"),
-        ("max-cost-text", "with writes to and reads from a cache"),
-        ("structured-bad", "refused tool calls are paid"),
-        ("refusal", "refusals are paid"),
-        ("e529-twice", "failed requests cost nothing"),
-    ] {
-        let mut messages = fixtures::named(name).messages();
-        let paid = metered(false, &messages);
-        messages.retain(|message| !matches!(message, Message::Result(_)));
-
-        let spend = metered(false, &messages);
-
-        assert_eq!(
-            (spend.total(), spend.usage()),
-            (paid.total(), paid.usage()),
-            "{name}: {reason}"
-        );
-        assert_eq!(
-            (spend.estimated, spend.price_version.as_deref()),
-            (true, Some(PRICES.version())),
-            "{name}: {reason}"
-        );
-    }
-}
-
-#[test]
-fn a_killed_run_never_costs_nothing() {
-    for name in [
-        "sigkill-streaming",
-        "sigkill-tool",
-        "sigterm-streaming",
-        "sigterm-tool",
-    ] {
-        let spend = metered(false, &fixtures::named(name).messages());
-        assert!(
-            spend.estimated && spend.total() > MicroUsd::ZERO,
-            "{name}: {spend:?}"
-        );
-    }
-}
-
-#[test]
-fn a_resumed_run_costs_its_own_part() {
-    let fixture = fixtures::named("resume");
-    let mut messages = fixture.messages();
-    assert!(fixture.resumes);
-
-    // Two runs, each of one request of 100 tokens in and 20 out.
-    let Some(Message::Result(result)) = messages
-        .iter()
-        .find(|message| matches!(message, Message::Result(_)))
-    else {
-        panic!()
-    };
-    assert_eq!(result.total_cost, Some(MicroUsd(800)));
-    assert_eq!(metered(true, &messages).total(), MicroUsd(400));
-    messages.retain(|message| !matches!(message, Message::Result(_)));
-    assert_eq!(
-        metered(true, &messages).total(),
-        MicroUsd(400),
-        "killed before its result"
-    );
-}
-
-#[test]
-fn each_request_counts_once() {
-    let block = |output: u64| {
-        json!({"type": "assistant", "message": {"id": "a", "model": SONNET, "content": [],
-            "usage": {"input_tokens": 1_000, "output_tokens": output}}})
-    };
-    for (lines, micros, reason) in [
-        (vec![start("a", 1_000)], 2_010, "cut off at its start"),
-        (
-            vec![start("a", 1_000), delta(Some("a"), 100)],
-            3_000,
-            "to its end",
-        ),
-        (
-            vec![start("a", 1_000), delta(None, 100)],
-            3_000,
-            "an older release names the message only once",
-        ),
-        (
-            vec![start("a", 1_000), block(1), block(1), delta(Some("a"), 100)],
-            3_000,
-            "blocks repeat what is known",
-        ),
-        (vec![block(1), block(1)], 2_010, "blocks alone, without a stream"),
-        (
-            vec![
-                start("a", 1_000),
-                delta(Some("a"), 100),
-                start("b", 1_000),
-                delta(Some("b"), 100),
-            ],
-            6_000,
-            "two",
-        ),
-        (vec![delta(None, 100)], 0, "an end without a start"),
-        (
-            vec![
-                json!({"type": "assistant", "message": {"id": "a", "model": "<synthetic>", "usage": {"input_tokens": 9}}}),
-            ],
-            0,
-            "the CLI's own words are free",
-        ),
-    ] {
-        assert_eq!(
-            metered(false, &read(&lines)).total(),
-            MicroUsd(micros),
-            "{reason}"
-        );
-    }
-}
-
-#[test]
-fn what_the_cli_reports_counts_when_it_is_more() {
-    for (resumes, lines, micros, reason) in [
-        (
-            false,
-            vec![start("a", 1_000), reported(9_000, 0.5)],
-            500_000,
-            "it also knows subagents",
-        ),
-        (
-            false,
-            vec![reported(0, 0.0), start("a", 1_000)],
-            2_010,
-            "it was asked too early",
-        ),
-        (
-            true,
-            vec![reported(9_000, 0.5), start("a", 1_000)],
-            2_010,
-            "before the first message: the runs before",
-        ),
-        (
-            true,
-            vec![reported(9_000, 0.5), start("a", 1_000), reported(9_500, 0.75)],
-            250_000,
-            "without the runs before",
-        ),
-        (
-            true,
-            vec![start("a", 1_000), reported(9_000, 0.5)],
-            2_010,
-            "a sum with an unknown part isn't used",
-        ),
-        (
-            false,
-            vec![
-                start("a", 1_000),
-                result(
-                    &json!({"model_usage_since_last_result": {SONNET: {"inputTokens": 1_000, "costUSD": 0.002}}}),
-                ),
-                reported(9_000, 0.5),
-            ],
-            500_000,
-            "without what a result settled, and with it once",
-        ),
-    ] {
-        assert_eq!(
-            metered(resumes, &read(&lines)).total(),
-            MicroUsd(micros),
-            "{reason}"
-        );
-    }
-}
-
-#[test]
-fn results_add_up() {
-    let since = |dollars: f64| {
-        result(
-            &json!({"model_usage_since_last_result": {SONNET: {"costUSD": dollars}}, "modelUsage": {SONNET: {"costUSD": 99}}}),
-        )
-    };
-    let older = |dollars: f64| result(&json!({"modelUsage": {SONNET: {"costUSD": dollars}}}));
-
-    assert_eq!(
-        metered(false, &read(&[since(0.5), since(0.25)])).total(),
-        MicroUsd(750_000)
-    );
-    assert_eq!(metered(true, &read(&[since(0.5)])).total(), MicroUsd(500_000));
-    assert_eq!(
-        metered(false, &read(&[older(0.5), older(0.75)])).total(),
-        MicroUsd(750_000),
-        "a sum over the process"
-    );
-}
-
-#[test]
-fn each_model_has_its_own_row() {
-    let spend = metered(
-        false,
-        &read(&[result(&json!({"model_usage_since_last_result": {
-            "b": {"inputTokens": 7, "cacheReadInputTokens": 3, "costUSD": 0.5}, "a": {"outputTokens": 2, "costUSD": 0.000_000_4}
-        }}))]),
-    );
-
-    let rows: Vec<_> = spend
+    let spend = meter.spend();
+    let rows: Vec<(&str, i64)> = spend
         .models
         .iter()
-        .map(|row| (row.model.as_str(), row.cost))
+        .map(|row| (row.model.as_str(), row.cost.0))
         .collect();
+    assert_eq!(rows, [("claude-haiku-4-5", 5_000), ("claude-opus-5-5", 40_000)]);
     assert_eq!(
-        rows,
-        [("a", MicroUsd(0)), ("b", MicroUsd(500_000))],
-        "rounded to the nearest micro-dollar"
+        (spend.estimated, spend.price_version.as_deref()),
+        (false, Some("2026-11-24"))
     );
-    assert_eq!((spend.usage().input_tokens, spend.usage().output_tokens), (7, 2));
 }
 
-#[test]
-fn a_result_without_prices_is_estimated() {
-    let spend = metered(
-        false,
-        &read(&[result(
-            &json!({"model_usage_since_last_result": {SONNET: {"inputTokens": 1_000}}}),
-        )]),
+#[tokio::test]
+async fn a_cut_answer_counts_and_is_estimated() {
+    let meter = meter(1.0);
+    let mut metered = meter.admit(planned(1_000)).await.unwrap();
+    metered.observe(&Reading {
+        is_final: false,
+        ..answered(100)
+    });
+    assert_eq!(
+        (meter.spend().total(), meter.spend().estimated),
+        (MicroUsd(2_000), true),
+        "while it runs"
     );
-
-    assert_eq!((spend.total(), spend.estimated), (MicroUsd(2_000), true));
+    drop(metered);
+    assert_eq!(
+        (meter.spend().total(), meter.spend().estimated),
+        (MicroUsd(2_000), true),
+        "and after it"
+    );
 }
 
-#[test]
-fn a_run_without_a_request_costs_nothing_for_sure() {
-    assert_eq!(metered(false, &[]), Spend::default());
+#[tokio::test]
+async fn a_request_that_was_never_answered_costs_nothing_unless_it_was_presumed() {
+    let meter = meter(1.0);
+    drop(meter.admit(planned(1_000)).await.unwrap());
+    assert_eq!(meter.spend(), Spend::default());
+    let mut metered = meter
+        .admit(Planned {
+            prompt: 1_000,
+            ..planned(1_000)
+        })
+        .await
+        .unwrap();
+    metered.presume(false);
+    drop(metered);
+    assert_eq!(
+        meter.spend().total(),
+        MicroUsd(8_000),
+        "its prompt, written to a cache for an hour"
+    );
+}
+
+#[tokio::test]
+async fn a_lone_request_is_admitted_while_anything_is_left_and_none_after() {
+    let meter = meter(0.01);
+    let mut metered = meter.admit(planned(128_000)).await.unwrap();
+    metered.observe(&answered(499));
+    drop(metered);
+    let mut metered = meter
+        .admit(planned(128_000))
+        .await
+        .expect("0.00002 dollars are left");
+    metered.observe(&answered(1));
+    drop(metered);
+    assert!(meter.admit(planned(1)).await.is_err());
+}
+
+#[tokio::test]
+async fn a_request_that_may_not_fit_waits_for_those_under_way() {
+    let meter = meter(0.05);
+    let first = meter.admit(planned(1_000)).await.unwrap();
+    let second = meter.admit(planned(1_000)).await.unwrap();
+    let third = meter.admit(planned(1_000));
+    tokio::pin!(third);
+    assert!(waits(&mut third).await, "0.06 dollars don't fit");
+    drop(first);
+    let third = third.await.expect("0.04 do");
+    let mut big = Box::pin(meter.admit(planned(128_000)));
+    assert!(waits(&mut big).await);
+    drop(second);
+    assert!(waits(&mut big).await, "another one is under way");
+    drop(third);
+    let mut big = big.await.expect("now it is alone");
+    let mut last = Box::pin(meter.admit(planned(1)));
+    assert!(waits(&mut last).await);
+    big.observe(&answered(3_000));
+    drop(big);
+    assert!(last.await.is_err(), "nothing is left");
+}
+
+#[tokio::test]
+async fn a_change_is_told() {
+    let meter = meter(1.0);
+    let mut changes = meter.changes();
+    let mut metered = meter.admit(planned(1)).await.unwrap();
+    assert!(!changes.has_changed().unwrap());
+    metered.observe(&answered(1));
+    changes.changed().await.unwrap();
+    drop(metered);
+    changes.changed().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_run_that_invents_models_fills_no_ledger() {
+    let meter = meter(100_000.0);
+    for number in 0..200 {
+        let asked = Planned {
+            model: format!("m{number}-{}", "x".repeat(1_000)),
+            ..planned(1)
+        };
+        let mut metered = meter.admit(asked).await.unwrap();
+        metered.observe(&Reading {
+            model: None,
+            ..answered(1_000)
+        });
+    }
+    let spend = meter.spend();
+    assert_eq!(spend.models.len(), MAX_MODELS + 1);
+    assert!(spend.models.iter().all(|row| row.model.chars().count() <= 100));
+    assert_eq!(
+        spend.total(),
+        MicroUsd(200 * 75_000),
+        "each costs the dearest row"
+    );
+}
+
+#[tokio::test]
+async fn recorded_runs_cost_what_the_cli_says() {
+    let mut compared = 0;
+    for (name, fixture) in fixtures::all() {
+        let mut reported = Reported::default();
+        let mut requests = BTreeMap::<String, Reading>::new();
+        let mut last = String::new();
+        for message in fixture.messages() {
+            reported.observe(&message);
+            let Message::Usage(usage) = message else { continue };
+            last = usage.message_id.unwrap_or(last);
+            let reading = requests.entry(last.clone()).or_default();
+            reading.model = reading.model.take().or(usage.model);
+            reading.usage = reading.usage.max(usage.usage);
+            reading.is_final = true;
+        }
+        // What the stream doesn't show: subagents, side requests, and the rest of a request that was cut.
+        let events = |kind: &str| {
+            fixture
+                .lines()
+                .filter(|line| line["event"]["type"] == kind)
+                .count()
+        };
+        let is_complete = name != "subagent" && events("message_start") == events("message_stop");
+        let Some(reported) = reported.cost().filter(|_| is_complete) else {
+            continue;
+        };
+        let meter = meter(100.0);
+        for reading in requests.values() {
+            let mut metered = meter.admit(planned(1)).await.unwrap();
+            metered.observe(reading);
+        }
+        assert_eq!(meter.spend().total(), reported, "{name}");
+        compared += usize::from(reported > MicroUsd::ZERO);
+    }
+    assert!(compared >= 20, "{compared}");
+}
+
+/// What happens to one of the requests.
+#[derive(Clone, Debug)]
+enum Happens {
+    Asked { output: u64, prompt: u64 },
+    Streamed { which: usize, output: u64 },
+    Finished { which: usize, output: u64 },
+    Cut { which: usize },
+    Presumed { which: usize },
+}
+
+fn happens() -> impl Strategy<Value = Happens> {
+    prop_oneof![
+        (0..4_000_u64, 0..4_000_u64).prop_map(|(output, prompt)| Happens::Asked { output, prompt }),
+        (0..8_usize, 0..4_000_u64).prop_map(|(which, output)| Happens::Streamed { which, output }),
+        (0..8_usize, 0..4_000_u64).prop_map(|(which, output)| Happens::Finished { which, output }),
+        (0..8_usize).prop_map(|which| Happens::Cut { which }),
+        (0..8_usize).prop_map(|which| Happens::Presumed { which }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Against a slow and obvious sum: opus costs 20 billionths of a dollar times a thousand for each token of output,
+    /// and 8 for each of a prompt that is presumed.
+    #[test]
+    fn whatever_happens_the_sum_is_that_of_the_answers(course in prop::collection::vec(happens(), 1..60), cap in 1..400_u64) {
+        const OUTPUT: u64 = 20_000;
+        const PROMPT: u64 = 8_000;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let reserved = cap * 1_000_000;
+            let meter = Arc::new(Meter::new(Arc::default(), NanoUsd(reserved).to_micros()));
+            // Request, its worst case, what it has cost so far.
+            let mut open: Vec<(Metered, u64, u64)> = Vec::new();
+            let (mut settled, mut largest) = (0_u64, 0_u64);
+            for happens in course {
+                let count = open.len();
+                match happens {
+                    Happens::Asked { output, prompt } => {
+                        let worst = output * OUTPUT + prompt * PROMPT;
+                        let asked = Planned { prompt, ..planned(output) };
+                        let spent = settled + open.iter().map(|(.., so_far)| so_far).sum::<u64>();
+                        let committed = settled + open.iter().map(|(_, worst, so_far)| worst.max(so_far)).sum::<u64>();
+                        let admitted = tokio::time::timeout(Duration::ZERO, meter.admit(asked)).await;
+                        if spent >= reserved {
+                            assert!(matches!(admitted, Ok(Err(NothingLeft))));
+                        } else if open.is_empty() || committed + worst <= reserved {
+                            largest = largest.max(worst);
+                            open.push((admitted.unwrap().unwrap(), worst, 0));
+                        } else {
+                            assert!(admitted.is_err(), "it has to wait");
+                        }
+                    }
+                    Happens::Streamed { which, output } if which < count => {
+                        let (metered, worst, so_far) = &mut open[which];
+                        // No answer is longer than was asked for.
+                        let output = output.min(*worst / OUTPUT);
+                        metered.observe(&Reading { is_final: false, ..answered(output) });
+                        *so_far = output * OUTPUT;
+                    }
+                    Happens::Finished { which, output } if which < count => {
+                        let (mut metered, worst, _) = open.remove(which);
+                        let output = output.min(worst / OUTPUT);
+                        metered.observe(&answered(output));
+                        settled += output * OUTPUT;
+                    }
+                    Happens::Cut { which } if which < count => settled += open.remove(which).2,
+                    Happens::Presumed { which } if which < count => {
+                        let (mut metered, ..) = open.remove(which);
+                        metered.presume(false);
+                        settled += metered.planned.prompt * PROMPT;
+                    }
+                    _ => {}
+                }
+                let spent = settled + open.iter().map(|(.., so_far)| so_far).sum::<u64>();
+                assert_eq!(meter.spend().total(), NanoUsd(spent).to_micros());
+                assert!(spent <= reserved.max(1) + largest, "more than the reservation and one answer");
+            }
+            drop(open);
+        });
+    }
 }
