@@ -51,6 +51,10 @@ pub async fn health(context: &Context, request: &Request) -> Result<Response, Pr
     let usable = store.is_usable().await;
     let workers = workers(store).await;
     let mut body = describe(workers.as_deref(), usable, clock::now());
+    if let Some(seconds) = clock::ahead() {
+        body["status"] = json!("degraded");
+        body["clock_ahead_seconds"] = json!(seconds);
+    }
     body["meta"] = json!(Meta::of(request));
     reply::json(StatusCode::OK, &body)
 }
@@ -80,8 +84,12 @@ fn describe(workers: Option<&[WorkerRow]>, usable: bool, now: Timestamp) -> Valu
         .iter()
         .map(|worker| show(worker, now))
         .collect();
+    let clocks = workers
+        .unwrap_or_default()
+        .iter()
+        .all(|worker| worker.clock_ahead.is_none());
     json!({
-        "status": if (database, state) == ("ok", "ok") { "ok" } else { "degraded" },
+        "status": if (database, state) == ("ok", "ok") && clocks { "ok" } else { "degraded" },
         // The queue takes jobs as long as the database does.
         "checks": {"database": database, "claude_cli": claude_cli, "workers": state, "queue": database},
         "workers": shown,
@@ -100,6 +108,7 @@ fn show(worker: &WorkerRow, now: Timestamp) -> Value {
         "paused_until": paused_until,
         "pause_reason": worker.pause_reason.as_ref().filter(|_| paused_until.is_some()),
         "upstream": worker.upstream,
+        "clock_ahead_seconds": worker.clock_ahead,
     })
 }
 
@@ -120,6 +129,7 @@ mod tests {
 
     fn worker(paused_until: Option<i64>) -> WorkerRow {
         WorkerRow {
+            clock_ahead: None,
             worker_id: WorkerId::new(),
             host: "host".to_owned(),
             slots: 2,

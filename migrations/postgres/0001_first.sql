@@ -4,6 +4,7 @@
 create table instance (
   instance_number bigint primary key check (instance_number = 1),
   instance_id text collate "C" not null,          -- DATA_DIR holds the same value
+  data_dir_id text collate "C",                   -- DATA_DIR holds this one too: there is one such folder
   secret_check text,                  -- derived from SECRET_KEY; finds a changed one
   created_at bigint not null
 );
@@ -172,7 +173,8 @@ create table ledger (
   estimated boolean not null default false,
   price_version text,
   reason text,
-  unique (job_id, attempt, model)
+  late boolean not null default false, -- what was known only after the attempt was settled
+  unique (job_id, attempt, model, late)
 );
 create index ledger_key on ledger (key_id, at);
 create index ledger_at on ledger (at);
@@ -230,7 +232,8 @@ create table worker (
   last_seen_at bigint not null,
   paused_until bigint,                   -- it claims nothing until then
   pause_reason text,
-  upstream text                           -- what the Messages API last answered to the worker itself
+  upstream text,                           -- what the Messages API last answered to the worker itself
+  clock_ahead bigint                       -- seconds, if its clock differs from the database's
 );
 
 -- Keys that are kept here, beside those of the environment. A secret is never stored, only its digest under a pepper

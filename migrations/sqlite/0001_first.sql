@@ -3,6 +3,7 @@
 create table instance (
   instance_number integer primary key check (instance_number = 1),
   instance_id text not null,          -- DATA_DIR holds the same value
+  data_dir_id text,                   -- DATA_DIR holds this one too: there is one such folder
   secret_check text,                  -- derived from SECRET_KEY; finds a changed one
   created_at integer not null
 ) strict;
@@ -171,7 +172,8 @@ create table ledger (
   estimated integer not null default 0,
   price_version text,
   reason text,
-  unique (job_id, attempt, model)
+  late integer not null default 0, -- what was known only after the attempt was settled
+  unique (job_id, attempt, model, late)
 ) strict;
 create index ledger_key on ledger (key_id, at);
 create index ledger_at on ledger (at);
@@ -229,7 +231,8 @@ create table worker (
   last_seen_at integer not null,
   paused_until integer,                   -- it claims nothing until then
   pause_reason text,
-  upstream text                           -- what the Messages API last answered to the worker itself
+  upstream text,                           -- what the Messages API last answered to the worker itself
+  clock_ahead integer                       -- seconds, if its clock differs from the database's
 ) strict;
 
 -- Keys that are kept here, beside those of the environment. A secret is never stored, only its digest under a pepper

@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 /// A point in time: microseconds since 1970-01-01T00:00:00Z.
@@ -16,28 +17,80 @@ use std::time::Duration;
 #[sqlx(transparent)]
 pub struct Timestamp(pub i64);
 
-/// The file with the clock's offset, in tests.
+/// The file with the clock's offset, in tests; and the one with the offset of the database's time.
 static OFFSET_FILE: OnceLock<PathBuf> = OnceLock::new();
+static DATABASE_OFFSET_FILE: OnceLock<PathBuf> = OnceLock::new();
+
+/// By how many microseconds this machine's clock is ahead of the database's; 0 when they agree.
+static AHEAD: AtomicI64 = AtomicI64::new(0);
+
+/// Clocks that differ by no more than this agree.
+const TOLERANCE: Duration = Duration::from_secs(10);
 
 /// Lets tests change the clock: `CLAUDE_QUEUE_CLOCK_OFFSET_FILE` names a file with the whole seconds, with or without a
 /// sign, by which this process's clock is ahead of the machine's. The file is read for each reading of the clock. A
-/// missing file or other content means 0. For tests only. Call it once, first; later calls have no effect.
+/// missing file or other content means 0. `CLAUDE_QUEUE_DATABASE_CLOCK_OFFSET_FILE` does the same to what this process
+/// reads as the database's time. For tests only. Call it once, first; later calls have no effect.
 pub fn start(vars: &Vars) {
     if let Some(path) = vars.unlisted("CLAUDE_QUEUE_CLOCK_OFFSET_FILE") {
         tracing::warn!("the clock is set by CLAUDE_QUEUE_CLOCK_OFFSET_FILE, which is for tests only");
         let _ = OFFSET_FILE.set(PathBuf::from(path));
     }
+    if let Some(path) = vars.unlisted("CLAUDE_QUEUE_DATABASE_CLOCK_OFFSET_FILE") {
+        let _ = DATABASE_OFFSET_FILE.set(PathBuf::from(path));
+    }
 }
 
-/// The current time of this machine. Only times that people see, deadlines and `run_after` depend on it, to the second;
-/// leases don't.
+/// The current time, of this machine; of the database while this machine's differs by more than 10 s, as far as that is
+/// known ([`compare`]). Only times that people see, deadlines, `run_after`, budget periods and retention depend on it, to
+/// the second; leases don't.
+pub fn now() -> Timestamp {
+    Timestamp(local().0.saturating_sub(AHEAD.load(Ordering::Relaxed)))
+}
+
+/// The current time of this machine, right or wrong.
 #[expect(
     clippy::disallowed_methods,
     reason = "this is the one place that asks the system for the time"
 )]
-pub fn now() -> Timestamp {
+pub(crate) fn local() -> Timestamp {
     let now = Timestamp(Utc::now().timestamp_micros());
     OFFSET_FILE.get().map_or(now, |file| now.shifted(offset_in(file)))
+}
+
+/// By how many seconds this machine's clock is ahead of the database's, negative if it is behind; `None` when they agree.
+pub fn ahead() -> Option<i64> {
+    let ahead = AHEAD.load(Ordering::Relaxed);
+    (ahead != 0).then_some(ahead / 1_000_000)
+}
+
+/// Compares this machine's clock, as it was `before` and `after`, with the database's, as it was in between. While they
+/// differ, [`now`] follows the database's.
+pub(crate) fn compare(before: Timestamp, database: Timestamp, after: Timestamp) {
+    let database = DATABASE_OFFSET_FILE
+        .get()
+        .map_or(database, |file| database.shifted(offset_in(file)));
+    let now = difference(before, database, after);
+    let known = AHEAD.swap(now, Ordering::Relaxed);
+    if now != 0 && known == 0 {
+        tracing::error!(
+            ahead_seconds = now / 1_000_000,
+            "this machine's clock differs from the database's; it decides nothing until it is right"
+        );
+    } else if now == 0 && known != 0 {
+        tracing::info!("this machine's clock agrees with the database's again");
+    }
+}
+
+/// The microseconds by which a clock is ahead for certain, 0 within the tolerance.
+fn difference(before: Timestamp, database: Timestamp, after: Timestamp) -> i64 {
+    if before > database.plus(TOLERANCE) {
+        before.0 - database.0
+    } else if after < database.before(TOLERANCE) {
+        after.0 - database.0
+    } else {
+        0
+    }
 }
 
 /// The seconds in the file.
@@ -124,6 +177,21 @@ mod tests {
         assert_eq!(Timestamp::parse(&time.to_string()), Some(time));
         assert_eq!(Timestamp::parse("2026-05-20T14:00:00.123456+02:00"), Some(time));
         assert_eq!(Timestamp::parse("yesterday"), None);
+    }
+
+    #[test]
+    fn clocks_agree_within_ten_seconds_and_the_time_that_asking_took() {
+        let at = |seconds: i64| Timestamp(seconds * 1_000_000);
+        for (before, database, after, ahead) in [
+            (100, 100, 100, 0),
+            (110, 100, 111, 0),
+            (111, 100, 112, 11),
+            (80, 100, 89, -11),
+            (80, 100, 95, 0),
+        ] {
+            let seconds = difference(at(before), at(database), at(after)) / 1_000_000;
+            assert_eq!(seconds, ahead, "{before} {database} {after}");
+        }
     }
 
     #[test]

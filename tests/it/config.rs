@@ -3,8 +3,9 @@
 use tests::database::{Database, Db};
 use tests::script::answer;
 use tests::system::{System, run};
-use tests::{once, paths};
+use tests::{both, once, paths};
 
+both!(workers_of_one_database_have_one_folder);
 once!(
     a_bad_setting_stops_the_start,
     a_secret_is_never_repeated,
@@ -167,4 +168,27 @@ async fn a_worker_without_a_credential_says_how_to_give_one() {
     ] {
         assert!(finished.stderr.contains(way), "{way}: {finished:?}");
     }
+}
+
+async fn workers_of_one_database_have_one_folder(db: Db) {
+    let mut system = System::builder().database(db).sandbox(false).start().await;
+    let other = paths::folder('o');
+    let fake = paths::binary("fake-claude");
+    let url = system.database().url().to_owned();
+    let env = [
+        ("DATABASE_URL", url.as_str()),
+        ("DATA_DIR", other.to_str().unwrap()),
+        ("SANDBOX_ENABLED", "false"),
+        ("ANTHROPIC_API_KEY", "sk-x"),
+        ("CLAUDE_CLI_PATH", fake.to_str().unwrap()),
+    ];
+
+    let finished = run(WORKER, &[], &env).await;
+
+    assert_eq!(finished.code, Some(2), "{finished:?}");
+    for part in ["DATA_DIR", "other workers of this database", "shared file system"] {
+        assert!(finished.stderr.contains(part), "{part}: {}", finished.stderr);
+    }
+    // One in the same folder starts.
+    system.add_worker().await;
 }

@@ -194,16 +194,17 @@ async fn connections_that_are_all_in_use_are_no_outage() {
     holder.execute(sqlx::raw_sql(lock)).await.unwrap();
 
     // Each waits for the lock on a connection of its own, and the rest for a connection.
-    let (reads, ready) = tokio::join!(
-        at_once((0..80).map(|_| client.job(&id))),
-        eventually(PATIENCE, "a full pool", async || {
+    let (reads, ready) = tokio::join!(at_once((0..80).map(|_| client.job(&id))), async {
+        let ready = eventually(PATIENCE, "a full pool", async || {
             let full = system.written().contains("all database connections are in use");
             let ready = client.get("/readyz").await.status;
             assert_eq!(ready, 200);
             full.then_some(ready)
         })
-    );
-    holder.close().await.unwrap();
+        .await;
+        holder.close().await.unwrap();
+        ready
+    });
 
     assert_eq!(ready, 200);
     let overloaded = reads.iter().filter(|read| read.text.contains("overloaded"));

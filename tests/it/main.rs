@@ -6,6 +6,7 @@ mod bad_input; // What may not be submitted: each its own problem, and nothing w
 mod budgets; // Money: never more than the limit, whoever dies.
 mod cancel; // A cancel, a timeout: final, paid for, and no process left.
 mod chaos; // Everything at once, and what holds afterwards.
+mod clocks; // A machine whose clock is wrong.
 mod commands; // What people type: the demo, the service, the client.
 mod config; // Bad settings stop the start and say which.
 mod contention; // Locks that others hold, and what the database refuses.
@@ -29,5 +30,6 @@ mod spend; // Only the gateway is believed about money and models.
 mod start; // How programs start, and on what they depend.
 mod survivors; // A run that does everything to live on doesn't.
 mod tickets; // What wakes the slots may be lost, damaged or too much.
+mod upgrade; // Tables that a newer release has changed.
 mod upstream; // The Messages API fails, and no job does.
 mod usage; // What was spent, exact against the attempts. // The database goes away and comes back.

@@ -170,7 +170,13 @@ impl Builder {
         .map(|(name, value)| (name.to_owned(), value))
         .to_vec();
         if self.stepped_clock {
-            env.push(("CLAUDE_QUEUE_CLOCK_OFFSET_FILE".to_owned(), path(CLOCK)));
+            // The database's clock too: it is the time that changes, and not one machine that is wrong.
+            for name in [
+                "CLAUDE_QUEUE_CLOCK_OFFSET_FILE",
+                "CLAUDE_QUEUE_DATABASE_CLOCK_OFFSET_FILE",
+            ] {
+                env.push((name.to_owned(), path(CLOCK)));
+            }
         }
         for (name, value) in self.env {
             env.retain(|(known, _)| *known != name);

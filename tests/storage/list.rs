@@ -13,6 +13,7 @@ tests::both!(
     a_place_in_the_queue_counts_only_the_owners_jobs,
     a_place_is_counted_up_to_a_thousand
 );
+tests::once!(an_ascending_page_ends_before_what_may_still_appear);
 
 async fn listed(world: &World, filter: JobFilter) -> Vec<String> {
     let rows = world.store.jobs(&filter, 100, true).await.unwrap();
@@ -257,4 +258,31 @@ async fn a_place_is_counted_up_to_a_thousand(db: Db) {
             }
         );
     }
+}
+
+async fn an_ascending_page_ends_before_what_may_still_appear() {
+    let world = World::new(Db::Postgres).await;
+    let key = world.key("a", 9).await;
+    let ascending = async |after: Option<i64>| {
+        let filter = JobFilter {
+            ascending: true,
+            after,
+            ..JobFilter::default()
+        };
+        let jobs = world.store.jobs(&filter, 10, true).await.unwrap();
+        jobs.into_iter()
+            .map(|(job, _)| job.job_number)
+            .collect::<Vec<_>>()
+    };
+    let first = world.submit(job(&key)).await.job_number;
+    let mut late = world.store.begin().await.unwrap();
+    let older = late.insert_job(&job(&key)).await.unwrap().job_number;
+    let newer = world.submit(job(&key)).await.job_number;
+    assert!(first < older && older < newer);
+
+    assert_eq!(ascending(None).await, [first]);
+    late.commit().await.unwrap();
+
+    assert_eq!(ascending(Some(first)).await, [older, newer]);
+    assert_eq!(ascending(Some(newer)).await, [0; 0]);
 }

@@ -25,6 +25,7 @@ tests::both!(
     a_job_may_ask_to_fail_with_its_worker,
     a_lost_job_that_was_to_be_cancelled_is_cancelled,
     what_a_lost_run_had_spent_is_settled_as_an_estimate,
+    a_lost_run_pays_the_rest_of_its_cost_once,
     events_are_stored_once_when_the_first_try_still_commits,
     left_out_events_use_up_their_numbers,
     thousands_of_events_are_stored_at_once_and_read_page_by_page,
@@ -607,5 +608,35 @@ async fn thousands_of_events_are_stored_at_once_and_read_page_by_page(db: Db) {
     for (number, event) in seen.iter().enumerate() {
         assert_eq!(event.data, json!({ "number": number }).to_string());
     }
+    assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn a_lost_run_pays_the_rest_of_its_cost_once(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 1).await;
+    world.budget(Some(&key), 1_000_000, "total", "reject").await;
+    let stored = world.submit(job(&key)).await;
+    let lost = world.claim_job(&stored).await;
+    world
+        .store
+        .record(&lost, &[], Some(&spend(30)), NOW)
+        .await
+        .unwrap();
+    assert!(world.store.take_lost(&lost.job, 1, 1, NOW).await.unwrap());
+
+    for rest in [70, 0] {
+        let booked = world.store.book_late(&lost, &spend(100), NOW).await.unwrap();
+        assert_eq!(booked, MicroUsd(rest));
+    }
+    let next = world.claim_job(&stored).await;
+    world.finish(&next, Ending::Done).await;
+
+    let ledger = "select cast(sum(cost) as bigint) from ledger where attempt = 1";
+    assert_eq!(world.number(ledger).await, 100);
+    let (ledger, spent) = (
+        "select cast(sum(cost) as bigint) from ledger",
+        "select cast(sum(spent) as bigint) from budget_period",
+    );
+    assert_eq!(world.number(ledger).await, world.number(spent).await);
     assert_eq!(world.faults().await, [""; 0]);
 }

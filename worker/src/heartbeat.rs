@@ -26,6 +26,7 @@ pub(crate) async fn announce(ctx: &Context) -> Result<()> {
         paused_until: pause.as_ref().map(|(until, _)| *until),
         pause_reason: pause.map(|(_, reason)| reason),
         upstream: ctx.pause.answer(),
+        clock_ahead: clock::ahead(),
     };
     ctx.store.put_worker(&row, now.before(FORGET_AFTER)).await
 }

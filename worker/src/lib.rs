@@ -24,6 +24,7 @@ use context::Context;
 use gateway::Upstream;
 use gateway::credentials::Credentials;
 use shared::clock;
+use shared::data_dir::DataDir;
 use shared::env;
 use shared::id::WorkerId;
 use shared::shutdown::Shutdown;
@@ -34,9 +35,9 @@ use tracing::{info, warn};
 /// The release of the Claude Code CLI that this worker is tested with.
 pub const TESTED_CLI: &str = "2.1.331";
 
-/// The lowest release of the Claude Code CLI that has all flags and variables of a run ([`claude::command`]): an older one
-/// refuses some of them, or silently ignores some that protect. `CLAUDE_CODE_DISABLE_DEFERRED_TOOL_RESUME` came last.
-pub const LOWEST_CLI: &str = "2.1.328";
+/// The lowest release of the Claude Code CLI with which the flags and variables of a run ([`claude::command`]) were tried
+/// as a set. An older one refuses some of them, and silently ignores others that protect.
+pub const LOWEST_CLI: &str = "2.1.331";
 
 /// Why a worker can't start.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +72,7 @@ pub async fn run(
     ready: impl FnOnce(WorkerId) + Send,
 ) -> Result<(), Error> {
     // Absolute, since a run starts in a folder of its own.
-    config.data_dir = shared::data_dir::bind(&config.data_dir, &store.instance_id().await?)?;
+    config.data_dir = bind_data_dir(&config.data_dir, &store).await?;
     // What a worker that was killed left behind on this machine writes into workspaces that others will get.
     let ended = tokio::task::spawn_blocking(guard::kill_orphans)
         .await
@@ -137,6 +138,14 @@ pub async fn run(
     let _ = ctx.store.remove_worker(worker_id).await;
     info!("the worker has stopped");
     Ok(())
+}
+
+/// The absolute path of `DATA_DIR`, which the database knows from here on.
+async fn bind_data_dir(path: &std::path::Path, store: &Store) -> Result<std::path::PathBuf, Error> {
+    let (instance_id, known) = (store.instance_id().await?, store.data_dir_id().await?);
+    let folder = DataDir::open(path, &instance_id, known.as_deref())?;
+    let known = store.bind_data_dir(&folder.id).await?;
+    Ok(folder.confirm(&known)?.path)
 }
 
 /// The CLI's own file and its version.

@@ -1,5 +1,6 @@
 //! The audit: changes of keys and budgets, and rejected authentications.
 
+use super::columns::columns;
 use super::{Result, Store, Tx, execute, read};
 use crate::clock::Timestamp;
 use serde_json::Value;
@@ -118,8 +119,8 @@ impl Store {
             self,
             "read the audit",
             fetch_all => AuditRow,
-            "select * from audit where ($1 = 0 or audit_number < $1) and ($2 = '' or actor = $2)
-             order by audit_number desc limit $3",
+            concat!("select ", columns!(AuditRow), " from audit where ($1 = 0 or audit_number < $1) and ($2 = '' or actor = $2)
+             order by audit_number desc limit $3"),
             before,
             actor,
             limit

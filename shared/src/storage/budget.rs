@@ -193,6 +193,17 @@ impl Tx {
     /// that was written.
     #[doc(hidden)]
     pub async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<MicroUsd> {
+        self.settle_part(job, spend, false, now).await
+    }
+
+    /// The same; `late`: on top of what was settled when the attempt ended.
+    pub(super) async fn settle_part(
+        &mut self,
+        job: &Job,
+        spend: &Spend,
+        late: bool,
+        now: Timestamp,
+    ) -> Result<MicroUsd> {
         self.share_global_budget().await?;
         let mut cost = MicroUsd::ZERO;
         for model in &spend.models {
@@ -200,9 +211,9 @@ impl Tx {
                 self,
                 "write the ledger",
                 "insert into ledger (at, key_id, job_id, attempt, session_id, model, cost, input_tokens, output_tokens,
-                   cache_creation_input_tokens, cache_read_input_tokens, estimated, price_version)
-                 values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
-                 on conflict (job_id, attempt, model) do nothing",
+                   cache_creation_input_tokens, cache_read_input_tokens, estimated, price_version, late)
+                 values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+                 on conflict (job_id, attempt, model, late) do nothing",
                 now,
                 &job.key_id,
                 job.job_id,
@@ -215,7 +226,8 @@ impl Tx {
                 model.usage.cache_creation_input_tokens,
                 model.usage.cache_read_input_tokens,
                 spend.estimated,
-                &spend.price_version
+                &spend.price_version,
+                late
             )?;
             // A model that is named twice has one line, and counts once everywhere.
             if written > 0 {

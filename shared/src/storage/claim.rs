@@ -2,6 +2,7 @@
 //! oldest. Claims are made one at a time, so caps, turns and budgets are exact.
 
 use super::budget::{self, Allowance, Applicable};
+use super::columns::columns;
 use super::{Error, Result, Store, Tx, execute, fetch};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
@@ -141,8 +142,8 @@ impl Tx {
             self,
             "find the lane's first job",
             fetch_optional => Job,
-            "select * from job where key_id = $1 and status = 'queued' and hold = ''
-             order by priority desc, job_number limit 1",
+            concat!("select ", columns!(Job), " from job where key_id = $1 and status = 'queued' and hold = ''
+             order by priority desc, job_number limit 1"),
             key_id
         )
     }
@@ -163,12 +164,12 @@ impl Tx {
             self,
             "claim a job",
             fetch_one => Job,
-            "update job set status = 'running', attempt = attempt + 1, lease_owner = $2, renewals = 0,
+            concat!("update job set status = 'running', attempt = attempt + 1, lease_owner = $2, renewals = 0,
                claude_session_id = $3, run_after = null, started_at = coalesce(started_at, $4),
                model = coalesce(model, $5), effort = coalesce(effort, $6),
                permission_mode = coalesce(permission_mode, $7), max_turns = coalesce(max_turns, $8),
                timeout_seconds = coalesce(timeout_seconds, $9), version = version + 1
-             where job_id = $1 and status = 'queued' and hold = '' returning *",
+             where job_id = $1 and status = 'queued' and hold = '' returning ", columns!(Job)),
             job.job_id,
             claimant.worker_id,
             &claude_session_id,

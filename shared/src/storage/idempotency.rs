@@ -1,6 +1,7 @@
 //! Idempotency keys. A record is written in the transaction that does the work, so that a client that lost the response
 //! and repeats the request gets the same response, not a second job.
 
+use super::columns::columns;
 use super::{Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
@@ -68,7 +69,7 @@ impl Tx {
             self,
             "read an idempotency key",
             fetch_one => IdempotencyRecord,
-            "select * from idempotency where key_id = $1 and route = $2 and idempotency_key = $3",
+            concat!("select ", columns!(IdempotencyRecord), " from idempotency where key_id = $1 and route = $2 and idempotency_key = $3"),
             &record.key_id,
             &record.route,
             &record.idempotency_key
@@ -90,8 +91,8 @@ impl Store {
             self,
             "read an idempotency key",
             fetch_optional => IdempotencyRecord,
-            "select * from idempotency
-             where key_id = $1 and route = $2 and idempotency_key = $3 and created_at >= $4",
+            concat!("select ", columns!(IdempotencyRecord), " from idempotency
+             where key_id = $1 and route = $2 and idempotency_key = $3 and created_at >= $4"),
             key_id,
             route,
             idempotency_key,

@@ -5,6 +5,7 @@ mod conclude;
 mod insert;
 mod list;
 
+use super::columns::columns;
 use super::{Result, Store, read};
 use crate::id::{JobId, KeyId};
 use crate::job::{Hold, Job};
@@ -24,7 +25,7 @@ pub struct Position {
 impl Store {
     /// The job, if there is one.
     pub async fn job(&self, job_id: JobId) -> Result<Option<Job>> {
-        read!(self, "read a job", fetch_optional => Job, "select * from job where job_id = $1", job_id)
+        read!(self, "read a job", fetch_optional => Job, concat!("select ", columns!(Job), " from job where job_id = $1"), job_id)
     }
 
     /// The job's prompt; empty after retention.

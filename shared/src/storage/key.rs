@@ -1,5 +1,6 @@
 //! API keys: made, changed, rotated, taken back.
 
+use super::columns::columns;
 use super::{Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
 use crate::id::KeyId;
@@ -48,11 +49,11 @@ impl Tx {
             self,
             "store a key",
             fetch_one => ApiKey,
-            "insert into api_key (key_id, name, secret_digest, last4, scopes, allowed_ips, allowed_models, rate_submit,
+            concat!("insert into api_key (key_id, name, secret_digest, last4, scopes, allowed_ips, allowed_models, rate_submit,
                rate_read, rate_window, max_running_jobs, max_queued_jobs, max_streams, max_priority, metadata,
                created_at, created_by, expires_at)
              values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
-             returning *",
+             returning ", columns!(ApiKey)),
             &key.key_id,
             &key.name,
             &key.secret_digest,
@@ -85,10 +86,10 @@ impl Tx {
             self,
             "change a key",
             fetch_optional => ApiKey,
-            "update api_key set name = $3, scopes = $4, allowed_ips = $5, allowed_models = $6, rate_submit = $7,
+            concat!("update api_key set name = $3, scopes = $4, allowed_ips = $5, allowed_models = $6, rate_submit = $7,
                rate_read = $8, rate_window = $9, max_running_jobs = $10, max_queued_jobs = $11, max_streams = $12,
                max_priority = $13, metadata = $14, expires_at = $15, version = version + 1
-             where key_id = $1 and version = $2 returning *",
+             where key_id = $1 and version = $2 returning ", columns!(ApiKey)),
             &key.key_id,
             key.version,
             &key.name,
@@ -124,10 +125,10 @@ impl Tx {
             self,
             "rotate a key",
             fetch_optional => ApiKey,
-            "update api_key set
+            concat!("update api_key set
                previous_digest = case when cast($5 as bigint) is null then null else secret_digest end,
                previous_valid_until = $5, secret_digest = $3, last4 = $4, version = version + 1
-             where key_id = $1 and version = $2 and revoked_at is null returning *",
+             where key_id = $1 and version = $2 and revoked_at is null returning ", columns!(ApiKey)),
             key_id,
             version,
             &secret.digest,
@@ -157,7 +158,7 @@ impl Tx {
             self,
             "read a key",
             fetch_optional => ApiKey,
-            "select * from api_key where key_id = $1",
+            concat!("select ", columns!(ApiKey), " from api_key where key_id = $1"),
             key_id
         )
     }
@@ -183,7 +184,7 @@ impl Tx {
 impl Store {
     /// The key, if there is one.
     pub async fn api_key(&self, key_id: &KeyId) -> Result<Option<ApiKey>> {
-        read!(self, "read a key", fetch_optional => ApiKey, "select * from api_key where key_id = $1", key_id)
+        read!(self, "read a key", fetch_optional => ApiKey, concat!("select ", columns!(ApiKey), " from api_key where key_id = $1"), key_id)
     }
 
     /// Up to `limit` keys, newest first.
@@ -192,11 +193,11 @@ impl Store {
             self,
             "list keys",
             fetch_all => ApiKey,
-            "select * from api_key
+            concat!("select ", columns!(ApiKey), " from api_key
              where key_number < $1 and ($2 = '' or name = $2)
                and ($3 = '' or $3 = case when revoked_at is not null then 'revoked'
                  when expires_at <= $4 then 'expired' else 'active' end)
-             order by key_number desc limit $5",
+             order by key_number desc limit $5"),
             filter.before.unwrap_or(i64::MAX),
             filter.name.as_deref().unwrap_or(""),
             filter.status.map_or("", KeyStatus::as_str),

@@ -35,7 +35,7 @@ macro_rules! fetch {
 /// Reads rows and locks them until the end of the transaction: PostgreSQL needs to be told; on SQLite the
 /// transaction is the only writer anyway.
 macro_rules! fetch_locked {
-    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:literal $(, $bind:expr)* $(,)?) => {
+    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
         match &mut $tx.db {
             $crate::storage::TxDb::Sqlite(tx) => {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
@@ -83,6 +83,15 @@ macro_rules! lock {
             "select pg_advisory_xact_lock",
             $shared,
             "(1668638069, ",
+            $number,
+            ")"
+        )
+    };
+    ($shared:literal, $number:literal, of = numbers) => {
+        concat!(
+            "select pg_advisory_xact_lock",
+            $shared,
+            "(1668638071, ",
             $number,
             ")"
         )

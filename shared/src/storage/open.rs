@@ -1,6 +1,9 @@
 //! Opening the database and bringing its tables up to date.
 
-use super::{DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, connect, limit, liveness};
+use super::{
+    DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, connect, limit, liveness, read,
+};
+use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
@@ -9,6 +12,19 @@ use sqlx::{ConnectOptions, Connection, Executor};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tokio::sync::Notify;
+
+/// The first number of a migration of the next major release. Migrations below it only add to the tables, so that this
+/// release runs beside every newer one of its major version.
+const NEXT_MAJOR: i64 = 10_000;
+
+/// The newest migration of a database, and the newest one that this release knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schema {
+    /// In the database.
+    pub stored: i64,
+    /// In this release.
+    pub known: i64,
+}
 
 impl Store {
     /// Opens the database, making a SQLite file that isn't there, and brings its tables up to date.
@@ -26,7 +42,34 @@ impl Store {
             liveness,
         };
         store.wait_for_lock().await?;
+        store.check_clock().await?;
+        let schema = store.schema().await?;
+        if schema.stored >= NEXT_MAJOR {
+            let text = format!(
+                "it has migration {} of a newer major release, beside which this one can't run",
+                schema.stored
+            );
+            return Err(Error::during("use the database")(text));
+        }
         Ok(store)
+    }
+
+    /// Which migrations the database has.
+    pub async fn schema(&self) -> Result<Schema> {
+        let row = read!(
+            self,
+            "read the migrations",
+            fetch_optional => (i64,),
+            "select coalesce(max(version), 0) from migration"
+        )?;
+        let known = sqlx::migrate!("../migrations/sqlite")
+            .iter()
+            .map(|migration| migration.version)
+            .max();
+        Ok(Schema {
+            stored: row.map_or(0, |row| row.0),
+            known: known.unwrap_or(0),
+        })
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Db> {
@@ -108,12 +151,13 @@ impl Store {
 
     /// Brings the tables up to date, ours and the queue library's. The caller holds the lock over all processes.
     async fn migrate_sqlite(writer: &SqlitePool) -> Result<()> {
-        let mut ours = sqlx::migrate!("../migrations/sqlite");
-        ours.dangerous_set_table_name("migration");
-        ours.run(writer)
+        ours(sqlx::migrate!("../migrations/sqlite"))
+            .run(writer)
             .await
             .map_err(Error::during("bring the tables up to date"))?;
-        apalis_sqlite::SqliteStorage::<()>::migrations()
+        let mut theirs = apalis_sqlite::SqliteStorage::<()>::migrations();
+        theirs.set_ignore_missing(true);
+        theirs
             .run(writer)
             .await
             .map_err(Error::during("bring the queue's tables up to date"))?;
@@ -135,15 +179,24 @@ impl Store {
         lock.execute("set lock_timeout = 0; select pg_advisory_lock(1668638068, 0)")
             .await
             .map_err(Error::during("lock the database for migration"))?;
-        let mut ours = sqlx::migrate!("../migrations/postgres");
-        ours.dangerous_set_table_name("migration");
-        ours.run(pool)
+        ours(sqlx::migrate!("../migrations/postgres"))
+            .run(pool)
             .await
             .map_err(Error::during("bring the tables up to date"))?;
-        apalis_postgres::PostgresStorage::setup(pool)
+        let mut theirs = apalis_postgres::PostgresStorage::migrations();
+        theirs.set_ignore_missing(true);
+        theirs
+            .run(pool)
             .await
             .map_err(Error::during("bring the queue's tables up to date"))?;
         let _ = lock.close().await;
         Ok(())
     }
+}
+
+/// Our migrations, as they are run: beside those of a newer release, which only add to the tables.
+fn ours(mut migrator: Migrator) -> Migrator {
+    migrator.dangerous_set_table_name("migration");
+    migrator.set_ignore_missing(true);
+    migrator
 }

@@ -1,6 +1,7 @@
 //! Deletes the data of ended jobs: after the retention time, or when the owner requests it. A job's row, its attempts and
 //! its ledger entries stay.
 
+use super::columns::columns;
 use super::{Result, Store, Tx, execute, fetch_locked, read};
 use crate::clock::Timestamp;
 use crate::id::JobId;
@@ -35,10 +36,10 @@ impl Store {
             self,
             "look for expired jobs",
             fetch_all => Job,
-            "select * from job
+            concat!("select ", columns!(Job), " from job
              where completed_at is not null and not data_removed and completed_at < $1
                and (completed_at, job_number) > ($2, $3)
-             order by completed_at, job_number limit 100",
+             order by completed_at, job_number limit 100"),
             before,
             ended,
             number
@@ -76,7 +77,7 @@ impl Store {
             self,
             "look for workspaces to remove",
             fetch_all => Job,
-            "select * from job where remove_requested and job_number > $1 order by job_number limit 100",
+            concat!("select ", columns!(Job), " from job where remove_requested and job_number > $1 order by job_number limit 100"),
             after
         )
     }

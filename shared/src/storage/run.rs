@@ -2,9 +2,11 @@
 //! worker that lost its lease writes nothing.
 
 mod finish;
+mod late;
 mod lost;
 mod record;
 
+use super::columns::columns;
 use super::{Result, Tx, TxDb, fetch_locked};
 use crate::id::{JobId, SessionId};
 use crate::job::{CancelReason, Job, JobStatus, Spend, TokenUsage};
@@ -50,7 +52,7 @@ impl Tx {
             self,
             "find a run",
             fetch_optional => Job,
-            "select * from job where job_id = $1 and attempt = $2 and status = 'running'",
+            concat!("select ", columns!(Job), " from job where job_id = $1 and attempt = $2 and status = 'running'"),
             job_id,
             attempt
         )

@@ -1,5 +1,6 @@
 //! Creates, finds and lists sessions.
 
+use super::columns::columns;
 use super::{Result, Store, Tx, fetch, read};
 use crate::clock::Timestamp;
 use crate::id::{KeyId, SessionId};
@@ -20,10 +21,10 @@ impl Tx {
             self,
             "store a session",
             fetch_one => Session,
-            "insert into session (session_id, key_id, name, settings, created_at, updated_at)
+            concat!("insert into session (session_id, key_id, name, settings, created_at, updated_at)
              values ($1, $2, $3, $4, $5, $5)
              on conflict (key_id, name) do update set settings = excluded.settings, updated_at = excluded.updated_at
-             returning *",
+             returning ", columns!(Session)),
             session_id,
             key_id,
             name,
@@ -44,7 +45,7 @@ impl Store {
             self,
             "read a session",
             fetch_optional => Session,
-            "select * from session where name = $1 and (key_id = $2 or $2 = '') order by session_number desc limit 1",
+            concat!("select ", columns!(Session), " from session where name = $1 and (key_id = $2 or $2 = '') order by session_number desc limit 1"),
             text,
             owner
         )?;
@@ -55,8 +56,8 @@ impl Store {
             self,
             "read a session",
             fetch_optional => Session,
-            "select * from session where (session_number = $1 or claude_session_id = $2) and (key_id = $3 or $3 = '')
-             order by session_number desc limit 1",
+            concat!("select ", columns!(Session), " from session where (session_number = $1 or claude_session_id = $2) and (key_id = $3 or $3 = '')
+             order by session_number desc limit 1"),
             text.parse::<i64>().unwrap_or(-1),
             text,
             owner
@@ -65,7 +66,7 @@ impl Store {
 
     /// The session with this id.
     pub async fn session_by_id(&self, session_id: SessionId) -> Result<Option<Session>> {
-        read!(self, "read a session", fetch_optional => Session, "select * from session where session_id = $1", session_id)
+        read!(self, "read a session", fetch_optional => Session, concat!("select ", columns!(Session), " from session where session_id = $1"), session_id)
     }
 
     /// A page of the owner's sessions (`None`: of all owners), most recently used first, and their total number.
@@ -80,8 +81,8 @@ impl Store {
             self,
             "list sessions",
             fetch_all => Session,
-            "select * from session where key_id = $1 or $1 = ''
-             order by updated_at desc, session_number desc limit $2 offset $3",
+            concat!("select ", columns!(Session), " from session where key_id = $1 or $1 = ''
+             order by updated_at desc, session_number desc limit $2 offset $3"),
             owner,
             limit,
             offset

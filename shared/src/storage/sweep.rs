@@ -59,8 +59,17 @@ impl Store {
             ..Swept::default()
         };
         self.release_budget_holds(now).await?;
-        self.repair_hints().await?;
+        let rest = self.sweep_tickets().await?;
+        swept.runnable = rest.runnable;
+        swept.tickets = rest.tickets;
+        Ok(swept)
+    }
 
+    /// The part of a sweep that needs no clock: hints that are too low, tickets that are missing, leftovers of the queue
+    /// library.
+    pub async fn sweep_tickets(&self) -> Result<Swept> {
+        let mut swept = Swept::default();
+        self.repair_hints().await?;
         let mut tx = self.begin().await?;
         swept.runnable = tx.runnable().await?.min(TOP_UP);
         if swept.runnable > 0 {

@@ -1,5 +1,6 @@
 //! Worker processes, for people to look at. Leases decide, not these rows.
 
+use super::columns::columns;
 use super::{Result, Store, execute, read};
 use crate::clock::Timestamp;
 use crate::id::WorkerId;
@@ -27,6 +28,8 @@ pub struct WorkerRow {
     pub pause_reason: Option<String>,
     /// What the Messages API last answered to the worker's own question, in words; `None` before the first one.
     pub upstream: Option<String>,
+    /// The seconds by which its clock is ahead of the database's, if they differ by more than 10 s.
+    pub clock_ahead: Option<i64>,
 }
 
 impl Store {
@@ -37,11 +40,12 @@ impl Store {
             tx,
             "say how the worker is",
             "insert into worker (worker_id, host, slots, busy, cli_version, started_at, last_seen_at, paused_until,
-               pause_reason, upstream)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+               pause_reason, upstream, clock_ahead)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
              on conflict (worker_id) do update set slots = excluded.slots, busy = excluded.busy,
                last_seen_at = excluded.last_seen_at, paused_until = excluded.paused_until,
-               pause_reason = excluded.pause_reason, upstream = excluded.upstream",
+               pause_reason = excluded.pause_reason, upstream = excluded.upstream,
+               clock_ahead = excluded.clock_ahead",
             worker.worker_id,
             &worker.host,
             worker.slots,
@@ -51,7 +55,8 @@ impl Store {
             worker.last_seen_at,
             worker.paused_until,
             &worker.pause_reason,
-            &worker.upstream
+            &worker.upstream,
+            worker.clock_ahead
         )?;
         execute!(
             tx,
@@ -80,7 +85,7 @@ impl Store {
             self,
             "list workers",
             fetch_all => WorkerRow,
-            "select * from worker where last_seen_at >= $1 order by started_at",
+            concat!("select ", columns!(WorkerRow), " from worker where last_seen_at >= $1 order by started_at"),
             since
         )
     }

@@ -28,7 +28,7 @@ pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
                     return tell(lease, &report, status);
                 }
                 warn!("the lease was lost; what this run did is another attempt's to check");
-                return;
+                return book_late(ctx, lease, &report).await;
             }
             Err(error) => {
                 // The commit may have come before the error.
@@ -43,6 +43,28 @@ pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
                     }
                 }
                 keep_lease(ctx, lease, &report).await;
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
+/// Books what is owed for a run whose lease was taken, as far as it wasn't known then.
+async fn book_late(ctx: &Context, lease: &Lease, report: &Report) {
+    if report.spend.models.is_empty() {
+        return;
+    }
+    loop {
+        match ctx.store.book_late(lease, &report.spend, clock::now()).await {
+            Ok(cost) if cost.0 > 0 => return info!(cost_usd = cost.usd(), "booked {cost} of a lost run"),
+            Ok(_) => return,
+            Err(error) => {
+                if !ctx.store.note(&error) {
+                    warn!(error = %chain(&error), "could not book what a lost run has cost");
+                }
+                if !error.is_unavailable() {
+                    return;
+                }
                 tokio::time::sleep(AGAIN).await;
             }
         }

@@ -4,6 +4,7 @@ use crate::clock::{self, Timestamp};
 use crate::event::{EventType, NewEvent};
 use crate::id::{JobId, KeyId};
 use crate::job::{CancelReason, Ending, Job, JobStatus};
+use crate::storage::columns::columns;
 use crate::storage::{Result, Store, Tx, execute, fetch_locked, read};
 use serde_json::json;
 
@@ -111,7 +112,7 @@ impl Tx {
         reason: CancelReason,
         now: Timestamp,
     ) -> Result<Option<CancelOutcome>> {
-        let row = fetch_locked!(self, "read a job", fetch_optional => Job, "select * from job where job_id = $1", job_id)?;
+        let row = fetch_locked!(self, "read a job", fetch_optional => Job, concat!("select ", columns!(Job), " from job where job_id = $1"), job_id)?;
         let Some(job) = row else {
             return Ok(Some(CancelOutcome::NoSuchJob));
         };

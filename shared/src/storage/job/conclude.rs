@@ -4,6 +4,7 @@ use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::id::JobId;
 use crate::job::{CancelReason, Ending, Hold, Job, JobStatus};
+use crate::storage::columns::columns;
 use crate::storage::{Result, Tx, fetch};
 use serde_json::json;
 
@@ -44,9 +45,9 @@ impl Tx {
             self,
             "end a waiting job",
             fetch_optional => Job,
-            "update job set status = $2, cancel_reason = $3, error_code = $4, error = $5, completed_at = $6,
+            concat!("update job set status = $2, cancel_reason = $3, error_code = $4, error = $5, completed_at = $6,
                version = version + 1
-             where job_id = $1 and status = 'queued' returning *",
+             where job_id = $1 and status = 'queued' returning ", columns!(Job)),
             job_id,
             status,
             reason,

@@ -2,6 +2,8 @@
 
 use crate::event::{EventType, NewEvent};
 use crate::job::{Hold, Job, JobStatus, NewJob};
+use crate::storage::columns::columns;
+use crate::storage::macros::lock;
 use crate::storage::{Error, Result, Tx, execute, fetch, in_future};
 use serde_json::json;
 
@@ -24,15 +26,25 @@ impl Tx {
             (false, true) => Hold::Delay.as_str(),
             (false, false) => "",
         };
+        // Whoever reads jobs in the order of their numbers sees here that numbers after this one are being used.
+        self.postgres_lock(
+            lock!(
+                "_shared",
+                "(select cast(last_value % 2147483647 as integer) from job_job_number_seq)",
+                of = numbers
+            ),
+            None,
+        )
+        .await?;
         let stored = fetch!(
             self,
             "store a job",
             fetch_one => Job,
-            "insert into job (job_id, key_id, kind, hold, priority, group_key, session_id, run_after, deadline_at,
+            concat!("insert into job (job_id, key_id, kind, hold, priority, group_key, session_id, run_after, deadline_at,
                max_attempts, on_worker_lost, model, effort, permission_mode, max_turns, timeout_seconds, max_cost,
                custom_id, metadata, created_at, last_event_seq)
              values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, 1)
-             returning *",
+             returning ", columns!(Job)),
             job.job_id,
             &job.key_id,
             job.kind,

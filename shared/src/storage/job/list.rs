@@ -3,6 +3,7 @@
 use crate::clock::Timestamp;
 use crate::id::{KeyId, SessionId};
 use crate::job::{Job, JobKind, JobStatus};
+use crate::storage::columns::columns;
 use crate::storage::{Db, Error, Result, Store};
 use sqlx::{Postgres, QueryBuilder, Sqlite};
 
@@ -33,16 +34,24 @@ impl Store {
     /// Up to `limit` jobs beyond the filter's position, in its order, each with its prompt (cut to 200 characters
     /// if `brief`).
     pub async fn jobs(&self, filter: &JobFilter, limit: i64, brief: bool) -> Result<Vec<(Job, String)>> {
+        let until = if filter.ascending {
+            self.settled_until().await?
+        } else {
+            None
+        };
         // Two builders, because a builder is of one database.
         macro_rules! rows {
             ($db:ty, $pool:expr) => {{
-                let mut query = QueryBuilder::<$db>::new("select job.*, ");
+                let mut query =
+                    QueryBuilder::<$db>::new(concat!("select ", columns!(Job), ", coalesce((select "));
                 query.push(if brief {
-                    "substr(coalesce(prompt.message, ''), 1, 200)"
+                    "substr(message, 1, 200)"
                 } else {
-                    "coalesce(prompt.message, '')"
+                    "message"
                 });
-                query.push(" as message from job left join prompt on prompt.job_id = job.job_id where 1 = 1");
+                query.push(
+                    " from prompt where prompt.job_id = job.job_id), '') as message from job where 1 = 1",
+                );
                 if let Some(key_id) = &filter.key_id {
                     query
                         .push(" and job.key_id = ")
@@ -75,6 +84,9 @@ impl Store {
                 if let Some(at) = filter.created_before {
                     query.push(" and job.created_at < ").push_bind(at.0);
                 }
+                if let Some(until) = until {
+                    query.push(" and job.job_number <= ").push_bind(until);
+                }
                 let (beyond, order) = if filter.ascending {
                     (" > ", "asc")
                 } else {
@@ -103,6 +115,30 @@ impl Store {
         }
         .map(|rows| rows.into_iter().map(|row| (row.job, row.message)).collect())
         .map_err(Error::during("list jobs"))
+    }
+
+    /// The number up to which no job can still appear, where numbers are given before the commit: whoever reads in
+    /// their order and goes on behind the last one would miss it.
+    async fn settled_until(&self) -> Result<Option<i64>> {
+        let Db::Postgres(pool) = &*self.db else {
+            return Ok(None);
+        };
+        let during = Error::during::<sqlx::Error>;
+        // In this order: a number that is given out afterwards is beyond the first.
+        let last = sqlx::query_scalar("select last_value from job_job_number_seq").fetch_one(pool);
+        let last: i64 = self.liveness.in_time(last).await.map_err(during("list jobs"))?;
+        // What `insert_job` locks: each number that is being used is higher.
+        let used = sqlx::query_scalar(
+            "select cast(objid as bigint) from pg_locks
+             where locktype = 'advisory' and classid = 1668638071 and objsubid = 2
+               and database = (select oid from pg_database where datname = current_database())",
+        )
+        .fetch_all(pool);
+        let used: Vec<i64> = self.liveness.in_time(used).await.map_err(during("list jobs"))?;
+        let below = used
+            .into_iter()
+            .map(|low| last - (last - low).rem_euclid(i64::from(i32::MAX)));
+        Ok(Some(below.min().unwrap_or(last)))
     }
 }
 

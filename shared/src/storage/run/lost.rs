@@ -4,6 +4,7 @@ use super::finish::EndedBy;
 use crate::clock::Timestamp;
 use crate::id::{JobId, WorkerId};
 use crate::job::{Ending, Hold, Job, OnWorkerLost, Report, Spend};
+use crate::storage::columns::columns;
 use crate::storage::{Result, Store, Tx, fetch};
 use std::collections::HashSet;
 use std::time::Duration;
@@ -25,7 +26,7 @@ impl Store {
             tx,
             "look for unknown claims",
             fetch_all => Job,
-            "select * from job where status = 'running' and lease_owner = $1",
+            concat!("select ", columns!(Job), " from job where status = 'running' and lease_owner = $1"),
             worker_id
         )?;
         tx.rollback().await?;
