@@ -10,6 +10,7 @@ use shared::storage::{DatabaseUrl, Inspection, inspect};
 use shared::telemetry::chain;
 use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
+use worker::gateway::upstream::{Answer, Upstream};
 use worker::workspace::Runtime;
 use worker::{Config, LOWEST_CLI, TESTED_CLI};
 
@@ -63,6 +64,7 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
             Ok(cli) => {
                 tell("claude", claude(&cli).await);
                 tell("credential", credential(config, &cli));
+                tell("api", messages_api(config, &cli).await);
             }
             Err(error) => {
                 let cure = "install it with scripts/install-claude.sh, or set CLAUDE_CLI_PATH";
@@ -169,6 +171,20 @@ async fn claude(cli: &Path) -> Finding {
 fn credential(config: &Config, cli: &Path) -> Finding {
     match Credentials::find(&config.anthropic, cli) {
         Ok(credentials) => Good(credentials.kind().to_owned()),
+        Err(error) => Bad(error.to_string()),
+    }
+}
+
+/// Asks the Messages API a question that costs nothing.
+async fn messages_api(config: &Config, cli: &Path) -> Finding {
+    let Ok(credentials) = Credentials::find(&config.anthropic, cli) else {
+        return Note("not asked, without a credential".to_owned());
+    };
+    match Upstream::new(&config.anthropic.base_url) {
+        Ok(upstream) => match upstream.of(&config.anthropic.provider).ask(&credentials).await {
+            answer @ Answer::Good => Good(answer.to_string()),
+            answer @ Answer::Refused(_) => Note(answer.to_string()),
+        },
         Err(error) => Bad(error.to_string()),
     }
 }

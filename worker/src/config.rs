@@ -1,6 +1,7 @@
 //! What a worker is told by its environment.
 
 mod anthropic;
+pub mod provider;
 
 use crate::spend::price::Prices;
 use shared::env::{Error, Vars};
@@ -12,7 +13,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 pub(crate) use anthropic::unusable;
-pub use anthropic::{Address, Anthropic};
+pub use anthropic::{Address, Anthropic, Federation};
 
 /// The settings of a worker.
 #[derive(Clone, Debug)]

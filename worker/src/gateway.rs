@@ -5,6 +5,7 @@
 
 pub mod credentials;
 pub mod failure;
+mod provider;
 mod relay;
 pub mod request;
 pub mod secret;

@@ -89,7 +89,7 @@ pub async fn run(
         warn!("the Claude CLI is {cli_version}; this release is tested with {TESTED_CLI}");
     }
     let credentials = Credentials::find(&config.anthropic, &cli)?;
-    let upstream = Upstream::new(&config.anthropic.base_url)?;
+    let upstream = Upstream::new(&config.anthropic.base_url)?.of(&config.anthropic.provider);
     let runtime = workspace::Runtime::create(config.runtime_dir.as_deref()).map_err(Error::Runtime)?;
     let isolation = if config.sandbox {
         Isolation::Sandbox(sandbox::check(&runtime, path).await?)

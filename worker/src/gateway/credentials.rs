@@ -1,17 +1,24 @@
 //! How the gateway proves to the Messages API who pays. No run and no file of a run ever holds it.
 
+mod identity;
 mod login;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use http::header::{self, HeaderName, HeaderValue};
 use shared::env;
 use uuid::Uuid;
 
 use crate::config::Anthropic;
+use crate::config::provider::Given;
 use crate::gateway::API_KEY;
 use crate::gateway::secret::Secret;
+use crate::gateway::upstream::Upstream;
 
+/// The header of a key of Foundry.
+const FOUNDRY_KEY: HeaderName = HeaderName::from_static("api-key");
+
+pub use identity::Identity;
 pub use login::Login;
 
 /// What is accepted where no credential is found.
@@ -29,17 +36,39 @@ pub enum Credentials {
     AuthToken(Secret),
     /// The login of the worker's own user.
     Login(Login),
+    /// A key of Microsoft Foundry.
+    FoundryKey(Secret),
+    /// An API key of Amazon Bedrock.
+    BedrockKey(Secret),
+    /// A file that holds an access token of Google, read for each request.
+    TokenFile(PathBuf),
+    /// A token of the machine's identity, exchanged for short ones.
+    Identity(Box<Identity>),
 }
 
 /// There is no usable credential right now. The text says what to do.
 #[derive(Debug, thiserror::Error)]
-#[error("The login of the worker's user is no longer valid: run `claude auth login` as that user.")]
-pub struct Unusable;
+#[error("{0}")]
+pub struct Unusable(pub(super) String);
+
+/// Nobody is logged in any more.
+const LOGGED_OUT: &str =
+    "The login of the worker's user is no longer valid: run `claude auth login` as that user.";
 
 impl Credentials {
     /// Takes the first that is there, in the CLI's own order: API key, OAuth token, bearer token, login. `claude` is
     /// the CLI, which keeps a login fresh. The error names the ways to give one.
     pub fn find(settings: &Anthropic, claude: &Path) -> Result<Self, env::Error> {
+        match &settings.given {
+            Some(Given::FoundryKey(key)) => {
+                return secret("ANTHROPIC_FOUNDRY_API_KEY", key).map(Self::FoundryKey);
+            }
+            Some(Given::BedrockKey(key)) => {
+                return secret("AWS_BEARER_TOKEN_BEDROCK", key).map(Self::BedrockKey);
+            }
+            Some(Given::TokenFile(file)) => return Ok(Self::TokenFile(file.clone())),
+            None => {}
+        }
         if let Some(key) = &settings.api_key {
             return secret("ANTHROPIC_API_KEY", key).map(Self::ApiKey);
         }
@@ -48,6 +77,13 @@ impl Credentials {
         }
         if let Some(token) = &settings.auth_token {
             return secret("ANTHROPIC_AUTH_TOKEN", token).map(Self::AuthToken);
+        }
+        if let Some(federation) = &settings.identity {
+            let upstream = Upstream::new(&settings.base_url)?;
+            return Ok(Self::Identity(Box::new(Identity::new(
+                federation.clone(),
+                upstream,
+            ))));
         }
         let login = settings
             .config_dir
@@ -69,6 +105,10 @@ impl Credentials {
             Self::OauthToken(_) => "a token of `claude setup-token` (CLAUDE_CODE_OAUTH_TOKEN)",
             Self::AuthToken(_) => "a bearer token (ANTHROPIC_AUTH_TOKEN)",
             Self::Login(_) => "the login of this user (`claude auth login`)",
+            Self::FoundryKey(_) => "a key of Microsoft Foundry (ANTHROPIC_FOUNDRY_API_KEY)",
+            Self::BedrockKey(_) => "an API key of Amazon Bedrock (AWS_BEARER_TOKEN_BEDROCK)",
+            Self::TokenFile(_) => "an access token of Google in a file (GOOGLE_ACCESS_TOKEN_FILE)",
+            Self::Identity(_) => "the identity of this machine (ANTHROPIC_IDENTITY_TOKEN_FILE)",
         }
     }
 
@@ -80,40 +120,68 @@ impl Credentials {
     /// The variable of [`Self::dummy`].
     pub fn variable(&self) -> &'static str {
         match self {
-            Self::ApiKey(_) => "ANTHROPIC_API_KEY",
-            Self::OauthToken(_) | Self::Login(_) => "CLAUDE_CODE_OAUTH_TOKEN",
+            Self::ApiKey(_) | Self::FoundryKey(_) | Self::BedrockKey(_) | Self::TokenFile(_) => {
+                "ANTHROPIC_API_KEY"
+            }
+            Self::OauthToken(_) | Self::Login(_) | Self::Identity(_) => "CLAUDE_CODE_OAUTH_TOKEN",
             Self::AuthToken(_) => "ANTHROPIC_AUTH_TOKEN",
         }
     }
 
     /// Whether it is a token of a login, which requests have to say.
     pub(super) fn is_oauth(&self) -> bool {
-        matches!(self, Self::OauthToken(_) | Self::Login(_))
+        matches!(self, Self::OauthToken(_) | Self::Login(_) | Self::Identity(_))
     }
 
     /// The header of the next request.
     pub(super) async fn header(&self) -> Result<(HeaderName, HeaderValue), Unusable> {
         let (name, text) = match self {
             Self::ApiKey(key) => (API_KEY, key.expose().to_owned()),
-            Self::OauthToken(token) | Self::AuthToken(token) => (header::AUTHORIZATION, bearer(token)),
+            Self::OauthToken(token) | Self::AuthToken(token) | Self::BedrockKey(token) => {
+                (header::AUTHORIZATION, bearer(token))
+            }
+            Self::FoundryKey(key) => (FOUNDRY_KEY, key.expose().to_owned()),
+            Self::TokenFile(file) => (header::AUTHORIZATION, bearer(&read(file).await?)),
+            Self::Identity(identity) => (header::AUTHORIZATION, bearer(&identity.token().await?)),
             Self::Login(login) => (
                 header::AUTHORIZATION,
-                bearer(&login.token().await.ok_or(Unusable)?),
+                bearer(
+                    &login
+                        .token()
+                        .await
+                        .ok_or_else(|| Unusable(LOGGED_OUT.to_owned()))?,
+                ),
             ),
         };
-        let mut value = HeaderValue::try_from(text).map_err(|_| Unusable)?;
+        let mut value = HeaderValue::try_from(text)
+            .map_err(|_| Unusable("The credential can't be sent in a header.".to_owned()))?;
         value.set_sensitive(true);
         Ok((name, value))
     }
 
     /// Takes note that the API refused this header.
     pub(super) async fn refused(&self, value: &HeaderValue) {
-        if let Self::Login(login) = self {
-            let token = value.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
-            login
-                .refused(&Secret::new(token.unwrap_or_default().to_owned()))
-                .await;
+        let token = value.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
+        let token = Secret::new(token.unwrap_or_default().to_owned());
+        match self {
+            Self::Login(login) => login.refused(&token).await,
+            Self::Identity(identity) => identity.refused(&token).await,
+            _ => {}
         }
+    }
+}
+
+/// A token in a file that something else keeps fresh.
+async fn read(file: &Path) -> Result<Secret, Unusable> {
+    let text = tokio::fs::read_to_string(file).await;
+    let token = text.map(|text| text.trim().to_owned());
+    match token {
+        Ok(token) if !token.is_empty() => Ok(Secret::new(token)),
+        Ok(_) => Err(Unusable(format!("The token file {} is empty.", file.display()))),
+        Err(error) => Err(Unusable(format!(
+            "The token file {} can't be read: {error}.",
+            file.display()
+        ))),
     }
 }
 

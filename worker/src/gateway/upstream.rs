@@ -1,8 +1,10 @@
 //! The Messages API, or whatever stands in its place (`ANTHROPIC_BASE_URL`).
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::Uri;
 use http::header::{self, HeaderMap, HeaderValue};
 use http_body_util::{BodyExt as _, Collected, Limited};
@@ -12,6 +14,8 @@ use shared::{clock, env};
 use super::MAX_ERROR_BODY;
 use super::credentials::Credentials;
 use super::failure::{ApiFailure, NO_CREDENTIAL, NOT_THE_API, UNREACHABLE};
+use super::provider::Asked;
+use crate::config::provider::{Kind, Provider};
 use crate::config::{Address, unusable};
 
 /// How long the API has for the worker's own question.
@@ -22,6 +26,12 @@ const VERSION: &str = "2023-06-01";
 
 /// What a request with an OAuth token has to say.
 const OAUTH: &str = "oauth-2025-04-20";
+
+/// What the exchange of an identity token has to say, too.
+const FEDERATION: &str = "oidc-federation-2026-04-01";
+
+/// The largest request of the Messages API, in bytes.
+const MAX_BODY: usize = 32 * 1024 * 1024;
 
 /// How long a connection may take to come about.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
@@ -34,6 +44,7 @@ const SILENT: Duration = Duration::from_secs(610);
 #[derive(Clone, Debug)]
 pub struct Upstream {
     address: Address,
+    provider: Arc<Provider>,
     client: reqwest::Client,
 }
 
@@ -62,8 +73,18 @@ impl Upstream {
         })?;
         Ok(Self {
             address: address.clone(),
+            provider: Arc::default(),
             client,
         })
+    }
+
+    /// The same for this provider's API at that address.
+    #[must_use]
+    pub fn of(self, provider: &Provider) -> Self {
+        Self {
+            provider: Arc::new(provider.clone()),
+            ..self
+        }
     }
 
     /// Sends a request to the path and query of `uri`. The error is a sentence without any secret.
@@ -74,12 +95,61 @@ impl Upstream {
         body: reqwest::Body,
     ) -> Result<reqwest::Response, String> {
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
+        let mut sent = Sent {
+            path: path.to_owned(),
+            headers,
+            body,
+        };
+        if self.provider.rewrites() {
+            sent = self.rewritten(uri, sent).await?;
+        }
         let request = self
             .client
-            .post(format!("{}{path}", self.address.base))
-            .headers(headers)
-            .body(body);
+            .post(format!("{}{}", self.address.base, sent.path))
+            .headers(sent.headers)
+            .body(sent.body);
         request.send().await.map_err(|error| self.unreachable(error))
+    }
+
+    /// The request in the provider's form. Its body is read whole, to change it.
+    async fn rewritten(&self, uri: &Uri, sent: Sent) -> Result<Sent, String> {
+        let whole = Limited::new(sent.body, MAX_BODY).collect().await;
+        let whole = whole.map_err(|_| "The request's body ended early or is too large.".to_owned())?;
+        let mut headers = sent.headers;
+        let asked = Asked {
+            path: uri.path(),
+            query: uri.query(),
+            body: &whole.to_bytes(),
+        };
+        let (path, body) = self.provider.rewrite(&asked);
+        headers.remove(header::CONTENT_LENGTH);
+        if matches!(self.provider.kind, Kind::Vertex { .. }) {
+            headers.remove("anthropic-version");
+        }
+        Ok(Sent {
+            path,
+            headers,
+            body: body.into(),
+        })
+    }
+
+    /// Exchanges a token of the machine's identity. The error is a sentence without any secret.
+    pub(super) async fn exchange(&self, body: &serde_json::Value) -> Result<Bytes, String> {
+        let request = self
+            .client
+            .post(format!("{}/v1/oauth/token", self.address.base))
+            .timeout(ANSWER_WITHIN)
+            .header("anthropic-beta", format!("{OAUTH},{FEDERATION}"))
+            .json(body);
+        let response = request.send().await.map_err(|error| self.unreachable(error))?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(format!(
+                "The exchange of the identity token was refused ({}). Check the federation rule and the ids.",
+                status.as_u16()
+            ));
+        }
+        response.bytes().await.map_err(|error| self.unreachable(error))
     }
 
     /// Asks a question that costs nothing: which models there are.
@@ -103,6 +173,10 @@ impl Upstream {
             Err(error) => return own(502, UNREACHABLE, &self.unreachable(error)),
         };
         let status = response.status();
+        if self.provider.kind != Kind::Anthropic && matches!(status.as_u16(), 400 | 404 | 405) {
+            // It lists no models, but it is there and has taken the credential.
+            return Answer::Good;
+        }
         if status.is_success() {
             return if is_page(response.headers()) {
                 own(status.as_u16(), NOT_THE_API, "")
@@ -133,6 +207,13 @@ impl Upstream {
 pub(super) fn is_page(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
     kind.is_some_and(|kind| kind.starts_with(b"text/html"))
+}
+
+/// A request on its way out.
+struct Sent {
+    path: String,
+    headers: HeaderMap,
+    body: reqwest::Body,
 }
 
 /// What came back to the worker's own question.
