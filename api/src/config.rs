@@ -92,6 +92,7 @@ impl Config {
     /// Reads the settings. The error names the variable, what is wrong with it, and the accepted form.
     pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
         let default = Self::default();
+        check_api_key(vars)?;
         Ok(Self {
             address: address(vars, default.address)?,
             keys: Keys::of(&keys(vars, "API_KEYS")?, &keys(vars, "ADMIN_API_KEYS")?),
@@ -164,6 +165,19 @@ fn address(vars: &Vars, default: SocketAddr) -> Result<SocketAddr, Error> {
     Ok(SocketAddr::new(host, port))
 }
 
+/// Who sets the wrong one of two names would serve without a key.
+fn check_api_key(vars: &Vars) -> Result<(), Error> {
+    let set = |name| vars.unlisted(name).is_some_and(|value| !value.trim().is_empty());
+    if !set("API_KEY") || set("API_KEYS") {
+        return Ok(());
+    }
+    Err(Error::new(
+        "API_KEYS",
+        "isn't set, but API_KEY is, which has no effect",
+        "the keys in API_KEYS, with commas between them",
+    ))
+}
+
 fn keys(vars: &Vars, name: &'static str) -> Result<Vec<String>, Error> {
     let keys = vars.list(name, "")?;
     if keys
@@ -225,8 +239,13 @@ fn seconds(
 
 fn dollars(vars: &Vars, name: &'static str, default: MicroUsd) -> Result<MicroUsd, Error> {
     let number = vars.number(name, default.usd(), 0.01, 1_000_000.0)?;
-    MicroUsd::from_usd(number)
-        .ok_or_else(|| Error::new(name, "isn't an amount of money", "US dollars, such as 5.0"))
+    MicroUsd::exact(number).ok_or_else(|| {
+        Error::new(
+            name,
+            "isn't an amount of money",
+            "US dollars with at most six decimals, such as 5.0",
+        )
+    })
 }
 
 #[cfg(test)]
@@ -256,6 +275,14 @@ mod tests {
     }
 
     #[test]
+    fn a_key_in_the_wrong_variable_stops_the_start() {
+        let error = Config::from_vars(&Vars::of([("API_KEY", "secret")])).unwrap_err();
+        assert_eq!(error.variable, "API_KEYS");
+        assert!(!error.to_string().contains("secret"), "{error}");
+        assert!(Config::from_vars(&Vars::of([("API_KEY", "secret"), ("API_KEYS", "k")])).is_ok());
+    }
+
+    #[test]
     fn a_bad_value_names_its_variable_and_hides_secrets() {
         for (name, value) in [
             ("API_HOST", "example.com"),
@@ -275,6 +302,7 @@ mod tests {
             ("JOB_TIMEOUT_MAX_SECONDS", "x"),
             ("CLAUDE_MAX_COST_PER_REQUEST", "-1"),
             ("CLAUDE_MAX_COST_PER_REQUEST", "NaN"),
+            ("CLAUDE_MAX_COST_PER_REQUEST", "1.0000001"),
             ("KEY_MAX_RUNNING_JOBS", "0"),
             ("IDEMPOTENCY_TTL_HOURS", "0"),
             ("DRAIN_SECONDS", "-1"),

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::gate::keyring::Keyring;
 use crate::gate::limits::Limits;
 use crate::gate::streams::Streams;
+use crate::gate::waits::Waits;
 use crate::http::problem::Problem;
 use crate::http::request::Request;
 
@@ -32,6 +33,8 @@ pub struct Parts {
     pub limits: Limits,
     /// The event streams that are open.
     pub streams: Streams,
+    /// The requests that wait for a job.
+    pub waits: Waits,
     /// Tells who waits for a job that it changed.
     pub wakeups: Wakeups,
     /// Cancelled when the process begins to stop: whoever waits stops waiting.
@@ -91,6 +94,7 @@ impl Context {
             keyring: Keyring::new(store.clone(), config.keys.clone(), config.secret_key.clone()),
             limits: Limits::new(store.clone()),
             streams: Streams::new(store.clone()),
+            waits: Waits::default(),
             config,
             store,
             wakeups,
@@ -125,7 +129,10 @@ impl Context {
 impl From<storage::Error> for Problem {
     fn from(error: storage::Error) -> Self {
         if error.is_unavailable() {
-            let detail = if error.is_overload() {
+            let detail = if error.is_undecided() {
+                "The database did not confirm this request, so it may have been stored. Repeat it with the same \
+                 Idempotency-Key; without one, check first whether it was stored"
+            } else if error.is_overload() {
                 "The service is overloaded at the moment"
             } else {
                 "The database is not available at the moment"

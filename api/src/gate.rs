@@ -7,6 +7,7 @@ pub mod idempotency;
 pub mod keyring;
 pub mod limits;
 pub mod streams;
+pub mod waits;
 
 use http::Method;
 use shared::budget::BudgetStatus;
@@ -33,6 +34,8 @@ pub struct Rule {
     pub scope: Option<Scope>,
     /// The limit that a call counts for.
     pub policy: Policy,
+    /// The names that the query may have.
+    pub query: &'static [&'static str],
 }
 
 /// What the gate decided about a request.
@@ -69,7 +72,7 @@ pub async fn admit(
         if let Some(scope) = rule.scope {
             caller.require(scope)?;
         }
-        request.query().check()?;
+        request.query().check(rule.query)?;
         Ok(caller)
     };
     let caller = caller.await;
@@ -87,7 +90,7 @@ pub async fn check_budget(
     if let Some(index) = budgets.iter().position(BudgetStatus::refuses) {
         return Err(budget::exceeded(&budgets.swap_remove(index), now));
     }
-    Ok(budgets.into_iter().min_by_key(BudgetStatus::remaining))
+    Ok(budget::least(budgets))
 }
 
 /// Who asks, by the key that the request carries. Counts what is refused.

@@ -37,7 +37,7 @@ pub async fn item(
     let job = find(context, caller, id).await?;
     match request.method {
         Method::DELETE => remove::remove(context, &job).await,
-        _ => read::show(context, request, job).await,
+        _ => read::show(context, request, caller, job).await,
     }
 }
 

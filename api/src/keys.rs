@@ -124,6 +124,7 @@ pub async fn revoke(
     let cancel_jobs = body.optional("cancel_jobs", boolean).unwrap_or(false);
     body.finish(Some(()))?;
     let key = find(context, id).await?;
+    may_change(caller, &key)?;
     let mut tx = context.store.begin().await?;
     let revoked = tx
         .revoke_api_key(&key.key_id, reason.as_deref(), clock::now())
@@ -160,6 +161,9 @@ pub async fn revoke(
 async fn create(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let new = KeyRequest::read(request.json().await?.fields()?, clock::now())?;
     within_own(caller, &new.rights)?;
+    if new.budget.is_some() {
+        caller.require(Scope::BudgetsAdmin)?;
+    }
     let kid = Kid::generate().map_err(Problem::internal)?;
     let kind = KeyKind::of(new.rights.scopes.contains(Scope::KeysAdmin));
     let (secret, secret_digest) = new_secret(context, kind, &kid)?;
@@ -276,6 +280,9 @@ async fn patch(
     id: &Segment,
 ) -> Result<Response, Problem> {
     let change = Change::read(request.json().await?.fields()?, clock::now())?;
+    if change.budget.is_some() {
+        caller.require(Scope::BudgetsAdmin)?;
+    }
     for _ in 0..TRIES {
         let mut key = find(context, id).await?;
         check_match(request, &key)?;
@@ -325,6 +332,7 @@ async fn delete(
     id: &Segment,
 ) -> Result<Response, Problem> {
     let key = find(context, id).await?;
+    may_change(caller, &key)?;
     let mut tx = context.store.begin().await?;
     if !tx.delete_api_key(&key.key_id, clock::now()).await? {
         tx.rollback().await?;

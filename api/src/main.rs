@@ -1,7 +1,6 @@
 //! `claude-queue-api`: serves the API until it is told to stop.
 
 use api::{Config, Context, StartError};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shared::env::Vars;
 use shared::shutdown::Shutdown;
 use shared::storage::{DatabaseUrl, Store, Wakeups};
@@ -40,7 +39,9 @@ fn settings() -> Result<(Config, DatabaseUrl), env::Error> {
     let vars = Vars::from_process()?;
     telemetry::start(&vars)?;
     clock::start(&vars);
-    Ok((Config::from_vars(&vars)?, DatabaseUrl::from_vars(&vars)?))
+    let settings = (Config::from_vars(&vars)?, DatabaseUrl::from_vars(&vars)?);
+    vars.warn_misspelt();
+    Ok(settings)
 }
 
 #[tokio::main]
@@ -59,7 +60,6 @@ async fn run(config: Config, database: &DatabaseUrl) -> ExitCode {
 
 async fn serve(config: Config, database: &DatabaseUrl) -> Result<(), Box<dyn Error>> {
     let shutdown = Shutdown::on_signals()?;
-    open_more_files();
     let store = Store::open(database, DATABASE_SLOTS).await?;
     let wakeups = Wakeups::listen(&store, LOOK_EVERY, shutdown.drain.clone());
     let listener = listen(config.address).await?;
@@ -78,20 +78,6 @@ async fn serve(config: Config, database: &DatabaseUrl) -> Result<(), Box<dyn Err
 async fn listen(address: SocketAddr) -> Result<TcpListener, String> {
     let listener = TcpListener::bind(address).await;
     listener.map_err(|error| format!("could not listen on {address} (API_HOST, API_PORT): {error}"))
-}
-
-/// Each connection is a file, and the usual limit is low for the sake of programs that this one doesn't start.
-fn open_more_files() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: limit.maximum,
-            ..limit
-        },
-    ) {
-        tracing::debug!(%error, "the limit on open files stays as it is");
-    }
 }
 
 /// Says on stderr what went wrong, with its causes.

@@ -59,15 +59,16 @@ macro_rules! scope {
 }
 
 /// A path whose handler gets the context, the request, and the path's variable parts: `keyed` also its caller, who is
-/// known then and may call it, `open` for everybody. In brackets stands for each method the scope that it needs and
-/// the limit it counts for.
+/// known then and may call it, `open` for everybody. In brackets stands for each method the scope that it needs, the limit
+/// it counts for, and the names that its query may have.
 macro_rules! route {
-    (keyed $($part:tt)/ + $(, $param:ident)* => $handler:path [$($method:ident $scope:ident $policy:ident),+]) => {{
+    (keyed $($part:tt)/ + $(, $param:ident)* => $handler:path [$($method:ident $scope:ident $policy:ident ($($query:ident)*)),+]) => {{
         const METHODS: &[Method] = &[$(Method::$method),+];
         const RULES: &[Rule] = &[$(Rule {
             method: Method::$method,
             scope: scope!($scope),
             policy: Policy::$policy,
+            query: &[$(stringify!($query)),*],
         }),+];
         let filter = warp::path!($($part)/ +)
             .and(warp::ext::get::<Context>())
@@ -103,32 +104,41 @@ macro_rules! route {
 /// The table.
 fn table() -> Vec<Route> {
     vec![
-        route!(keyed "api" / "v1" / "jobs" => jobs::collection [GET JobsRead Read, POST JobsWrite Submit]),
-        route!(keyed "api" / "v1" / "jobs" / Segment, id => jobs::item [GET JobsRead Read, DELETE JobsWrite Read]),
-        route!(keyed "api" / "v1" / "jobs" / Segment / "events", id => jobs::events [GET JobsRead Read]),
-        route!(keyed "api" / "v1" / "jobs" / Segment / "stream", id => jobs::stream [GET JobsRead Read]),
-        route!(keyed "api" / "v1" / "jobs" / Segment / "result", id => jobs::result [GET JobsRead Read]),
-        route!(keyed "api" / "v1" / "jobs" / Segment / "cancel", id => jobs::cancel [POST JobsWrite Read]),
+        route!(keyed "api" / "v1" / "jobs" => jobs::collection
+            [GET JobsRead Read (limit cursor view fields status kind order session batch_id custom_id key_id
+                created_after created_before),
+             POST JobsWrite Submit (wait)]),
+        route!(keyed "api" / "v1" / "jobs" / Segment, id => jobs::item
+            [GET JobsRead Read (view fields wait), DELETE JobsWrite Read ()]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "events", id => jobs::events
+            [GET JobsRead Read (after starting_after limit wait)]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "stream", id => jobs::stream
+            [GET JobsRead Read (after starting_after)]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "result", id => jobs::result [GET JobsRead Read ()]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "cancel", id => jobs::cancel [POST JobsWrite Read ()]),
         route!(keyed "api" / "v1" / "sessions" => sessions::collection
-            [GET SessionsRead Read, POST SessionsWrite Read]),
-        route!(keyed "api" / "v1" / "sessions" / Segment, name => sessions::item [GET SessionsRead Read]),
+            [GET SessionsRead Read (page limit user_id), POST SessionsWrite Read ()]),
+        route!(keyed "api" / "v1" / "sessions" / Segment, name => sessions::item [GET SessionsRead Read ()]),
         route!(keyed "api" / "v1" / "sessions" / Segment / "jobs", name => jobs::of_session
-            [GET JobsRead Read, POST JobsWrite Submit]),
-        route!(keyed "api" / "v1" / "keys" => keys::collection [GET KeysAdmin Read, POST KeysAdmin Read]),
-        route!(keyed "api" / "v1" / "keys" / "me" => keys::me [GET any Read]),
+            [GET JobsRead Read (limit cursor view fields status kind order custom_id created_after created_before),
+             POST JobsWrite Submit (wait)]),
+        route!(keyed "api" / "v1" / "keys" => keys::collection
+            [GET KeysAdmin Read (limit cursor status name), POST KeysAdmin Read ()]),
+        route!(keyed "api" / "v1" / "keys" / "me" => keys::me [GET any Read ()]),
         route!(keyed "api" / "v1" / "keys" / Segment, id => keys::item
-            [GET KeysAdmin Read, PATCH KeysAdmin Read, DELETE KeysAdmin Read]),
-        route!(keyed "api" / "v1" / "keys" / Segment / "rotate", id => keys::rotate [POST KeysAdmin Read]),
-        route!(keyed "api" / "v1" / "keys" / Segment / "revoke", id => keys::revoke [POST KeysAdmin Read]),
-        route!(keyed "api" / "v1" / "budgets" => budgets::collection [GET UsageRead Read]),
+            [GET KeysAdmin Read (), PATCH KeysAdmin Read (), DELETE KeysAdmin Read ()]),
+        route!(keyed "api" / "v1" / "keys" / Segment / "rotate", id => keys::rotate [POST KeysAdmin Read ()]),
+        route!(keyed "api" / "v1" / "keys" / Segment / "revoke", id => keys::revoke [POST KeysAdmin Read ()]),
+        route!(keyed "api" / "v1" / "budgets" => budgets::collection [GET UsageRead Read (limit cursor)]),
         route!(keyed "api" / "v1" / "budgets" / Segment / Segment, scope, id => budgets::item
-            [GET UsageRead Read, PUT BudgetsAdmin Read, DELETE BudgetsAdmin Read]),
+            [GET UsageRead Read (), PUT BudgetsAdmin Read (), DELETE BudgetsAdmin Read ()]),
         route!(keyed "api" / "v1" / "budgets" / Segment / Segment / "adjust", scope, id => budgets::adjust
-            [POST BudgetsAdmin Read]),
-        route!(keyed "api" / "v1" / "usage" => usage::summary [GET UsageRead Read]),
-        route!(keyed "api" / "v1" / "usage" / "ledger" => usage::ledger [GET UsageRead Read]),
-        route!(keyed "api" / "v1" / "audit" => audit::list [GET KeysAdmin Read]),
-        route!(keyed "api" / "v1" / "queue" / "resume" => queue::resume [POST QueueAdmin Read]),
+            [POST BudgetsAdmin Read ()]),
+        route!(keyed "api" / "v1" / "usage" => usage::summary [GET UsageRead Read (user_id)]),
+        route!(keyed "api" / "v1" / "usage" / "ledger" => usage::ledger
+            [GET UsageRead Read (limit cursor group_by from to user_id)]),
+        route!(keyed "api" / "v1" / "audit" => audit::list [GET KeysAdmin Read (kind limit before user_id)]),
+        route!(keyed "api" / "v1" / "queue" / "resume" => queue::resume [POST QueueAdmin Read ()]),
         route!(open "api" / "v1" / "health" => health::health),
         route!(open "livez" => health::livez),
         route!(open "readyz" => health::readyz),
@@ -162,6 +172,14 @@ pub fn listed() -> Vec<(String, Access)> {
         .map(|route| (route.path, route.access))
         .collect()
 }
+
+/// Whether everybody may ask for this path.
+pub fn is_open(path: &str) -> bool {
+    OPEN.contains(&path)
+}
+
+/// The paths that are open.
+const OPEN: [&str; 3] = ["/api/v1/health", "/livez", "/readyz"];
 
 /// A path of the table as it is written in an address.
 fn written(parts: &str) -> String {
@@ -214,10 +232,7 @@ mod tests {
     #[test]
     fn only_what_says_so_is_open_to_everybody() {
         let open = listed().into_iter().filter(|(_, access)| *access == Access::Open);
-        assert_eq!(
-            open.map(|(path, _)| path).collect::<Vec<_>>(),
-            ["/api/v1/health", "/livez", "/readyz"]
-        );
+        assert_eq!(open.map(|(path, _)| path).collect::<Vec<_>>(), OPEN);
     }
 
     #[test]

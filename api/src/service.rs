@@ -12,12 +12,17 @@ use crate::{housekeeping, routes};
 /// Serves the API on `listener` until `shutdown`: then it accepts no more, ends what only waits, gives the rest
 /// `DRAIN_SECONDS` (or until the second signal), and returns.
 pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) -> io::Result<()> {
+    serve::raise_file_limit();
     let ended = CancellationToken::new();
     let housekeeping = tokio::spawn(housekeeping::keep(context.clone(), ended.clone()));
     let edge = Edge {
         cors: context.config.cors.clone(),
         head_timeout: context.config.head_timeout,
         body_timeout: context.config.body_timeout,
+        proxies: context.config.proxies.clone(),
+        problem_type_base: context.config.problem_type_base.clone(),
+        is_open: routes::is_open,
+        max_connections: serve::max_connections(),
         drain: context.config.drain,
         stopping: context.stopping.clone(),
     };

@@ -8,6 +8,9 @@ use shared::clock::{self, Timestamp};
 use shared::id::{JobId, KeyId};
 use shared::money::MicroUsd;
 use shared::session::Session;
+use unicode_normalization::UnicodeNormalization;
+use unicode_normalization::char::is_combining_mark;
+use uuid::Uuid;
 use warp::reply::Response;
 
 use crate::config::Config;
@@ -41,7 +44,7 @@ pub async fn item(
 /// The caller's session that `text` names: by its name, its number or the id of its Claude session. An admin who has
 /// none of that name gets another owner's.
 pub async fn named(context: &Context, caller: &Caller, text: &str) -> Result<Option<Session>, Problem> {
-    let store = &context.store;
+    let (store, text) = (&context.store, &normal(text));
     match store.session(Some(&caller.key_id), text).await? {
         None if caller.admin => Ok(store.session(None, text).await?),
         found => Ok(found),
@@ -146,6 +149,7 @@ pub struct SessionView {
     disallowed_tools: Option<String>,
     effort: Option<String>,
     id: i64,
+    key_id: KeyId,
     max_cost_usd: Option<MicroUsd>,
     max_turns: Option<i64>,
     metadata: Map<String, Value>,
@@ -175,6 +179,7 @@ impl SessionView {
             disallowed_tools: settings.disallowed_tools.map(|names| names.join(",")),
             effort: settings.effort,
             id: session.session_number,
+            key_id: session.key_id.clone(),
             max_cost_usd: settings.max_cost_usd,
             max_turns: settings.max_turns,
             metadata,
@@ -206,6 +211,22 @@ struct Numbers {
     total: i64,
 }
 
+/// The names of the members of a request for a session, in the order in which they are read.
+pub const MEMBERS: &[&str] = &[
+    "name",
+    "user_id",
+    "system_prompt",
+    "model",
+    "max_turns",
+    "permission_mode",
+    "effort",
+    "allowed_tools",
+    "disallowed_tools",
+    "max_cost_usd",
+    "metadata",
+    "template",
+];
+
 /// The body of a request for a session.
 #[derive(Debug)]
 struct SessionRequest {
@@ -216,24 +237,30 @@ struct SessionRequest {
 
 impl SessionRequest {
     fn read(mut body: Fields, config: &Config) -> Result<Self, Problem> {
-        let name = body.required("name", text(1..=128));
-        let user_id = body.optional("user_id", text(0..=128));
-        let settings = Settings::read(&mut body, "system_prompt", config);
-        let metadata = body.optional("metadata", metadata).unwrap_or_default();
-        let template = body.optional("template", text(1..=128));
-        let wanted = name.map(|name| Self {
-            name,
-            user_id,
-            stored: Stored { settings, metadata },
-        });
+        let (wanted, template) = Self::members(&mut body, config);
         let wanted = body.finish(wanted)?;
         if let Some(name) = template {
             return Err(Problem::NoSuchTemplate(name));
         }
-        if !is_name(&wanted.name) {
-            return Err(Problem::BadRequest("Invalid project name".into()));
+        if let Err(why) = check_name(&wanted.name) {
+            return Err(Problem::BadRequest(why.into()));
         }
         Ok(wanted)
+    }
+
+    /// Reads the members, and the template that is named. `None` means that the name was a fault.
+    fn members(body: &mut Fields, config: &Config) -> (Option<Self>, Option<String>) {
+        let name = body.required("name", text(1..=128));
+        let user_id = body.optional("user_id", text(0..=128));
+        let settings = Settings::read(body, "system_prompt", config);
+        let metadata = body.optional("metadata", metadata).unwrap_or_default();
+        let template = body.optional("template", text(1..=128));
+        let wanted = name.map(|name| Self {
+            name: normal(&name),
+            user_id,
+            stored: Stored { settings, metadata },
+        });
+        (wanted, template)
     }
 
     /// Refuses what the caller may not ask for.
@@ -246,11 +273,29 @@ impl SessionRequest {
     }
 }
 
-/// Letters and digits of any script, then also blanks and `._-`; no dots that lead anywhere.
-fn is_name(name: &str) -> bool {
+/// The one spelling (NFC) of a name that can be typed in more than one way.
+fn normal(name: &str) -> String {
+    name.nfc().collect()
+}
+
+/// Letters, marks and digits of any script, then also blanks and `._-`; no dots that lead anywhere. Nothing that a
+/// session is found by beside its name.
+fn check_name(name: &str) -> Result<(), &'static str> {
     let begins_well = name.chars().next().is_some_and(char::is_alphanumeric);
-    let inside = |char: char| char.is_alphanumeric() || " ._-".contains(char);
-    begins_well && !name.contains("..") && name.chars().all(inside)
+    let inside = |char: char| char.is_alphanumeric() || is_combining_mark(char) || " ._-".contains(char);
+    if !begins_well || name.contains("..") || !name.chars().all(inside) {
+        return Err(
+            "Invalid project name: it should begin with a letter or digit and hold only letters, digits, blanks, \
+             dots, hyphens and underscores",
+        );
+    }
+    if name.chars().all(char::is_numeric) {
+        return Err("Invalid project name: all digits are the number of a session; add a letter");
+    }
+    if Uuid::try_parse(name).is_ok() {
+        return Err("Invalid project name: a UUID is the id of a Claude session; choose another name");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -258,15 +303,48 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_plain() {
-        for name in ["a", "Projekt 7", "café.v2", "データ", "a_b-c"] {
-            assert!(is_name(name), "{name}");
+    fn the_members_that_are_read_are_those_that_are_listed() {
+        let mut body = Fields::of("body", serde_json::json!({})).unwrap();
+        SessionRequest::members(&mut body, &Config::default());
+        assert_eq!(body.known(), MEMBERS);
+    }
+
+    #[test]
+    fn names_are_plain_in_any_script() {
+        for name in [
+            "a",
+            "Projekt 7",
+            "café.v2",
+            "データ",
+            "हिन्दी",
+            "தமிழ்",
+            "cafe\u{301}",
+            "a_b-c",
+            "7a",
+        ] {
+            assert_eq!(check_name(&normal(name)), Ok(()), "{name}");
         }
         for name in [
-            "", ".hidden", "a/b", "a..b", "-a", " a", "a\n", "a\0", "../x", "a:b",
+            "",
+            ".hidden",
+            "a/b",
+            "a..b",
+            "-a",
+            " a",
+            "a\n",
+            "a\0",
+            "../x",
+            "a:b",
+            "\u{301}a",
+            "3",
+            "007",
+            "٣",
+            "5f0c1c3e-2b1f-4d0e-9a0e-0f7d6b1f2a3c",
+            "5f0c1c3e2b1f4d0e9a0e0f7d6b1f2a3c",
         ] {
-            assert!(!is_name(name), "{name:?}");
+            assert!(check_name(name).is_err(), "{name:?}");
         }
+        assert_eq!(normal("cafe\u{301}"), "café");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use shared::money::MicroUsd;
 use crate::config::Config;
 use crate::gate::caller::Caller;
 use crate::http::problem::Problem;
-use crate::http::request::fields::{Fields, Reading, choice, dollars, integer, names, parsed, text};
+use crate::http::request::fields::{Fields, Reading, choice, dollars, integer, parsed, rules, text};
 
 const BYPASS: &str = "bypassPermissions";
 
@@ -46,8 +46,8 @@ impl Settings {
                 .optional("permission_mode", choice(&PERMISSION_MODES))
                 .map(str::to_owned),
             effort: body.optional("effort", choice(&EFFORTS)).map(str::to_owned),
-            allowed_tools: body.optional("allowed_tools", names),
-            disallowed_tools: body.optional("disallowed_tools", names),
+            allowed_tools: body.optional("allowed_tools", rules),
+            disallowed_tools: body.optional("disallowed_tools", rules),
             max_cost_usd: body.optional("max_cost_usd", dollars(config.max_cost_per_request)),
         }
     }

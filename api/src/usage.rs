@@ -19,7 +19,7 @@ use crate::gate::caller::Caller;
 use crate::http::page::{Pagination, TextCursor, more_than};
 use crate::http::problem::Problem;
 use crate::http::reply::{self, Headers, Meta};
-use crate::http::request::fields::{Fault, choice, time};
+use crate::http::request::fields::{Fault, choice};
 use crate::http::request::{Query, Request, headers, in_query};
 
 /// The longest part of the ledger that one request may ask for.
@@ -193,8 +193,7 @@ fn owner(caller: &Caller, query: &Query) -> Result<Option<KeyId>, Problem> {
 
 /// The bounds that the query names: the last 30 days unless it says otherwise.
 fn bounds(query: &Query, now: Timestamp) -> Result<(Timestamp, Timestamp), Problem> {
-    let at = |name| query.value(name, |text| time(text.into()));
-    let (from, to) = (at("from")?, at("to")?.unwrap_or(now));
+    let (from, to) = (query.time("from")?, query.time("to")?.unwrap_or(now));
     let from = from.unwrap_or(to.before(RECENT));
     let fault = |why: &'static str| Problem::Invalid(in_query("from", vec![Fault::value(why)]));
     if from > to {

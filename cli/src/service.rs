@@ -35,6 +35,7 @@ impl Service {
         let api_config = api::Config::from_vars(vars)?;
         let worker_config = worker::Config::from_vars(vars)?;
         let url = DatabaseUrl::from_vars(vars)?;
+        vars.warn_misspelt();
         let wanted = api_config.address;
         let listener = TcpListener::bind(wanted).await.map_err(|error| {
             Failure::Other(format!(

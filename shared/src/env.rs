@@ -44,6 +44,7 @@ pub struct Vars {
     /// Variables that the environment itself sets.
     own: BTreeSet<String>,
     asked: RefCell<BTreeMap<&'static str, String>>,
+    warned: RefCell<BTreeSet<String>>,
 }
 
 /// Values may be secrets, so only names are shown.
@@ -224,6 +225,47 @@ impl Vars {
             .map(|hours: u64| Duration::from_secs(3_600 * hours))
     }
 
+    /// Rules for tools with commas between them, as [`crate::rule`] reads them.
+    pub fn rules(&self, name: &'static str, default: &str) -> Result<Vec<String>, Error> {
+        let rules = crate::rule::split(&self.or(name, default)?);
+        for rule in &rules {
+            if let Err(why) = crate::rule::check(rule) {
+                return Err(Error::new(
+                    name,
+                    format!("has a rule that can't be used: {why}"),
+                    "rules such as Bash(git *), with commas between them",
+                ));
+            }
+        }
+        Ok(rules)
+    }
+
+    /// Variables that nobody has asked for, each with the one that was asked for and is spelled nearly so.
+    pub fn misspelt(&self) -> Vec<(String, &'static str)> {
+        let asked = self.asked.borrow();
+        let mut misspelt = self
+            .values
+            .iter()
+            .filter(|(name, value)| !asked.contains_key(name.as_str()) && !value.trim().is_empty())
+            .filter_map(|(name, _)| {
+                // Short names of others are too often near one of ours.
+                let known = asked.keys().copied().filter(|known| known.len() > 6);
+                Some((name.clone(), crate::spelling::nearest(name, known)?))
+            })
+            .collect::<Vec<_>>();
+        misspelt.sort();
+        misspelt
+    }
+
+    /// Warns of variables that are probably misspelt, of each once. Call it when all settings have been read.
+    pub fn warn_misspelt(&self) {
+        for (name, known) in self.misspelt() {
+            if self.warned.borrow_mut().insert(name.clone()) {
+                tracing::warn!("{name} is not a setting and has no effect; did you mean {known}?");
+            }
+        }
+    }
+
     /// A comma-separated list. Spaces around members and empty members are dropped.
     pub fn list(&self, name: &'static str, default: &str) -> Result<Vec<String>, Error> {
         let text = self.or(name, default)?;
@@ -322,6 +364,33 @@ mod tests {
         assert_eq!(path("C"), Some("/c".into()));
         assert_eq!(path("D"), None);
         assert_eq!(vars.resolve("D", "data".into()), PathBuf::from("/srv/data"));
+    }
+
+    #[test]
+    fn a_misspelt_variable_is_found_once_its_neighbour_was_asked_for() {
+        let vars = Vars::of([
+            ("WORKER_CONCURENCY", "4"),
+            ("API_KEY", "k"),
+            ("HOME", "/root"),
+            ("LEASE_SECONDS", "30"),
+        ]);
+        for name in ["WORKER_CONCURRENCY", "API_KEYS", "LEASE_SECONDS"] {
+            vars.text(name).unwrap();
+        }
+        assert_eq!(
+            vars.misspelt(),
+            [
+                ("API_KEY".to_owned(), "API_KEYS"),
+                ("WORKER_CONCURENCY".to_owned(), "WORKER_CONCURRENCY")
+            ]
+        );
+    }
+
+    #[test]
+    fn a_comma_between_the_brackets_of_a_rule_belongs_to_it() {
+        let vars = Vars::of([("RULES", "Bash(touch one, two), Read"), ("BAD", "Bash(x")]);
+        assert_eq!(vars.rules("RULES", "").unwrap(), ["Bash(touch one, two)", "Read"]);
+        assert_eq!(vars.rules("BAD", "").unwrap_err().variable, "BAD");
     }
 
     #[test]

@@ -24,6 +24,13 @@ impl MicroUsd {
         (micros.abs() <= 9e15).then_some(Self(micros as i64))
     }
 
+    /// Dollars as a number of at most six decimals. `None` for more, and where [`MicroUsd::from_usd`] gives none.
+    pub fn exact(usd: f64) -> Option<Self> {
+        // A number of six decimals comes back as it was.
+        #[expect(clippy::float_cmp, reason = "the same number, not one that is near")]
+        Self::from_usd(usd).filter(|amount| amount.usd() == usd)
+    }
+
     /// In dollars, for JSON and for people. Exact to the millionth up to nine billion dollars.
     #[expect(clippy::cast_precision_loss, reason = "amounts stay below 2^53 millionths")]
     pub fn usd(self) -> f64 {

@@ -24,6 +24,7 @@ mod outcomes; // What a run can end as.
 mod ownership; // Nobody sees what another owns, on any path there is.
 mod pooler; // PgBouncer between the product and PostgreSQL.
 mod real_cli; // The real Claude CLI against the simulator.
+mod requests; // What a request may say, and that nothing of it is overheard.
 mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.
 mod spend; // Only the gateway is believed about money and models.

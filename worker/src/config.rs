@@ -199,11 +199,11 @@ impl Claude {
                 EFFORTS.join(" | "),
             ));
         }
-        let mut disallowed_tools = vars.list("CLAUDE_DISALLOWED_TOOLS", "")?;
+        let mut disallowed_tools = vars.rules("CLAUDE_DISALLOWED_TOOLS", "")?;
         if sandbox {
             disallowed_tools.push("WebFetch".to_owned());
         }
-        let mut allowed_tools = vars.list("CLAUDE_ALLOWED_TOOLS", "Bash,WebSearch")?;
+        let mut allowed_tools = vars.rules("CLAUDE_ALLOWED_TOOLS", "Bash,WebSearch")?;
         if !sandbox && vars.text("CLAUDE_ALLOWED_TOOLS")?.is_none() {
             allowed_tools.clear();
         }

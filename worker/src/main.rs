@@ -57,6 +57,7 @@ async fn serve() -> Result<(), Error> {
     clock::start(&vars);
     let config = Config::from_vars(&vars)?;
     let url = DatabaseUrl::from_vars(&vars)?;
+    vars.warn_misspelt();
     let shutdown = Shutdown::on_signals().map_err(Error::Signals)?;
     let store = Store::open(&url, config.concurrency).await?;
     let listening = CancellationToken::new();

@@ -21,6 +21,11 @@ pub fn shown_id(scope: &Scope) -> &str {
     }
 }
 
+/// The budget that leaves least.
+pub fn least(budgets: Vec<BudgetStatus>) -> Option<BudgetStatus> {
+    budgets.into_iter().min_by_key(BudgetStatus::remaining)
+}
+
 /// The headers by which a submission learns how a budget stands.
 pub fn headers(status: &BudgetStatus) -> Vec<(HeaderName, HeaderValue)> {
     let amount = |amount: MicroUsd| amount.to_string().replace('$', "");

@@ -74,6 +74,11 @@ impl Caller {
             .unwrap_or(if self.admin { 10 } else { 0 })
     }
 
+    /// How many event streams this caller may have open at once.
+    pub fn max_streams(&self) -> i64 {
+        self.rights.max_streams.unwrap_or(100)
+    }
+
     /// How often this caller may ask.
     pub fn rate(&self, policy: Policy, rates: &Rates) -> Rate {
         let default = rates.of(policy);

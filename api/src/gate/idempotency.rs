@@ -41,7 +41,7 @@ impl IdempotentRequest {
             key_id: caller.key_id.clone(),
             route: format!("{} {}", request.method, request.path()),
             key: key.to_owned(),
-            fingerprint: request.fingerprint(body),
+            fingerprint: Request::fingerprint(body),
             now,
             expired_before: now.before(ttl),
         }))

@@ -1,7 +1,7 @@
 //! Where a request comes from: the other end of its connection or, behind proxies that are trusted, what they say.
 
 use http::HeaderMap;
-use ipnet::{IpNet, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::net::{IpAddr, SocketAddr};
 
 /// The proxies that are believed. `TRUSTED_PROXIES`, none by default.
@@ -18,7 +18,8 @@ impl Proxies {
             .map(Self)
     }
 
-    fn trust(&self, address: IpAddr) -> bool {
+    /// Whether this is the address of one of them.
+    pub fn trust(&self, address: IpAddr) -> bool {
         self.0.iter().any(|network| network.contains(&address))
     }
 
@@ -41,10 +42,21 @@ impl Proxies {
     }
 }
 
-/// A network in CIDR form, or one address.
+/// A network in CIDR form, or one address. One of IPv4 that is written as IPv6 is one of IPv4, as addresses of clients
+/// are.
 pub fn network(text: &str) -> Option<IpNet> {
     let network = text.parse::<IpNet>().ok();
-    network.or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+    let network = network.or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))?;
+    let IpNet::V6(mapped) = network else {
+        return Some(network);
+    };
+    match (
+        mapped.addr().to_ipv4_mapped(),
+        mapped.prefix_len().checked_sub(96),
+    ) {
+        (Some(address), Some(length)) => Ipv4Net::new(address, length).ok().map(IpNet::V4),
+        _ => Some(network),
+    }
 }
 
 /// Whether the address is in one of these networks; of none, every address is.
@@ -133,6 +145,19 @@ mod tests {
         for text in ["", "10.0.0.0/33", "10.0.0", "localhost", "10.0.0.0/8 ", "::/129"] {
             assert!(network(text).is_none(), "{text}");
         }
+    }
+
+    #[test]
+    fn an_ipv4_network_may_be_written_as_ipv6() {
+        let here = "127.0.0.1".parse().unwrap();
+        for text in ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "::ffff:7f00:1"] {
+            assert!(is_in(&[text.to_owned()], here), "{text}");
+        }
+        assert!(!is_in(&["::ffff:127.0.0.2".to_owned()], here));
+        assert_eq!(
+            client(&["::ffff:10.0.0.1"], "10.0.0.1", &["192.0.2.7"]),
+            "192.0.2.7"
+        );
     }
 
     #[test]

@@ -106,6 +106,16 @@ pub enum Problem {
     TooLarge(usize),
     /// The body isn't JSON by its `Content-Type`.
     UnsupportedMediaType,
+    /// The body is compressed.
+    UnsupportedEncoding,
+    /// As many requests of the key wait as may.
+    TooManyWaits(i64),
+    /// The path and query are longer than this many bytes.
+    UriTooLong(usize),
+    /// There are more headers than are read, or longer ones.
+    HeadersTooLarge,
+    /// No more connections can be served now.
+    TooManyConnections,
     /// Members of the body or of the query are wrong: all of them.
     Invalid(Vec<FieldFault>),
     /// There's no template of this name.
@@ -175,13 +185,18 @@ impl Problem {
             Self::DataRemoved => StatusCode::GONE,
             Self::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::UnsupportedMediaType | Self::UnsupportedEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::UriTooLong(_) => StatusCode::URI_TOO_LONG,
+            Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::Invalid(_) | Self::IdempotencyKeyReused => StatusCode::UNPROCESSABLE_ENTITY,
             Self::BudgetExceeded(_)
             | Self::RateLimited { .. }
             | Self::QueueFull(_)
-            | Self::TooManyStreams(_) => StatusCode::TOO_MANY_REQUESTS,
-            Self::NotReady { .. } | Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::TooManyStreams(_)
+            | Self::TooManyWaits(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::NotReady { .. } | Self::Unavailable { .. } | Self::TooManyConnections => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -213,7 +228,11 @@ impl Problem {
             Self::DataRemoved => "data-removed",
             Self::PreconditionFailed(_) => "precondition-failed",
             Self::TooLarge(_) => "payload-too-large",
-            Self::UnsupportedMediaType => "unsupported-media-type",
+            Self::UnsupportedMediaType | Self::UnsupportedEncoding => "unsupported-media-type",
+            Self::TooManyWaits(_) => "too-many-waits",
+            Self::UriTooLong(_) => "uri-too-long",
+            Self::HeadersTooLarge => "headers-too-large",
+            Self::TooManyConnections => "too-many-connections",
             Self::Invalid(_) => "validation-error",
             Self::IdempotencyKeyReused => "idempotency-key-reused",
             Self::NoSuchTemplate(_) => "template-not-found",
@@ -263,6 +282,15 @@ impl Problem {
             Self::PreconditionFailed(why) => (*why).into(),
             Self::TooLarge(limit) => format!("Request body exceeds {limit} bytes").into(),
             Self::UnsupportedMediaType => "Content-Type must be application/json".into(),
+            Self::UnsupportedEncoding => {
+                "Content-Encoding must be identity: send the body without compression".into()
+            }
+            Self::TooManyWaits(max) => {
+                format!("{max} requests of this key are waiting for a job, which is the limit").into()
+            }
+            Self::UriTooLong(limit) => format!("The path and query exceed {limit} bytes").into(),
+            Self::HeadersTooLarge => "The headers are too many or too large".into(),
+            Self::TooManyConnections => "Too many connections are open; close some, or try again".into(),
             Self::Invalid(faults) => match faults.as_slice() {
                 [one] => format!("{}: {}", one.field, one.message).into(),
                 many => format!("{} fields are not valid", many.len()).into(),
@@ -288,7 +316,10 @@ impl Problem {
         match self {
             Self::RateLimited { retry_after, .. } => Some(*retry_after),
             Self::BudgetExceeded(exceeded) => exceeded.retry_after,
-            Self::QueueFull(_) | Self::TooManyStreams(_) => Some(Duration::from_secs(5)),
+            Self::QueueFull(_) | Self::TooManyStreams(_) | Self::TooManyWaits(_) => {
+                Some(Duration::from_secs(5))
+            }
+            Self::TooManyConnections => Some(Duration::from_secs(5)),
             Self::JobNotFinished => Some(Duration::from_secs(2)),
             Self::NotReady { .. } | Self::Unavailable { .. } => Some(Duration::from_secs(5)),
             _ => None,

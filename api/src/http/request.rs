@@ -10,6 +10,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use shared::clock::Timestamp;
 use shared::key::hex;
 use std::borrow::Cow;
 use std::net::SocketAddr;
@@ -119,6 +120,9 @@ impl Request {
     }
 
     async fn json_bytes(&self) -> Result<Bytes, Problem> {
+        if !headers::is_plain(&self.headers) {
+            return Err(Problem::UnsupportedEncoding);
+        }
         if !headers::says_json(&self.headers) {
             return Err(Problem::UnsupportedMediaType);
         }
@@ -168,13 +172,12 @@ impl Request {
         let _ = timeout(LEFTOVER_WITHIN, rest).await;
     }
 
-    /// The fingerprint of an idempotent request's body and query: the same however the JSON is spelled.
-    pub fn fingerprint(&self, body: &Json) -> String {
+    /// The fingerprint of an idempotent request's body: the same however the JSON is spelled. The query says how the
+    /// answer is given, not what is done.
+    pub fn fingerprint(body: &Json) -> String {
         let mut hash = Sha256::new();
         // Values that came out of JSON can always be written as JSON.
         hash.update(serde_json_canonicalizer::to_vec(&body.0).unwrap_or_default());
-        hash.update(b"?");
-        hash.update(self.uri.query().unwrap_or_default());
         hex(&hash.finalize())
     }
 
@@ -229,8 +232,18 @@ impl Query {
         )
     }
 
-    /// Refuses what no database can be asked for.
-    pub fn check(&self) -> Result<(), Problem> {
+    /// Refuses names that aren't known, and what no database can be asked for.
+    pub fn check(&self, known: &[&str]) -> Result<(), Problem> {
+        let unknown = self.0.iter().filter(|(name, _)| !known.contains(&name.as_str()));
+        let faults = unknown
+            .flat_map(|(name, _)| {
+                let name = name.chars().take(100).collect::<String>();
+                in_query(&name, vec![fields::unknown(&name, known.iter().copied())])
+            })
+            .collect::<Vec<_>>();
+        if !faults.is_empty() {
+            return Err(Problem::Invalid(faults));
+        }
         match self.0.iter().find(|(_, value)| value.contains('\0')) {
             Some((name, _)) => {
                 let fault = Fault::value("String should not contain the null character");
@@ -260,6 +273,21 @@ impl Query {
             .map(str::trim)
             .filter(|part| !part.is_empty())
             .collect()
+    }
+
+    /// A time. A plus sign arrives as a blank unless it was written `%2B`.
+    pub fn time(&self, name: &str) -> Result<Option<Timestamp>, Problem> {
+        self.value(name, |text| {
+            let offset = text
+                .len()
+                .checked_sub(6)
+                .filter(|at| text.as_bytes()[*at] == b' ');
+            let text = match offset {
+                Some(at) => format!("{}+{}", &text[..at], &text[at + 1..]),
+                None => text.to_owned(),
+            };
+            fields::time(text.into())
+        })
     }
 
     /// A whole number in `range`.
@@ -359,6 +387,39 @@ mod tests {
                 ("query -> limit", kind)
             );
         }
+    }
+
+    #[test]
+    fn an_unknown_parameter_is_named_with_the_known_one_that_it_is_near() {
+        let known = ["status", "limit"];
+        assert!(Query::parse("status=done&limit=1").check(&known).is_ok());
+        for (text, field, message) in [
+            ("staus=failed", "query -> staus", "did you mean `status`?"),
+            ("status[]=failed", "query -> status[]", "did you mean `status`?"),
+            ("colour=red", "query -> colour", "Extra inputs are not permitted"),
+        ] {
+            let Err(Problem::Invalid(faults)) = Query::parse(text).check(&known) else {
+                panic!("{text}")
+            };
+            assert_eq!(
+                (faults[0].field.as_str(), faults[0].kind),
+                (field, "extra_forbidden")
+            );
+            assert!(faults[0].message.ends_with(message), "{}", faults[0].message);
+        }
+    }
+
+    #[test]
+    fn a_time_of_the_api_may_be_sent_back_as_it_is() {
+        for text in [
+            "at=2026-11-26T10:00:00.000000+00:00",
+            "at=2026-11-26T10:00:00.000000%2B00:00",
+            "at=2026-11-26T10:00:00Z",
+        ] {
+            let at = Query::parse(text).time("at").unwrap();
+            assert_eq!(at, Timestamp::parse("2026-11-26T10:00:00Z"), "{text}");
+        }
+        assert!(Query::parse("at=ö+00:00").time("at").is_err());
     }
 
     #[test]

@@ -11,14 +11,15 @@ use hyper::body::{Body, Bytes};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustix::process::{Resource, getrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use shared::shutdown::Shutdown;
+use std::collections::HashMap;
 use std::convert::Infallible;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -28,15 +29,27 @@ use tower_http::compression::Compression;
 use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
 use tracing::Instrument;
 
+use crate::http::address::{self, Proxies};
 use crate::http::cors::Cors;
+use crate::http::problem::Problem;
 use crate::http::request::Request;
 
 /// Connections at once, if the process may open so many files; more wait to be accepted.
 const MAX_CONNECTIONS: u64 = 8_192;
+/// Connections beyond those, for the paths that everybody may ask: whoever looks whether the service lives gets an
+/// answer while others hold all connections.
+const RESERVED_CONNECTIONS: usize = 32;
+/// A reserved connection has this long to ask, and gets one answer.
+const RESERVED_WITHIN: Duration = Duration::from_secs(2);
 /// Files that are left for everything but connections: the database, the log, a worker in the same process.
 const FILES_KEPT: u64 = 128;
-/// The largest head of a request, in bytes, and what is read of a body at a time.
-const MAX_HEAD: usize = 64 * 1024;
+/// The largest head of a request that is answered with a problem, in bytes, and what is read of a body at a time. Beyond
+/// it the answer is a bare 431.
+const MAX_BUFFER: usize = 128 * 1024;
+/// The longest path and query, in bytes.
+const MAX_URI: usize = 16 * 1024;
+/// The most headers, and all their names and values, in bytes.
+const MAX_HEADERS: (usize, usize) = (100, 64 * 1024);
 /// Answers below this size aren't compressed.
 const COMPRESS_ABOVE: u64 = 1_024;
 
@@ -52,6 +65,14 @@ pub struct Edge {
     pub head_timeout: Duration,
     /// How long it may take to send the body.
     pub body_timeout: Duration,
+    /// The proxies that are trusted: many clients come from each.
+    pub proxies: Proxies,
+    /// What stands before the code in a problem's `type`.
+    pub problem_type_base: String,
+    /// Whether everybody may ask for this path.
+    pub is_open: fn(&str) -> bool,
+    /// Connections at once; half as many from one address. More wait to be accepted.
+    pub max_connections: usize,
     /// How long open requests get at shutdown.
     pub drain: Duration,
     /// Cancelled when the loop accepts no more: whoever waits for something stops waiting.
@@ -62,11 +83,11 @@ pub struct Edge {
 /// the rest the time of the drain (or until the second signal), and returns.
 pub async fn serve(listener: TcpListener, app: App, edge: Edge, shutdown: Shutdown) {
     let (connections, cut) = (TaskTracker::new(), CancellationToken::new());
-    let slots = Arc::new(Semaphore::new(max_connections()));
+    let slots = Slots::new(edge.max_connections);
     let app = compressed(app);
     loop {
         let accepted = tokio::select! {
-            accepted = accept(&listener, &slots) => accepted,
+            accepted = accept(&listener, &slots, &edge.proxies) => accepted,
             () = shutdown.drain.cancelled() => break,
         };
         let Some((stream, peer, slot)) = accepted else {
@@ -74,7 +95,7 @@ pub async fn serve(listener: TcpListener, app: App, edge: Edge, shutdown: Shutdo
         };
         let (app, edge, cut) = (app.clone(), edge.clone(), cut.clone());
         connections.spawn(async move {
-            connection(stream, peer, app, edge, cut).await;
+            connection(stream, peer, app, edge, slot.is_reserved(), cut).await;
             drop(slot);
         });
     }
@@ -91,20 +112,116 @@ pub async fn serve(listener: TcpListener, app: App, edge: Edge, shutdown: Shutdo
     connections.wait().await;
 }
 
+/// Raises the limit on open files as far as this process may: each connection is a file, and the usual limit is low for
+/// the sake of programs that this one doesn't start.
+pub fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, "the limit on open files stays as it is");
+    }
+}
+
 /// How many connections fit into what the process may open.
-fn max_connections() -> usize {
+pub fn max_connections() -> usize {
     let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     usize::try_from(files.saturating_sub(FILES_KEPT).clamp(16, MAX_CONNECTIONS)).unwrap_or(16)
 }
 
-/// The next connection, once there's a slot for it. `None` when it failed, which is no reason to stop.
+/// What bounds the connections.
+struct Slots {
+    ordinary: Arc<Semaphore>,
+    reserved: Arc<Semaphore>,
+    addresses: Addresses,
+    per_address: usize,
+}
+
+/// How many connections each address has.
+type Addresses = Arc<Mutex<HashMap<String, usize>>>;
+
+/// Counts for one connection; dropping it makes room for another.
+struct Slot {
+    _permit: OwnedSemaphorePermit,
+    /// `None` for a reserved one.
+    address: Option<(Addresses, String)>,
+}
+
+impl Slots {
+    fn new(max: usize) -> Self {
+        Self {
+            ordinary: Arc::new(Semaphore::new(max)),
+            reserved: Arc::new(Semaphore::new(RESERVED_CONNECTIONS)),
+            addresses: Arc::default(),
+            per_address: (max / 2).max(1),
+        }
+    }
+
+    /// A slot for a connection from this address: an ordinary one, or, when there is none or the address has too many,
+    /// a reserved one. `unbounded`: many clients share the address.
+    async fn take(&self, address: IpAddr, unbounded: bool) -> Option<Slot> {
+        if let Some(slot) = self.take_ordinary(address, unbounded) {
+            return Some(slot);
+        }
+        let permit = Arc::clone(&self.reserved).acquire_owned().await.ok()?;
+        Some(Slot {
+            _permit: permit,
+            address: None,
+        })
+    }
+
+    fn take_ordinary(&self, address: IpAddr, unbounded: bool) -> Option<Slot> {
+        let permit = Arc::clone(&self.ordinary).try_acquire_owned().ok()?;
+        let address = address::counted(address.to_canonical());
+        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = addresses.entry(address.clone()).or_default();
+        if *count >= self.per_address && !unbounded {
+            return None;
+        }
+        *count += 1;
+        Some(Slot {
+            _permit: permit,
+            address: Some((Arc::clone(&self.addresses), address)),
+        })
+    }
+}
+
+impl Slot {
+    const fn is_reserved(&self) -> bool {
+        self.address.is_none()
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let Some((addresses, address)) = &self.address else {
+            return;
+        };
+        let mut addresses = addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = addresses.get_mut(address) {
+            *count -= 1;
+            if *count == 0 {
+                addresses.remove(address);
+            }
+        }
+    }
+}
+
+/// The next connection, with a slot for it. `None` when it failed, which is no reason to stop.
 async fn accept(
     listener: &TcpListener,
-    slots: &Arc<Semaphore>,
-) -> Option<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let slot = Arc::clone(slots).acquire_owned().await.ok()?;
+    slots: &Slots,
+    proxies: &Proxies,
+) -> Option<(TcpStream, SocketAddr, Slot)> {
     match listener.accept().await {
-        Ok((stream, peer)) => Some((stream, peer, slot)),
+        Ok((stream, peer)) => {
+            let slot = slots
+                .take(peer.ip(), proxies.trust(peer.ip().to_canonical()))
+                .await?;
+            Some((stream, peer, slot))
+        }
         Err(error) => {
             // The process may be out of file descriptors; others will be closed.
             tracing::warn!(%error, "could not accept a connection");
@@ -141,22 +258,30 @@ async fn connection(
     peer: SocketAddr,
     app: Compressed,
     edge: Edge,
+    reserved: bool,
     cut: CancellationToken,
 ) {
     // Answers are written whole, so waiting for more to send would only delay them.
     let _ = stream.set_nodelay(true);
     let stopping = edge.stopping.clone();
     // Since the connection was ready for the request. This also ends connections on which nothing is asked.
-    let (head_timeout, body_timeout) = (edge.head_timeout, edge.body_timeout);
+    let head_timeout = if reserved {
+        RESERVED_WITHIN.min(edge.head_timeout)
+    } else {
+        edge.head_timeout
+    };
+    let edge = Arc::new(edge);
     let service = service_fn(move |request| {
-        let request = Arc::new(Request::new(peer, body_timeout, request));
-        let (app, cors) = (app.clone(), edge.cors.clone());
-        async move { Ok::<_, Infallible>(answer(app, &cors, request).await) }
+        let request = Arc::new(Request::new(peer, edge.body_timeout, request));
+        let (app, edge) = (app.clone(), Arc::clone(&edge));
+        async move { Ok::<_, Infallible>(answer(app, &edge, reserved, request).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
-        .max_buf_size(MAX_HEAD)
+        .keep_alive(!reserved)
+        .max_buf_size(MAX_BUFFER)
+        .max_headers(2 * MAX_HEADERS.0)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     // What fails here is a client that went away or never spoke HTTP.
@@ -171,19 +296,47 @@ async fn connection(
 }
 
 /// Answers one request, and says in the log how long it took.
-async fn answer(app: Compressed, cors: &Cors, request: Arc<Request>) -> Answer {
+async fn answer(app: Compressed, edge: &Edge, reserved: bool, request: Arc<Request>) -> Answer {
     let begun = Instant::now();
     let span = tracing::info_span!("request", request.id = %request.id);
-    let mut routed = http::Request::new(Empty::new());
-    routed.method_mut().clone_from(&request.method);
-    routed.uri_mut().clone_from(request.uri());
-    routed.headers_mut().clone_from(&request.headers);
-    routed.extensions_mut().insert(Arc::clone(&request));
-    let Ok(mut response) = app.oneshot(routed).instrument(span.clone()).await;
+    let refused = refuse(edge, reserved, &request);
+    let mut response = if let Some(problem) = refused {
+        request.discard_body().await;
+        problem
+            .render(&edge.problem_type_base, request.path(), &request.id)
+            .map(boxed)
+    } else {
+        let mut routed = http::Request::new(Empty::new());
+        routed.method_mut().clone_from(&request.method);
+        routed.uri_mut().clone_from(request.uri());
+        routed.headers_mut().clone_from(&request.headers);
+        routed.extensions_mut().insert(Arc::clone(&request));
+        let Ok(response) = app.oneshot(routed).instrument(span.clone()).await;
+        response
+    };
     let duration = begun.elapsed();
-    finish(&request, cors, response.headers_mut(), duration);
+    finish(&request, &edge.cors, response.headers_mut(), duration);
     span.in_scope(|| log(&request, response.status(), duration));
     response
+}
+
+/// Why a request isn't even looked at.
+fn refuse(edge: &Edge, reserved: bool, request: &Request) -> Option<Problem> {
+    let (uri, headers) = (request.uri(), &request.headers);
+    let uri = uri.path().len() + uri.query().map_or(0, str::len);
+    let size = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len())
+        .sum::<usize>();
+    if uri > MAX_URI {
+        Some(Problem::UriTooLong(MAX_URI))
+    } else if headers.len() > MAX_HEADERS.0 || size > MAX_HEADERS.1 {
+        Some(Problem::HeadersTooLarge)
+    } else if reserved && !(edge.is_open)(request.path()) {
+        Some(Problem::TooManyConnections)
+    } else {
+        None
+    }
 }
 
 /// Gives an answer the headers that all answers have. The fixed ones are defaults: a handler that needs another
@@ -255,6 +408,35 @@ fn log(request: &Request, status: StatusCode, duration: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn one_address_never_has_all_connections_and_some_are_kept_for_open_paths() {
+        let slots = Slots::new(4);
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
+        let (one, other) = (address("192.0.2.1"), address("192.0.2.2"));
+
+        let mut held = Vec::new();
+        for (from, reserved) in [
+            (one, false),
+            (one, false),
+            (one, true),
+            (other, false),
+            (other, false),
+            (other, true),
+            (address("::1"), true),
+        ] {
+            let slot = slots.take(from, false).await.unwrap();
+            assert_eq!(slot.is_reserved(), reserved, "{from}");
+            held.push(slot);
+        }
+        held.clear();
+
+        for _ in 0..4 {
+            let slot = slots.take(one, true).await.unwrap();
+            assert!(!slot.is_reserved(), "a proxy's address is everybody's");
+            held.push(slot);
+        }
+    }
 
     #[test]
     fn every_answer_says_what_it_depends_on_once() {

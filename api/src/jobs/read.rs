@@ -5,8 +5,10 @@ use http::StatusCode;
 use http::header::{ACCEPT, IF_NONE_MATCH};
 use serde_json::Value;
 use shared::clock;
+use shared::id::KeyId;
 use shared::job::{Job, JobKind, JobStatus};
 use shared::session::Session;
+use shared::spelling;
 use shared::storage::JobFilter;
 use warp::reply::Response;
 
@@ -17,7 +19,7 @@ use crate::gate::caller::Caller;
 use crate::http::page::{Cursor, Pagination, more_than};
 use crate::http::problem::Problem;
 use crate::http::reply::{self, Headers, X_JOB_ID, etag};
-use crate::http::request::fields::{Fault, choice, text, time};
+use crate::http::request::fields::{Fault, choice, text};
 use crate::http::request::{Query, Request, headers, in_query};
 use crate::sessions;
 
@@ -26,10 +28,16 @@ const AT_ONCE: i64 = 100;
 
 /// `GET /jobs/{id}`: the job now, or after `wait` seconds at most, when it has changed from what the client knows or,
 /// if it knows nothing, has ended.
-pub async fn show(context: &Context, request: &Request, job: Job) -> Result<Response, Problem> {
+pub async fn show(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    job: Job,
+) -> Result<Response, Problem> {
     let query = request.query();
     let wait = Wait::of(request, context.config.wait_max)?;
-    let detail = detail(&query, Detail::Full)?;
+    let (detail, fields) = (detail(&query, Detail::Full)?, fields(&query)?);
+    let _permit = wait.permit(context, caller)?;
     let conditional = request.headers.contains_key(IF_NONE_MATCH);
     let known = |job: &Job| conditional && headers::matches_etag(&request.headers, &etag(job.version));
     let job = wait::until(context, job, wait.limit, |job| {
@@ -40,7 +48,7 @@ pub async fn show(context: &Context, request: &Request, job: Job) -> Result<Resp
         reply::empty(StatusCode::NOT_MODIFIED)
     } else {
         let view = view::show(context, &job, detail).await?;
-        reply::data(request, StatusCode::OK, JobPart::of(view, &query.list("fields"))?)?
+        reply::data(request, StatusCode::OK, JobPart::of(view, &fields)?)?
     };
     let response = match view::look_again_after(&job, clock::now()) {
         Some(seconds) => response.retry_after(seconds),
@@ -79,7 +87,11 @@ pub async fn list(context: &Context, request: &Request, caller: &Caller) -> Resu
     let limit = query.integer("limit", 1..=100)?.unwrap_or(20);
     let detail = detail(&query, Detail::Basic)?;
     let mut filter = filter(&query)?;
-    filter.key_id = (!caller.admin).then(|| caller.key_id.clone());
+    filter.key_id = match query.text("key_id") {
+        Some(key_id) if caller.admin || key_id == caller.key_id.as_str() => Some(KeyId::known(key_id)),
+        Some(_) => return Err(Problem::AdminOnly("list the jobs of others")),
+        None => (!caller.admin).then(|| caller.key_id.clone()),
+    };
     if let Some(name) = query.text("session") {
         match sessions::named(context, caller, name).await? {
             Some(session) => filter.session_id = Some(session.session_id),
@@ -117,12 +129,15 @@ async fn answer(
     detail: Detail,
 ) -> Result<Response, Problem> {
     let bound_to = format!("{filter:?}");
-    if let Some(cursor) = request.query().text("cursor") {
+    let query = request.query();
+    let fields = fields(&query)?;
+    if let Some(cursor) = query.text("cursor") {
         filter.after = Some(Cursor::decode(cursor, &bound_to)?.0);
     }
     let mut renderer = JobRenderer::new(context.clone(), detail);
     if detail == Detail::Full {
-        return one_by_one(context, request, filter, limit, &bound_to, renderer).await;
+        let fields = fields.iter().map(ToString::to_string).collect();
+        return one_by_one(context, request, (filter, limit), &bound_to, renderer, fields).await;
     }
     let mut jobs = context.store.jobs(&filter, limit + 1, true).await?;
     let next = more_than(limit, &mut jobs, |(job, _)| {
@@ -130,7 +145,8 @@ async fn answer(
     });
     let mut shown = Vec::with_capacity(jobs.len());
     for (job, message) in jobs {
-        shown.push(renderer.render(&job, message).await?);
+        let view = renderer.render(&job, message).await?;
+        shown.push(JobPart::of(view, &fields)?);
     }
     page(request, shown, limit, next)
 }
@@ -140,10 +156,10 @@ async fn answer(
 async fn one_by_one(
     context: &Context,
     request: &Request,
-    mut filter: JobFilter,
-    limit: i64,
+    (mut filter, limit): (JobFilter, i64),
     bound_to: &str,
     renderer: JobRenderer,
+    fields: Vec<String>,
 ) -> Result<Response, Problem> {
     let store = context.store.clone();
     let (mut positions, mut left) = (Vec::new(), limit + 1);
@@ -162,13 +178,14 @@ async fn one_by_one(
     let items = stream::unfold(
         (renderer, positions.into_iter()),
         move |(mut renderer, mut positions)| {
-            let store = store.clone();
+            let (store, fields) = (store.clone(), fields.clone());
             async move {
                 let (job_id, _) = positions.next()?;
                 let read = async {
                     let job = store.job(job_id).await?.ok_or(Problem::NoSuch("Job"))?;
                     let message = view::message(&store, &job).await?;
-                    renderer.render(&job, message).await
+                    let fields = fields.iter().map(String::as_str).collect::<Vec<_>>();
+                    JobPart::of(renderer.render(&job, message).await?, &fields)
                 };
                 let shown = read.await;
                 Some((shown, (renderer, positions)))
@@ -185,7 +202,7 @@ async fn one_by_one(
 
 fn page(
     request: &Request,
-    jobs: Vec<JobView>,
+    jobs: Vec<JobPart>,
     limit: i64,
     next: Option<String>,
 ) -> Result<Response, Problem> {
@@ -217,11 +234,30 @@ fn filter(query: &Query) -> Result<JobFilter, Problem> {
             Some("all") => None,
             _ => Some(JobKind::Job),
         },
-        created_after: query.value("created_after", |at| time(at.into()))?,
-        created_before: query.value("created_before", |at| time(at.into()))?,
+        created_after: query.time("created_after")?,
+        created_before: query.time("created_before")?,
         ascending: order == Some("asc"),
         after: None,
     })
+}
+
+/// The members that the query names; none stands for all.
+fn fields(query: &Query) -> Result<Vec<&str>, Problem> {
+    let fields = query.list("fields");
+    let unknown = fields.iter().filter(|name| !JobView::MEMBERS.contains(name));
+    let faults = unknown
+        .map(|name| {
+            let name = name.chars().take(100).collect::<String>();
+            let near = spelling::nearest(&name, JobView::MEMBERS.iter().copied());
+            let near = near.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            Fault::new("enum", format!("`{name}` is not a member of a job{near}"))
+        })
+        .collect::<Vec<_>>();
+    if faults.is_empty() {
+        Ok(fields)
+    } else {
+        Err(Problem::Invalid(in_query("fields", faults)))
+    }
 }
 
 fn unknown_status() -> Fault {
@@ -258,6 +294,23 @@ mod tests {
         assert_eq!(one.statuses, [JobStatus::Done, JobStatus::Failed]);
         assert!(one.ascending);
         assert_eq!(one.kind, Some(JobKind::Job));
+    }
+
+    #[test]
+    fn an_unknown_member_is_a_fault_that_names_the_known_one() {
+        assert_eq!(
+            fields(&Query::parse("fields=id,status")).unwrap(),
+            ["id", "status"]
+        );
+        let Err(Problem::Invalid(faults)) = fields(&Query::parse("fields=id,staus")) else {
+            panic!("no fault")
+        };
+        assert_eq!(faults[0].field, "query -> fields");
+        assert!(
+            faults[0].message.contains("did you mean `status`?"),
+            "{}",
+            faults[0].message
+        );
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub async fn events(
 ) -> Result<Response, Problem> {
     let response = match event_form(&request.headers) {
         Some(EventForm::Stream) => stream(context, request, caller, &job).await?,
-        Some(EventForm::List) => list(context, request, job).await?,
+        Some(EventForm::List) => list(context, request, caller, job).await?,
         None => return Err(Problem::NotAcceptable),
     };
     Ok(response.varies_by(ACCEPT.as_str()))
@@ -69,13 +69,9 @@ pub async fn stream(
     if job.status.is_final() && job.last_event_seq <= after {
         return Ok(reply::empty(StatusCode::NO_CONTENT));
     }
-    let permit = match caller.rights.max_streams {
-        Some(max) => {
-            let permit = context.streams.enter(&caller.key_id, max).await?;
-            Some(permit.ok_or(Problem::TooManyStreams(max))?)
-        }
-        None => None,
-    };
+    let max = caller.max_streams();
+    let permit = context.streams.enter(&caller.key_id, max).await?;
+    let permit = permit.ok_or(Problem::TooManyStreams(max))?;
     let live = Live::new(context.clone(), caller, permit, job.job_id, after);
     let chunks = stream::unfold(live, async |mut live| {
         let chunk = live.next().await?;
@@ -89,12 +85,13 @@ pub async fn stream(
 }
 
 /// The events as one JSON list, waiting for the first if the client wants to.
-async fn list(context: &Context, request: &Request, job: Job) -> Result<Response, Problem> {
+async fn list(context: &Context, request: &Request, caller: &Caller, job: Job) -> Result<Response, Problem> {
     let (mut after, wait) = (after(request)?, Wait::of(request, context.config.wait_max)?);
     let limit = request.query().integer("limit", 1..=1000)?.unwrap_or(100);
     if job.data_removed {
         return Err(Problem::DataRemoved);
     }
+    let _permit = wait.permit(context, caller)?;
     let deadline = Instant::now() + wait.limit;
     let mut wakeup = context.wakeups.job(job.job_id);
     let mut job = job;
@@ -196,7 +193,7 @@ struct Live {
     /// When to check whether the caller's key is still valid.
     check_key_at: Instant,
     /// Held as long as the stream is open.
-    _permit: Option<StreamPermit>,
+    _permit: StreamPermit,
     job_id: JobId,
     after: i64,
     wakeup: JobWakeup,
@@ -207,13 +204,7 @@ struct Live {
 }
 
 impl Live {
-    fn new(
-        context: Context,
-        caller: &Caller,
-        permit: Option<StreamPermit>,
-        job_id: JobId,
-        after: i64,
-    ) -> Self {
+    fn new(context: Context, caller: &Caller, permit: StreamPermit, job_id: JobId, after: i64) -> Self {
         // Registered before the first look at the table.
         let wakeup = context.wakeups.job(job_id);
         let mut pings = interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);

@@ -28,31 +28,49 @@ use crate::http::request::{Request, invalid};
 use crate::http::selection::Selection;
 use crate::settings::Settings;
 
-/// `POST /jobs`, and `POST /sessions/{s}/jobs` with the session.
+/// `POST /jobs`, and `POST /sessions/{s}/jobs` with the session. Once the job is accepted the answer says so, whatever
+/// fails afterwards.
 pub async fn submit(
     context: &Context,
     request: &Request,
     caller: &Caller,
     within: Option<Session>,
 ) -> Result<Response, Problem> {
+    let wait = Wait::of(request, context.config.wait_max)?;
     let body = request.json().await?;
     let idempotent = IdempotentRequest::of(request, caller, &body, context.config.idempotency_ttl)?;
     let create = SubmitRequest::read(body.fields()?, request, &context.config, within.is_none())?.0;
+    // For a replay: the request is the same, so its prompt is.
+    let message = idempotent.as_ref().map(|_| create.message.clone());
     let retention = context.config.retention;
     let kept = |accepted: &Accepted| shown(accepted, retention).without_message();
     // Boxed, since it is most of this future and only a part of its time.
     let accepting = accept(context, caller, (create, Source::Api), within, idempotent, kept);
-    match Box::pin(accepting).await? {
-        Acceptance::Replay(first) => replay(context, request, first).await,
-        Acceptance::New(accepted) => {
-            let view = shown(&accepted, retention);
-            let mut response = answer(context, request, accepted.job, Some(view)).await?;
-            if let Some(budget) = &accepted.budget {
-                response.headers_mut().extend(budget::headers(budget));
-            }
-            Ok(response)
+    let accepted = match Box::pin(accepting).await? {
+        Acceptance::New(accepted) => accepted,
+        Acceptance::Replay(first) => {
+            let message = message.unwrap_or_default();
+            return replay(context, request, caller, wait, &first, &message).await;
         }
+    };
+    let waited = waited(context, caller, &accepted.job, wait).await;
+    let (response, budget) = match waited {
+        Some((job, view)) => {
+            // What the run has cost counts.
+            let budgets = context.store.budgets_of(&job.key_id, clock::now()).await;
+            let least = budgets.ok().and_then(budget::least);
+            (answer(request, &job, &view, wait)?, least)
+        }
+        None => {
+            let view = shown(&accepted, retention);
+            (answer(request, &accepted.job, &view, wait)?, accepted.budget)
+        }
+    };
+    let mut response = response;
+    if let Some(budget) = &budget {
+        response.headers_mut().extend(budget::headers(budget));
     }
+    Ok(response)
 }
 
 /// A job that was accepted just now.
@@ -65,29 +83,29 @@ fn shown(accepted: &Accepted, retention: Duration) -> JobView {
     JobView::new(&accepted.job, beside, retention)
 }
 
-/// The answer to a request whose job was accepted and looked like this (`None`: some time ago): 202, or 200 when the
-/// client wanted to wait and the job ended meanwhile.
-async fn answer(
-    context: &Context,
-    request: &Request,
-    job: Job,
-    accepted: Option<JobView>,
-) -> Result<Response, Problem> {
-    let wait = Wait::of(request, context.config.wait_max)?;
-    let job = wait::until(context, job, wait.limit, |job| job.status.is_final()).await?;
-    let ended = job.status.is_final() && !wait.limit.is_zero();
-    let view = match accepted {
-        Some(view) if wait.limit.is_zero() => view,
-        _ => view::show(context, &job, Detail::Full).await?,
+/// The job after the wait that the client wanted. `None` without one, and when it failed: that is logged, and no reason
+/// not to say that the job was accepted.
+async fn waited(context: &Context, caller: &Caller, job: &Job, wait: Wait) -> Option<(Job, JobView)> {
+    let _permit = wait.permit(context, caller).ok()??;
+    let waited = async {
+        let job = wait::until(context, job.clone(), wait.limit, |job| job.status.is_final()).await?;
+        let view = view::show(context, &job, Detail::Full).await?;
+        Ok::<_, Problem>((job, view))
     };
+    waited.await.map_err(|problem| context.report(&problem)).ok()
+}
+
+/// The answer to a request whose job looks like this: 202, or 200 when it has ended meanwhile.
+fn answer(request: &Request, job: &Job, view: &JobView, wait: Wait) -> Result<Response, Problem> {
+    let ended = job.status.is_final();
     let status = if ended {
         StatusCode::OK
     } else {
         StatusCode::ACCEPTED
     };
-    let response = respond(request, status, &view)?;
+    let response = respond(request, status, view)?;
     let response = response
-        .location(&view::path(&job))
+        .location(&view::path(job))
         .with(X_JOB_ID, job.job_id.to_string());
     let response = if ended { response } else { response.retry_after(2) };
     Ok(wait.applied_to(response.etag(&etag(job.version))))
@@ -106,21 +124,19 @@ fn respond(request: &Request, status: StatusCode, job: &impl Serialize) -> Resul
 async fn replay(
     context: &Context,
     request: &Request,
-    first: Box<IdempotencyRecord>,
+    caller: &Caller,
+    wait: Wait,
+    first: &IdempotencyRecord,
+    message: &str,
 ) -> Result<Response, Problem> {
-    let wait = Wait::of(request, context.config.wait_max)?;
-    let job = match first.job_id {
-        Some(job_id) if !wait.limit.is_zero() => context.store.job(job_id).await?,
-        _ => None,
-    };
-    if let Some(job) = job {
-        return Ok(answer(context, request, job, None).await?.with(REPLAYED, "true"));
+    if let Some(job_id) = first.job_id
+        && !wait.limit.is_zero()
+        && let Ok(Some(job)) = context.store.job(job_id).await
+        && let Some((job, view)) = waited(context, caller, &job, wait).await
+    {
+        return Ok(answer(request, &job, &view, wait)?.with(REPLAYED, "true"));
     }
-    let message = match first.job_id {
-        Some(job_id) => context.store.prompt(job_id).await?,
-        None => String::new(),
-    };
-    let kept = view::with_message(&first.body, &message)?;
+    let kept = view::with_message(&first.body, message)?;
     let status = u16::try_from(first.status)
         .ok()
         .and_then(|status| StatusCode::from_u16(status).ok());
@@ -134,6 +150,33 @@ async fn replay(
     })
 }
 
+/// The names of the members of a submission, in the order in which they are read.
+pub const MEMBERS: &[&str] = &[
+    "message",
+    "system",
+    "model",
+    "max_turns",
+    "permission_mode",
+    "effort",
+    "allowed_tools",
+    "disallowed_tools",
+    "max_cost_usd",
+    "output_format",
+    "session",
+    "concurrency_key",
+    "priority",
+    "run_after",
+    "cancel_after",
+    "max_attempts",
+    "on_worker_lost",
+    "timeout_seconds",
+    "custom_id",
+    "metadata",
+    "webhook_url",
+    "webhook_events",
+    "template",
+];
+
 /// The body of a submission.
 #[derive(Debug)]
 struct SubmitRequest(JobCreate);
@@ -144,7 +187,7 @@ impl SubmitRequest {
         let after = headers::cancel_after(&request.headers)
             .map_err(|why| invalid("header -> Cancel-After", why, "value_error"))?;
         let create = Self::members(&mut body, config, top_level, clock::now());
-        let template = body.optional("template", text(1..=128));
+        let (create, template) = create;
         let mut create = body.finish(create)?;
         if let Some(name) = template {
             return Err(Problem::NoSuchTemplate(name));
@@ -153,8 +196,13 @@ impl SubmitRequest {
         Ok(Self(create))
     }
 
-    /// Reads the members. `None` means that the message was a fault.
-    fn members(body: &mut Fields, config: &Config, top_level: bool, now: Timestamp) -> Option<JobCreate> {
+    /// Reads the members, and the template that is named. `None` means that the message was a fault.
+    fn members(
+        body: &mut Fields,
+        config: &Config,
+        top_level: bool,
+        now: Timestamp,
+    ) -> (Option<JobCreate>, Option<String>) {
         let message = body.required("message", message);
         let settings = Settings::read(body, "system", config);
         let json_schema = body.optional("output_format", output_format).flatten();
@@ -185,9 +233,10 @@ impl SubmitRequest {
                 Err::<(), _>(vec![Fault::value("This version sends no webhooks")])
             });
         }
-        Some(JobCreate {
+        let template = body.optional("template", text(1..=128));
+        let create = message.map(|message| JobCreate {
             kind: JobKind::Job,
-            message: message?,
+            message,
             settings,
             json_schema,
             session,
@@ -207,7 +256,8 @@ impl SubmitRequest {
             custom_id,
             metadata,
             created_at: now,
-        })
+        });
+        (create, template)
     }
 }
 
@@ -261,7 +311,7 @@ mod tests {
 
     fn read(value: Value) -> Result<JobCreate, Problem> {
         let mut body = Fields::of("body", value).unwrap();
-        let create = SubmitRequest::members(&mut body, &Config::default(), true, NOW);
+        let (create, _) = SubmitRequest::members(&mut body, &Config::default(), true, NOW);
         body.finish(create)
     }
 
@@ -270,6 +320,13 @@ mod tests {
             Err(Problem::Invalid(faults)) if faults.len() == 1 => (faults[0].field.clone(), faults[0].kind),
             other => panic!("not one fault: {other:?}"),
         }
+    }
+
+    #[test]
+    fn the_members_that_are_read_are_those_that_are_listed() {
+        let mut body = Fields::of("body", json!({})).unwrap();
+        SubmitRequest::members(&mut body, &Config::default(), true, NOW);
+        assert_eq!(body.known(), MEMBERS);
     }
 
     #[test]

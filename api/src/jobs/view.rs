@@ -55,6 +55,8 @@ pub struct JobView {
     started_at: Option<Timestamp>,
     completed_at: Option<Timestamp>,
     kind: JobKind,
+    /// Its owner.
+    key_id: KeyId,
     session: Option<String>,
     session_id: Option<String>,
     /// There are no batches yet.
@@ -106,6 +108,57 @@ struct JobUrls {
 pub const SUMMARY: &[&str] = &["id", "status", "urls"];
 
 impl JobView {
+    /// The names of the members.
+    pub const MEMBERS: &[&str] = &[
+        "id",
+        "status",
+        "message",
+        "webhook_url",
+        "result",
+        "tools_used",
+        "error",
+        "cost",
+        "duration_ms",
+        "created_at",
+        "started_at",
+        "completed_at",
+        "kind",
+        "key_id",
+        "session",
+        "session_id",
+        "batch_id",
+        "custom_id",
+        "retry_of",
+        "model",
+        "effort",
+        "permission_mode",
+        "priority",
+        "queue_position",
+        "queue_position_capped",
+        "estimated_start_at",
+        "run_after",
+        "deadline_at",
+        "expires_at",
+        "attempt",
+        "max_attempts",
+        "on_worker_lost",
+        "hold",
+        "hold_reason",
+        "concurrency_key",
+        "cancel_requested_at",
+        "cancel_reason",
+        "error_code",
+        "usage",
+        "max_cost_usd",
+        "timeout_seconds",
+        "max_turns",
+        "metadata",
+        "last_event_seq",
+        "version",
+        "data_removed",
+        "urls",
+    ];
+
     /// The job, with what isn't in its row. Its data is kept for `retention` after its end.
     pub fn new(job: &Job, context: JobContext, retention: Duration) -> Self {
         let queued = job.status == JobStatus::Queued;
@@ -127,6 +180,7 @@ impl JobView {
             started_at: job.started_at,
             completed_at: job.completed_at,
             kind: job.kind,
+            key_id: job.key_id.clone(),
             session: context.session,
             session_id: job.claude_session_id.clone(),
             batch_id: None,
@@ -345,6 +399,64 @@ mod tests {
             serde_json::to_string(&summary).unwrap(),
             r#"{"id":"job_1","status":"queued","urls":{}}"#
         );
+    }
+
+    #[test]
+    fn the_names_of_the_members_are_those_that_are_shown() {
+        let job = Job {
+            job_number: 1,
+            job_id: JobId::new(),
+            key_id: KeyId::known("env_12345678"),
+            kind: JobKind::Job,
+            status: JobStatus::Queued,
+            hold: String::new(),
+            wait_reason: None,
+            wait_since: None,
+            priority: 0,
+            group_key: None,
+            session_id: None,
+            run_after: None,
+            deadline_at: None,
+            attempt: 0,
+            failures: 0,
+            max_attempts: 3,
+            on_worker_lost: OnWorkerLost::Resume,
+            model: None,
+            effort: None,
+            permission_mode: None,
+            max_turns: None,
+            timeout_seconds: None,
+            max_cost: MicroUsd::ZERO,
+            webhook_url: None,
+            custom_id: None,
+            metadata: "{}".to_owned(),
+            retry_of: None,
+            claude_session_id: None,
+            cost: MicroUsd::ZERO,
+            duration_ms: 0,
+            usage: None,
+            error: None,
+            error_code: None,
+            cancel_requested_at: None,
+            cancel_reason: None,
+            created_at: Timestamp(0),
+            started_at: None,
+            completed_at: None,
+            last_event_seq: 1,
+            version: 1,
+            data_removed: false,
+        };
+        let view = JobView::new(&job, JobContext::default(), Duration::ZERO);
+        let shown = serde_json::to_value(&view).unwrap();
+        let mut names = JobView::MEMBERS.to_vec();
+        names.sort_unstable();
+        assert_eq!(shown.as_object().unwrap().keys().collect::<Vec<_>>(), names);
+        let text = serde_json::to_string(&view).unwrap();
+        let positions = JobView::MEMBERS
+            .iter()
+            .map(|name| text.find(&format!("\"{name}\":")).unwrap())
+            .collect::<Vec<_>>();
+        assert!(positions.is_sorted(), "{text}");
     }
 
     #[test]

@@ -6,6 +6,8 @@ use tokio::time::{Instant, sleep_until};
 use warp::reply::Response;
 
 use crate::context::Context;
+use crate::gate::caller::Caller;
+use crate::gate::waits::{MAX_WAITS, WaitPermit};
 use crate::http::problem::Problem;
 use crate::http::reply::{Headers, PREFERENCE_APPLIED};
 use crate::http::request::Request;
@@ -34,6 +36,15 @@ impl Wait {
             limit,
             preferred: preferred.is_some(),
         })
+    }
+
+    /// Counts the request among those of its key that wait, if it does.
+    pub fn permit(self, context: &Context, caller: &Caller) -> Result<Option<WaitPermit>, Problem> {
+        if self.limit.is_zero() {
+            return Ok(None);
+        }
+        let permit = context.waits.enter(&caller.key_id);
+        permit.map(Some).ok_or(Problem::TooManyWaits(MAX_WAITS))
     }
 
     /// Says in the answer what became of the preference.

@@ -41,16 +41,20 @@ impl Store {
     /// its Claude session.
     pub async fn session(&self, key_id: Option<&KeyId>, text: &str) -> Result<Option<Session>> {
         let owner = key_id.map_or("", KeyId::as_str);
-        let by_name = read!(
-            self,
-            "read a session",
-            fetch_optional => Session,
-            concat!("select ", columns!(Session), " from session where name = $1 and (key_id = $2 or $2 = '') order by session_number desc limit 1"),
-            text,
-            owner
-        )?;
-        if by_name.is_some() {
-            return Ok(by_name);
+        let number = text.parse::<i64>().ok();
+        // No name is a number, and one that was shouldn't hide another's session.
+        if number.is_none() {
+            let by_name = read!(
+                self,
+                "read a session",
+                fetch_optional => Session,
+                concat!("select ", columns!(Session), " from session where name = $1 and (key_id = $2 or $2 = '') order by session_number desc limit 1"),
+                text,
+                owner
+            )?;
+            if by_name.is_some() {
+                return Ok(by_name);
+            }
         }
         read!(
             self,
@@ -58,7 +62,7 @@ impl Store {
             fetch_optional => Session,
             concat!("select ", columns!(Session), " from session where (session_number = $1 or claude_session_id = $2) and (key_id = $3 or $3 = '')
              order by session_number desc limit 1"),
-            text.parse::<i64>().unwrap_or(-1),
+            number.unwrap_or(-1),
             text,
             owner
         )

@@ -116,7 +116,7 @@ pub fn arguments(spec: &RunSpec) -> Vec<String> {
     let disallowed = spec.disallowed_tools.iter().map(String::as_str).chain(NEVER);
     flag("disallowedTools", &disallowed.collect::<Vec<_>>().join(","));
     if let Some(schema) = &spec.json_schema {
-        flag("json-schema", &schema.to_string());
+        flag("json-schema", &without_dialect(schema).to_string());
     }
     if let Some(file) = &spec.system_prompt_file {
         flag("system-prompt-file", &file.to_string_lossy());
@@ -128,6 +128,15 @@ pub fn arguments(spec: &RunSpec) -> Vec<String> {
         arguments.push("--fork-session".to_owned());
     }
     arguments
+}
+
+/// The schema without `$schema`: the CLI refuses most dialects by name, and reads a schema that names none.
+fn without_dialect(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Some(members) = schema.as_object_mut() {
+        members.remove("$schema");
+    }
+    schema
 }
 
 /// The CLI's whole environment: it must get nothing else. `dummy` is the name and value of a credential that only the

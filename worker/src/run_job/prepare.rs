@@ -277,10 +277,7 @@ fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> io:
             .allowed_tools
             .clone()
             .unwrap_or_else(|| defaults.allowed_tools.clone()),
-        disallowed_tools: options
-            .disallowed_tools
-            .clone()
-            .unwrap_or_else(|| defaults.disallowed_tools.clone()),
+        disallowed_tools: disallowed(&defaults.disallowed_tools, options.disallowed_tools.as_deref()),
         prompt: if interrupted {
             command::INTERRUPTED.to_owned()
         } else {
@@ -289,9 +286,36 @@ fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> io:
     })
 }
 
+/// What the operator forbids, and what the job forbids beside it: a job can't take back the operator's rules.
+fn disallowed(operators: &[String], jobs: Option<&[String]>) -> Vec<String> {
+    let mut rules = operators.to_vec();
+    for rule in jobs.unwrap_or_default() {
+        if !rules.contains(rule) {
+            rules.push(rule.clone());
+        }
+    }
+    rules
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_job_forbids_more_than_the_operator_and_never_less() {
+        let rules = |rules: &[&str]| rules.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let operators = rules(&["WebFetch", "Bash(rm *)"]);
+        for (jobs, expected) in [
+            (None, rules(&["WebFetch", "Bash(rm *)"])),
+            (Some(rules(&[])), rules(&["WebFetch", "Bash(rm *)"])),
+            (
+                Some(rules(&["Edit", "WebFetch"])),
+                rules(&["WebFetch", "Bash(rm *)", "Edit"]),
+            ),
+        ] {
+            assert_eq!(disallowed(&operators, jobs.as_deref()), expected);
+        }
+    }
 
     #[test]
     fn a_run_that_came_too_late_to_start_is_no_failure() {

@@ -4,6 +4,7 @@
 use serde_json::{Map, Value};
 use shared::clock::Timestamp;
 use shared::money::MicroUsd;
+use shared::{rule, spelling};
 use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
@@ -62,6 +63,8 @@ pub struct Fields {
     at: String,
     members: Map<String, Value>,
     faults: Vec<FieldFault>,
+    /// The names that were asked for.
+    known: Vec<String>,
 }
 
 impl Fields {
@@ -72,6 +75,7 @@ impl Fields {
                 at: at.to_owned(),
                 members,
                 faults: Vec::new(),
+                known: Vec::new(),
             }),
             _ => Err(Problem::Invalid(vec![FieldFault {
                 field: at.to_owned(),
@@ -83,7 +87,7 @@ impl Fields {
 
     /// Reads a member that must be there. `None` means that it was a fault.
     pub fn required<T>(&mut self, name: &str, rule: impl Fn(Value) -> Reading<T>) -> Option<T> {
-        match self.members.remove(name) {
+        match self.take(name) {
             Some(value) => self.read(name, value, rule),
             None => {
                 self.fault(name, Fault::new("missing", "Field required"));
@@ -94,7 +98,7 @@ impl Fields {
 
     /// Reads a member that may be absent or null. `None` means so, or that it was a fault.
     pub fn optional<T>(&mut self, name: &str, rule: impl Fn(Value) -> Reading<T>) -> Option<T> {
-        match self.members.remove(name)? {
+        match self.take(name)? {
             Value::Null => None,
             value => self.read(name, value, rule),
         }
@@ -103,10 +107,20 @@ impl Fields {
     /// Reads a member of a change: `None` leaves it as it is (or was a fault), `Some(None)`, written as null, takes it
     /// away.
     pub fn change<T>(&mut self, name: &str, rule: impl Fn(Value) -> Reading<T>) -> Option<Option<T>> {
-        match self.members.remove(name)? {
+        match self.take(name)? {
             Value::Null => Some(None),
             value => self.read(name, value, rule).map(Some),
         }
+    }
+
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.known.push(name.to_owned());
+        self.members.remove(name)
+    }
+
+    /// The names of the members that were asked for.
+    pub fn known(&self) -> &[String] {
+        &self.known
     }
 
     fn read<T>(&mut self, name: &str, value: Value, rule: impl Fn(Value) -> Reading<T>) -> Option<T> {
@@ -134,15 +148,22 @@ impl Fields {
         {
             // The name is the client's own text, and may be long.
             let name = name.chars().take(100).collect::<String>();
-            self.fault(
-                &name,
-                Fault::new("extra_forbidden", "Extra inputs are not permitted"),
-            );
+            let fault = unknown(&name, self.known.iter().map(String::as_str));
+            self.fault(&name, fault);
         }
         match required {
             Some(value) if self.faults.is_empty() => Ok(value),
             _ => Err(Problem::Invalid(self.faults)),
         }
+    }
+}
+
+/// The fault of a name that isn't known, with the known one that it is near.
+pub fn unknown<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Fault {
+    const WHY: &str = "Extra inputs are not permitted";
+    match spelling::nearest(name, known) {
+        Some(near) => Fault::new("extra_forbidden", format!("{WHY}; did you mean `{near}`?")),
+        None => Fault::new("extra_forbidden", WHY),
     }
 }
 
@@ -250,8 +271,10 @@ pub fn dollars(limit: MicroUsd) -> impl Fn(Value) -> Reading<MicroUsd> {
         };
         match number.as_f64().and_then(MicroUsd::from_usd) {
             Some(amount) if amount <= MicroUsd::ZERO => fault("greater_than_equal", not_below(&0.000_001)),
-            Some(amount) if amount <= limit => Ok(amount),
-            _ => fault("less_than_equal", not_above(&limit.usd())),
+            Some(amount) if amount > limit => fault("less_than_equal", not_above(&limit.usd())),
+            Some(amount) if number.as_f64().and_then(MicroUsd::exact) == Some(amount) => Ok(amount),
+            Some(_) => fault("value_error", "Input should have at most six decimals"),
+            None => fault("less_than_equal", not_above(&limit.usd())),
         }
     }
 }
@@ -290,25 +313,17 @@ pub fn list<T>(limit: usize, rule: impl Fn(Value) -> Reading<T>) -> impl Fn(Valu
     }
 }
 
-/// A list of names: a text with commas of at most 4,000 characters, or a list of at most 100 texts of 1 to 128. The
-/// names become arguments of the CLI, so none can look like an option.
-pub fn names(value: Value) -> Reading<Vec<String>> {
+/// Rules for tools: a text with commas between them of at most 4,000 characters, or a list of at most 100 rules of 1
+/// to 512. They become arguments of the CLI, unchanged.
+pub fn rules(value: Value) -> Reading<Vec<String>> {
+    let one = |rule: String| rule::check(&rule).map(|()| rule);
     if let Value::String(_) = value {
-        let text = text(0..=4_000)(value)?;
-        let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
-        let names = names
-            .map(|name| self::name(name.to_owned()))
-            .collect::<Result<_, _>>();
-        return names.map_err(|message| vec![Fault::value(message)]);
+        let rules = rule::split(&text(0..=4_000)(value)?).into_iter().map(one);
+        return rules
+            .collect::<Result<_, _>>()
+            .map_err(|message| vec![Fault::value(message)]);
     }
-    list(100, parsed(1..=128, name))(value)
-}
-
-fn name(name: String) -> Result<String, &'static str> {
-    if name.starts_with('-') || name.contains(',') || name.chars().any(char::is_control) {
-        return Err("A name should not begin with a hyphen or hold a comma");
-    }
-    Ok(name)
+    list(100, parsed(1..=512, one))(value)
 }
 
 /// At most 16 pairs of texts; names of 1 to 64 characters, values of at most 512.
@@ -529,16 +544,32 @@ mod tests {
         assert_eq!(read(json!(0)).unwrap_err()[0].kind, "greater_than_equal");
         assert_eq!(read(json!(-1)).unwrap_err()[0].kind, "greater_than_equal");
         assert_eq!(read(json!(5.000_001)).unwrap_err()[0].kind, "less_than_equal");
+        assert_eq!(read(json!(0.123_456)), Ok(MicroUsd(123_456)));
+        assert_eq!(read(json!(0.123_456_7)).unwrap_err()[0].kind, "value_error");
         assert_eq!(read(json!(1e300)).unwrap_err()[0].kind, "less_than_equal");
     }
 
     #[test]
-    fn names_come_as_text_with_commas_or_as_a_list() {
-        let both = vec!["Bash".to_owned(), "WebSearch".to_owned()];
-        assert_eq!(names(json!("Bash, WebSearch,")), Ok(both.clone()));
-        assert_eq!(names(json!(["Bash", "WebSearch"])), Ok(both));
-        assert_eq!(names(json!(["Bash", 3])).unwrap_err()[0].below, " -> 1");
-        assert_eq!(names(json!({})).unwrap_err()[0].kind, "list_type");
+    fn rules_come_as_text_with_commas_or_as_a_list_and_stay_as_they_are() {
+        let both = vec!["Bash(touch one, two)".to_owned(), "WebSearch".to_owned()];
+        assert_eq!(rules(json!("Bash(touch one, two), WebSearch,")), Ok(both.clone()));
+        assert_eq!(rules(json!(["Bash(touch one, two)", "WebSearch"])), Ok(both));
+        assert_eq!(rules(json!(["Bash", 3])).unwrap_err()[0].below, " -> 1");
+        assert_eq!(rules(json!(["Bash", "Bash(x"])).unwrap_err()[0].below, " -> 1");
+        assert_eq!(rules(json!({})).unwrap_err()[0].kind, "list_type");
+    }
+
+    #[test]
+    fn a_misspelt_member_learns_the_right_one() {
+        let mut body = Fields::of("body", json!({"mesage": "hi"})).unwrap();
+        body.optional("message", text(1..=10));
+        let Err(Problem::Invalid(faults)) = body.finish(Some(())) else {
+            panic!("no fault")
+        };
+        assert_eq!(
+            faults[0].message,
+            "Extra inputs are not permitted; did you mean `message`?"
+        );
     }
 
     #[test]

@@ -37,6 +37,14 @@ pub fn says_json(headers: &HeaderMap) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
+/// Whether the body is sent as it is, not compressed.
+pub fn is_plain(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(header::CONTENT_ENCODING)
+        .iter()
+        .all(|value| value.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity"))
+}
+
 /// What `Prefer` (RFC 7240) asks for; what we don't know is left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Preferences {
@@ -73,9 +81,13 @@ impl Preferences {
 /// The draft says that it stands in quotes, clients send it bare: both do.
 pub fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, &'static str> {
     const WRONG: &str = "Idempotency-Key must be 1 to 255 visible ASCII characters";
-    let Some(value) = headers.get("idempotency-key") else {
+    let mut values = headers.get_all("idempotency-key").iter();
+    let Some(value) = values.next() else {
         return Ok(None);
     };
+    if values.any(|other| other != value) {
+        return Err("There are two different Idempotency-Key headers; send one");
+    }
     let value = value.to_str().map_err(|_| WRONG)?.trim();
     let quoted = value.strip_prefix('"').and_then(|value| value.strip_suffix('"'));
     let key = quoted.unwrap_or(value);
@@ -86,9 +98,13 @@ pub fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, &'static str
 /// `Cancel-After`: a number of seconds, or one with `s`, `m` or `h`. `Err` when it's neither, or beyond a week.
 pub fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, &'static str> {
     const WRONG: &str = "Cancel-After must be 1s to 604800s, such as 30s, 5m or 1h";
-    let Some(value) = headers.get("cancel-after") else {
+    let mut values = headers.get_all("cancel-after").iter();
+    let Some(value) = values.next() else {
         return Ok(None);
     };
+    if values.any(|other| other != value) {
+        return Err("There are two different Cancel-After headers; send one");
+    }
     let value = value.to_str().map_err(|_| WRONG)?.trim();
     let (digits, factor) = match value.as_bytes().last() {
         Some(b's') => (&value[..value.len() - 1], 1),
@@ -245,6 +261,9 @@ mod tests {
             .is_err()
         );
         assert_eq!(idempotency_key(&HeaderMap::new()), Ok(None));
+        let twice = |other| headers([("idempotency-key", "a"), ("idempotency-key", other)]);
+        assert_eq!(idempotency_key(&twice("a")), Ok(Some("a")));
+        assert!(idempotency_key(&twice("b")).is_err());
     }
 
     #[test]

@@ -381,3 +381,16 @@ fn a_slash_command_was_answered_by_the_model() {
         .any(|message| matches!(message, Message::Usage(_)));
     assert!(answered, "a command of the CLI makes no request");
 }
+
+#[test]
+fn the_dialect_of_a_schema_is_not_passed_on() {
+    let schema = json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {"$schema": {"type": "string"}},
+    });
+    assert_eq!(
+        without_dialect(&schema),
+        json!({"type": "object", "properties": {"$schema": {"type": "string"}}})
+    );
+}
