@@ -80,9 +80,15 @@ impl Steps {
         NewEvent::new(EventType::ToolResult, data)
     }
 
-    /// The cost so far, if it is time to report it and if it has changed since it was reported last.
-    pub(super) fn usage(&mut self, spend: &Spend, now: Instant) -> Option<NewEvent> {
-        if spend.models.is_empty() || now < self.usage_at + USAGE_EVENT_INTERVAL {
+    /// The cost so far, if it is time to report it and if it has changed since it was reported last. `spend` is only
+    /// asked for when it is time, since adding it up takes long in a long run.
+    pub(super) fn usage(&mut self, now: Instant, spend: impl FnOnce() -> Spend) -> Option<NewEvent> {
+        if now < self.usage_at + USAGE_EVENT_INTERVAL {
+            return None;
+        }
+        self.usage_at = now;
+        let spend = spend();
+        if spend.models.is_empty() {
             return None;
         }
         let usage = (spend.total(), spend.usage());
@@ -90,7 +96,7 @@ impl Steps {
             return None;
         }
         let data = json!({ "cost": usage.0, "usage": usage.1 });
-        (self.usage, self.usage_at) = (Some(usage), now);
+        self.usage = Some(usage);
         Some(NewEvent::new(EventType::Usage, data))
     }
 }
@@ -187,13 +193,16 @@ mod tests {
             }],
             ..Spend::default()
         };
-        let mut reported = |spend: &Spend, seconds: u32| steps.usage(spend, now + seconds * SECOND).is_some();
+        let mut reported = |spend: &Spend, seconds: u32| {
+            let asked = now + seconds * SECOND;
+            steps.usage(asked, || spend.clone()).is_some()
+        };
 
-        assert!(!reported(&Spend::default(), 5), "nothing was spent");
         assert!(!reported(&spend(1), 1), "too early");
-        assert!(reported(&spend(1), 2));
+        assert!(!reported(&Spend::default(), 2), "nothing was spent");
+        assert!(reported(&spend(1), 4));
         assert!(!reported(&spend(1), 12), "unchanged");
-        assert!(reported(&spend(2), 12));
-        assert!(!reported(&spend(3), 13), "too early");
+        assert!(!reported(&spend(2), 13), "too early");
+        assert!(reported(&spend(2), 14));
     }
 }
