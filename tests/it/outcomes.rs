@@ -370,10 +370,10 @@ async fn an_unknown_question_of_the_cli_is_answered_at_once(db: Db) {
     let client = system.client();
     let script = steps([Step::Ask("something_new".to_owned())]);
 
-    let job = client.finished(&client.play(&script).await).await;
+    let id = client.play(&script).await;
 
-    assert_eq!(job["status"], "done", "{job:#}");
-    let said = client.all_events(&job_id(&job)).await;
+    assert_eq!(client.finished(&id).await["status"], "done");
+    let said = client.all_events(&id).await;
     let answer = said
         .iter()
         .filter_map(|event| event["data"]["content"].as_str())
@@ -382,10 +382,6 @@ async fn an_unknown_question_of_the_cli_is_answered_at_once(db: Db) {
         answer.is_some_and(|answer| answer.starts_with("error to ask: ")),
         "{said:#?}"
     );
-}
-
-fn job_id(job: &Value) -> String {
-    job["job_id"].as_str().unwrap().to_owned()
 }
 
 async fn a_cli_that_talks_without_end_harms_nothing(db: Db) {
@@ -626,7 +622,7 @@ async fn the_end_of_a_run_is_one_line_of_numbers_and_its_code(db: Db) {
     let own = failed(
         &client,
         &answer("hi"),
-        json!({ "json_schema": { "type": "object" } }),
+        json!({ "output_format": { "type": "json_schema", "schema": { "type": "object" } } }),
     )
     .await;
     assert_eq!(own["error_code"], "schema_mismatch", "{own:#}");
@@ -636,7 +632,7 @@ async fn the_end_of_a_run_is_one_line_of_numbers_and_its_code(db: Db) {
         (&refused, "WARN", json!("claude_error")),
         (&own, "INFO", json!("schema_mismatch")),
     ] {
-        let words = format!("job {} is ", job["job_id"].as_str().unwrap());
+        let words = format!("job {} is ", job["id"].as_str().unwrap());
         let written = system.writes(&words).await;
         let lines: Vec<Value> = written
             .lines()
@@ -644,11 +640,11 @@ async fn the_end_of_a_run_is_one_line_of_numbers_and_its_code(db: Db) {
             .map(|line| serde_json::from_str(line).unwrap())
             .collect();
         assert_eq!(lines.len(), 1, "{written}");
-        let (line, fields) = (&lines[0], &lines[0]["fields"]);
+        let line = &lines[0];
         assert_eq!(line["level"], level, "{line:#}");
-        assert_eq!(fields["error_code"], code, "{line:#}");
-        assert_eq!(fields["job.status"], job["status"], "{line:#}");
-        assert!(fields["duration_ms"].is_u64(), "{line:#}");
-        assert!(fields["cost_usd"].is_f64(), "{line:#}");
+        assert_eq!(line["error_code"], code, "{line:#}");
+        assert_eq!(line["job.status"], job["status"], "{line:#}");
+        assert!(line["duration_ms"].is_u64(), "{line:#}");
+        assert!(line["cost_usd"].is_f64(), "{line:#}");
     }
 }

@@ -35,9 +35,9 @@ use tracing::{info, warn};
 /// The release of the Claude Code CLI that this worker is tested with.
 pub const TESTED_CLI: &str = "2.1.331";
 
-/// The lowest release of the Claude Code CLI with which the flags and variables of a run ([`claude::command`]) were tried
-/// as a set. An older one refuses some of them, and silently ignores others that protect.
-pub const LOWEST_CLI: &str = "2.1.331";
+/// The lowest release of the Claude Code CLI that has all flags and variables of a run ([`claude::command`]): an older one
+/// refuses some of them, or silently ignores some that protect. `CLAUDE_CODE_DISABLE_DEFERRED_TOOL_RESUME` came last.
+pub const LOWEST_CLI: &str = "2.1.328";
 
 /// Why a worker can't start.
 #[derive(Debug, thiserror::Error)]
