@@ -4,9 +4,9 @@ use shared::env::Vars;
 
 use crate::client::Client;
 use crate::failure::Failure;
+use crate::output;
 
 pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
     let jobs = Client::from_vars(vars)?.resume_queue().await?;
-    println!("resumed; {jobs} waiting jobs were released");
-    Ok(())
+    output::result(format_args!("resumed; {jobs} waiting jobs were released"))
 }

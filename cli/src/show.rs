@@ -58,7 +58,7 @@ pub(crate) fn event(event: &Event) -> Option<String> {
         "cancelled" => ("cancelled".to_owned(), word(&data["reason"]).to_owned()),
         _ => return None,
     };
-    Some(format!("{:<10} {}", word, text).trim_end().to_owned())
+    Some(format!("{word:<10} {text}").trim_end().to_owned())
 }
 
 /// A row of a table of jobs: id, status, cost, creation time, the start of the prompt.

@@ -1,4 +1,4 @@
-//! PgBouncer between the product and PostgreSQL.
+//! `PgBouncer` between the product and PostgreSQL.
 
 use std::time::Duration;
 

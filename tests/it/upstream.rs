@@ -36,8 +36,8 @@ fn asks() -> Script {
     steps([Step::Request("default".to_owned())]).answering("served")
 }
 
-fn error(status: u16, kind: &str, message: &str) -> Option<Answer> {
-    Some(Answer {
+fn error(status: u16, kind: &str, message: &str) -> Answer {
+    Answer {
         http_error: Some(HttpError {
             status,
             kind: kind.to_owned(),
@@ -45,7 +45,7 @@ fn error(status: u16, kind: &str, message: &str) -> Option<Answer> {
             html: None,
         }),
         ..Answer::default()
-    })
+    }
 }
 
 fn micros() -> i64 {
@@ -141,12 +141,12 @@ async fn outlive(mut system: System, outage: Option<Answer>, code: &str) {
 }
 
 async fn thirty_jobs_outlive_an_overload(db: Db) {
-    let overloaded = error(529, "overloaded_error", "Overloaded");
+    let overloaded = Some(error(529, "overloaded_error", "Overloaded"));
     outlive(start(db).await, overloaded, "overloaded").await;
 }
 
 async fn thirty_jobs_outlive_a_failing_api(db: Db) {
-    let failing = error(503, "api_error", "Service unavailable");
+    let failing = Some(error(503, "api_error", "Service unavailable"));
     outlive(start(db).await, failing, "api_unavailable").await;
 }
 
@@ -155,12 +155,12 @@ async fn thirty_jobs_outlive_a_refused_connection(db: Db) {
 }
 
 async fn thirty_jobs_outlive_a_rate_limit(db: Db) {
-    let limited = error(429, "rate_limit_error", "Too many requests.");
+    let limited = Some(error(429, "rate_limit_error", "Too many requests."));
     outlive(start(db).await, limited, "rate_limited").await;
 }
 
 async fn thirty_jobs_outlive_a_refused_credential(db: Db) {
-    let refused = error(401, "authentication_error", "invalid x-api-key");
+    let refused = Some(error(401, "authentication_error", "invalid x-api-key"));
     outlive(start(db).await, refused, "auth_error").await;
 }
 
@@ -370,7 +370,7 @@ async fn the_real_cli_outlives_an_overload() {
     let client = system.client();
     system
         .simulator()
-        .set_outage(error(529, "overloaded_error", "Overloaded"));
+        .set_outage(Some(error(529, "overloaded_error", "Overloaded")));
     let ids =
         at_once((0..3).map(|number| client.accepted(format!("[[scenario:default]] {number}").leak()))).await;
     paused(&client).await;

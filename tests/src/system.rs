@@ -35,7 +35,6 @@ pub enum Cli {
 
 /// What a system is made of; see [`System::builder`].
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub struct Builder {
     db: Db,
     database: Option<Database>,

@@ -270,7 +270,7 @@ async fn what_a_job_does_not_say_is_decided_by_its_first_claim(db: Db) {
     assert_eq!(settings(&lease.job), effective);
     world.finish(&lease, Ending::Released).await;
     let mut other = claimant();
-    other.defaults.model = "opus".to_owned();
+    "opus".clone_into(&mut other.defaults.model);
     let Claim::Run(lease) = world.store.claim(&other, NOW).await.unwrap() else {
         panic!("there is a job to claim");
     };

@@ -1,5 +1,11 @@
 //! What storage promises, on both databases. Each case gets a database of its own; time is an argument.
 
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
+#![expect(
+    clippy::print_stdout,
+    reason = "what a load was made of is shown when its test fails"
+)]
+
 mod budget;
 mod claim;
 mod gate;

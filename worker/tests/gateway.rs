@@ -450,9 +450,8 @@ async fn a_thousand_bad_requests_and_three_thousand_connections_are_survived() {
     for _ in 0..3_000 {
         // Those beyond the gateway's own wait in the kernel's line, which holds about a thousand; then it refuses.
         let connecting = UnixStream::connect(&client.socket);
-        match tokio::time::timeout(Duration::from_millis(1), connecting).await {
-            Ok(Ok(connection)) => connections.push(connection),
-            Ok(Err(_)) | Err(_) => {}
+        if let Ok(Ok(connection)) = tokio::time::timeout(Duration::from_millis(1), connecting).await {
+            connections.push(connection);
         }
     }
     assert!(connections.len() >= 64, "{}", connections.len());

@@ -573,15 +573,15 @@ impl Cli {
             } => {
                 let asked = (0..count).map(|_| gateway::pay(&model, input, output));
                 let answers: Vec<_> = stream::iter(asked).buffer_unordered(at_once).collect().await;
-                let mut lines = String::new();
-                for answer in answers {
-                    lines += &match answer {
+                let lines: Vec<String> = answers
+                    .into_iter()
+                    .map(|answer| match answer {
                         Ok(()) => "200\n".to_owned(),
                         Err(gateway::Failure::Refused { text, .. }) => format!("{text}\n"),
                         Err(gateway::Failure::NoAnswer(text)) => format!("none: {text}\n"),
-                    };
-                }
-                fs::write(script::REQUESTS, lines).expect("a working directory");
+                    })
+                    .collect();
+                fs::write(script::REQUESTS, lines.concat()).expect("a working directory");
                 Flow::GoOn
             }
             Step::Request(scenario) => self.request(&scenario).await,

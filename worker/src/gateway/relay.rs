@@ -21,11 +21,11 @@ use crate::spend::answer::AnswerReader;
 use crate::spend::meter::Metered;
 
 /// How long the API may take for the beginning of an answer.
-const HEAD_WITHIN: Duration = Duration::from_secs(120);
+const HEAD_WITHIN: Duration = Duration::from_mins(2);
 
 /// How long the answer to a run that has hung up is read for what it cost: a stream until its prompt is counted,
 /// anything else to its end.
-const LINGER: Duration = Duration::from_secs(60);
+const LINGER: Duration = Duration::from_mins(1);
 
 /// The same once the attempt has ended, which then waits for it.
 const LINGER_AT_END: Duration = Duration::from_secs(2);

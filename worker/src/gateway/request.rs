@@ -25,7 +25,7 @@ const MAX_BODY: usize = 32 * 1024 * 1024;
 const MAX_HELD: u32 = 64 * 1024;
 
 /// How long a run may take to send a body.
-const BODY_WITHIN: Duration = Duration::from_secs(60);
+const BODY_WITHIN: Duration = Duration::from_mins(1);
 
 /// A longer name is no model's.
 const MAX_MODEL: usize = 200;
@@ -276,7 +276,7 @@ pub(super) async fn read(
         let body = body.clone();
         tokio::task::spawn_blocking(move || parse(&body))
             .await
-            .unwrap_or_else(|_| Err(Refusal::Incomplete))?
+            .unwrap_or(Err(Refusal::Incomplete))?
     } else {
         parse(&body)?
     };

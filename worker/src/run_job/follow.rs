@@ -127,7 +127,7 @@ impl Run<'_> {
                         Block::Text(_) => {}
                         Block::ToolUse { id, name, input } => {
                             self.output.tool(&name, &input);
-                            recorder.event(steps.tool_call(&id, &name, input, now));
+                            recorder.event(steps.tool_call(&id, &name, &input, now));
                         }
                     }
                 }

@@ -52,7 +52,7 @@ impl Steps {
     }
 
     /// A call of a tool that came at this moment.
-    pub(super) fn tool_call(&mut self, id: &str, name: &str, input: Value, now: Instant) -> NewEvent {
+    pub(super) fn tool_call(&mut self, id: &str, name: &str, input: &Value, now: Instant) -> NewEvent {
         if self.open_tools.len() < MAX_OPEN_TOOLS && id.len() <= MAX_TOOL_ID {
             self.open_tools.insert(id.to_owned(), (name.to_owned(), now));
         }
@@ -132,8 +132,8 @@ mod tests {
     #[test]
     fn a_tools_result_says_which_tool_and_how_long_it_took() {
         let (mut steps, now) = steps();
-        steps.tool_call("t1", "Bash", json!({}), now);
-        steps.tool_call("t2", "Read", json!({}), now + SECOND);
+        steps.tool_call("t1", "Bash", &json!({}), now);
+        steps.tool_call("t2", "Read", &json!({}), now + SECOND);
 
         let first = steps
             .tool_result(&result("t1", "ok".to_owned()), now + 2 * SECOND)
@@ -175,9 +175,9 @@ mod tests {
     fn a_run_without_end_doesnt_fill_the_memory() {
         let (mut steps, now) = steps();
         for number in 0..2 * MAX_OPEN_TOOLS {
-            steps.tool_call(&number.to_string(), "Bash", json!({}), now);
+            steps.tool_call(&number.to_string(), "Bash", &json!({}), now);
         }
-        steps.tool_call(&"x".repeat(MAX_TOOL_ID + 1), "Bash", json!({}), now);
+        steps.tool_call(&"x".repeat(MAX_TOOL_ID + 1), "Bash", &json!({}), now);
 
         assert_eq!(steps.open_tools.len(), MAX_OPEN_TOOLS);
     }

@@ -432,8 +432,8 @@ mod tests {
         let haiku = |input, cache_read, output| {
             let usage = Usage {
                 input,
-                cache_read,
                 output,
+                cache_read,
                 ..Usage::default()
             };
             cost("haiku", usage).to_micros().0

@@ -345,7 +345,7 @@ fn a_result_that_nests_too_deep_is_invalid_and_the_rest_of_it_is_known() {
 
 #[test]
 fn a_deep_member_that_nobody_needs_makes_no_result_invalid() {
-    let denied = format!(r#"{}1{}"#, r#"{"a":"#.repeat(300), "}".repeat(300));
+    let denied = format!("{}1{}", r#"{"a":"#.repeat(300), "}".repeat(300));
     let line = format!(
         r#"{{"type":"result","subtype":"success","result":"all","permission_denials":[{{"tool_input":{denied}}}]}}"#
     );
