@@ -156,6 +156,8 @@ async fn a_service_goes_on_when_nobody_reads_what_it_prints() {
     let (name, fake) = (folder.to_str().unwrap(), paths::binary("fake-claude"));
     let port = free_port();
     let url = format!("sqlite://{name}/q.db");
+    let api = simulator::Simulator::start(([127, 0, 0, 1], 0).into()).await.unwrap();
+    let api_url = api.url();
     let env = [
         ("DATABASE_URL", url.as_str()),
         ("DATA_DIR", name),
@@ -163,6 +165,7 @@ async fn a_service_goes_on_when_nobody_reads_what_it_prints() {
         ("API_PORT", &port),
         ("API_KEYS", KEYS[0]),
         ("ANTHROPIC_API_KEY", "sk-x"),
+        ("ANTHROPIC_BASE_URL", &api_url),
         ("SANDBOX_ENABLED", "false"),
         ("CLAUDE_CLI_PATH", fake.to_str().unwrap()),
         // So that the service has much to print.

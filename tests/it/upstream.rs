@@ -266,7 +266,7 @@ async fn a_person_lifts_the_pauses_of_all_workers(db: Db) {
         .put_scenario("usage-limit", simulator::builtin()["default"].clone());
 
     let refused = client.post("/api/v1/queue/resume", &json!({})).await;
-    refused.assert_problem(403, "forbidden");
+    refused.assert_problem(403, "insufficient-scope");
     let admin = client.with_key(KEYS[2]);
     let resumed = admin.post("/api/v1/queue/resume", &json!({})).await;
 

@@ -191,8 +191,9 @@ async fn hot_statements_use_their_indexes(db: Db) {
         if index.is_empty() {
             continue;
         }
-        // The list's is put together when it is used.
-        let found = sources.contains(&words(hot.sql)) || hot.what == "the owner's list";
+        // The list's is put together when it is used; the columns of a whole row have a list of their own.
+        let text = hot.sql.strip_prefix("select *").unwrap_or(hot.sql);
+        let found = sources.contains(&words(text)) || hot.what == "the owner's list";
         assert!(
             found,
             "{}: the statement has changed, and this copy of it hasn't",

@@ -88,10 +88,12 @@ async fn a_session_is_found_by_name_number_and_claude_session(db: Db) {
             .unwrap()
             .is_some()
     );
-    // A name comes before a number.
-    let (named, _) = put(&world, &a, &session.session_number.to_string(), NOW).await;
-    let found = world.store.session(Some(&a), &named.name).await.unwrap().unwrap();
-    assert_eq!(found.session_id, named.session_id);
+    // A number means a number: a name that looks like one hides nobody's session.
+    let (named, _) = put(&world, &b, &session.session_number.to_string(), NOW).await;
+    for owner in [Some(&a), None] {
+        let found = world.store.session(owner, &named.name).await.unwrap().unwrap();
+        assert_eq!(found.session_id, session.session_id);
+    }
 }
 
 async fn sessions_are_listed_last_touched_first(db: Db) {

@@ -57,8 +57,10 @@ const PASSED_PREFIX: &str = "x-stainless-";
 
 /// What the CLI may ask for by itself. What is missing here is of other products, costs extra (`fast-mode`), or gives
 /// access to more of the account than the model (`files-api`, `mcp-servers`, `message-batches` …).
-const BETAS: [&str; 37] = [
+const BETAS: [&str; 39] = [
     "advanced-tool-use-2025-11-20",
+    "afk-mode-2026-01-31",
+    "auto-mode-classifier-2026-07-16",
     "cache-diagnosis-2026-04-07",
     "cache-keepalive-2026-09-03",
     "claude-code-20250219",

@@ -202,7 +202,9 @@ async fn recorded_runs_cost_what_the_cli_says() {
                 .filter(|line| line["event"]["type"] == kind)
                 .count()
         };
-        let is_complete = name != "subagent" && events("message_start") == events("message_stop");
+        let is_complete = name != "subagent"
+            && !["interrupt", "reset"].iter().any(|cut| name.starts_with(cut))
+            && events("message_start") == events("message_stop");
         let Some(reported) = reported.cost().filter(|_| is_complete) else {
             continue;
         };
