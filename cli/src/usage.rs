@@ -137,7 +137,8 @@ fn table(by: &str, rows: &[Value]) -> String {
         .collect();
     lines.push(line(
         "in all",
-        rows.iter().filter_map(|row| row["cost"].as_f64()).sum(),
+        // An empty sum of floats is minus zero.
+        rows.iter().filter_map(|row| row["cost"].as_f64()).sum::<f64>() + 0.0,
         rows.iter().map(|row| read(row, &tokens)).sum(),
         rows.iter().map(|row| tokens(row, "output_tokens")).sum(),
     ));

@@ -2,7 +2,7 @@
 
 use super::{NOW, World, at, job};
 use shared::clock;
-use shared::job::NewJob;
+use shared::job::{Ending, NewJob};
 use shared::storage::{QUEUE, Swept};
 use tests::database::Db;
 
@@ -10,6 +10,7 @@ tests::both!(
     missing_tickets_are_topped_up,
     used_tickets_are_removed,
     a_hint_that_is_too_low_is_raised,
+    a_lane_that_counts_wrong_is_repaired,
     hundreds_of_due_jobs_are_released_in_one_sweep,
     sweepers_at_once_do_not_disturb_each_other
 );
@@ -154,6 +155,34 @@ async fn a_hint_that_is_too_low_is_raised(db: Db) {
         }
     }
     world.claim_job(&stored).await;
+}
+
+async fn a_lane_that_counts_wrong_is_repaired(db: Db) {
+    let world = World::new(db).await;
+    let (a, b) = (world.key("a", 1).await, world.key("b", 2).await);
+    let starved = world.submit(job(&a)).await;
+    world.submit(job(&b)).await;
+    world
+        .database
+        .execute("update lane set running = 1 where key_id = 'a'")
+        .await;
+    let lease = world.claim().await.unwrap();
+    assert_eq!(lease.job.key_id, b);
+    assert!(world.claim().await.is_none(), "the other lane seems to be full");
+
+    world.store.sweep(NOW).await.unwrap();
+    assert_eq!(world.claim_job(&starved).await.job.key_id, a);
+    assert_eq!(world.faults().await, [""; 0]);
+
+    // One that counts too few ends its runs all the same.
+    world.database.execute("update lane set running = 0").await;
+    world.finish(&lease, Ending::Done).await;
+    assert_eq!(
+        world.store.repair_counters().await.unwrap(),
+        1,
+        "only the other is wrong now"
+    );
+    assert_eq!(world.faults().await, [""; 0]);
 }
 
 async fn hundreds_of_due_jobs_are_released_in_one_sweep(db: Db) {

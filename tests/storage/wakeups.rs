@@ -29,7 +29,7 @@ async fn say(world: &World, lease: &Lease) {
     world.store.record(lease, &[event], None, NOW).await.unwrap();
 }
 
-/// By what was committed, and not by the look that everyone takes by himself.
+/// By what was committed, and not by polling.
 async fn woken(wakeup: &mut JobWakeup) -> bool {
     wakeup.changed_within(PATIENCE).await
 }

@@ -22,7 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tower_layer::Layer;
 use tower_service::Service;
 
-/// Wake-ups can be lost; beneath them everyone looks by himself this often.
+/// Wake-ups may be lost, so every slot also polls at this interval.
 const SLOW_POLL: Duration = Duration::from_secs(5);
 
 /// A wake-up that comes while the library fetches is lost until the next one, so each is repeated after these pauses.
@@ -155,7 +155,7 @@ impl Starts {
         if quick < TOO_MANY {
             tracing::debug!(error, "the queue's worker restarts; runs go on");
         } else {
-            tracing::warn!(error, "the queue's worker restarts again and again; runs go on");
+            tracing::warn!(error, "the queue's worker restarts repeatedly; runs continue");
         }
     }
 }
@@ -255,7 +255,7 @@ async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
     });
     tokio::select! {
         ended = serving => if !ctx.draining.is_cancelled() {
-            tracing::error!(ended = ?ended.err().map(|error| error.to_string()), "the queue's monitor ended; it starts anew");
+            tracing::error!(ended = ?ended.err().map(|error| error.to_string()), "the queue's monitor ended, restarting it");
             tokio::time::sleep(Duration::from_secs(1)).await;
         },
         () = ringing => {}

@@ -129,7 +129,7 @@ impl Keyring {
             return stored.key.is_opened_by(&secret_key.digest(secret), clock::now());
         }
         if !self.warned.swap(true, Ordering::Relaxed) {
-            tracing::warn!("SECRET_KEY isn't set, so the keys of the database can't be used here");
+            tracing::warn!("SECRET_KEY isn't set, so keys in the database don't work in this process");
         }
         false
     }

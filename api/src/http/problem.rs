@@ -255,7 +255,7 @@ impl Problem {
                     .into()
             }
             Self::AnonymousThroughProxy => {
-                "Without a key only programs on this machine are served, not what a proxy passes on; set API_KEYS".into()
+                "Without a key, only programs on this machine are served, and no requests through a proxy; set API_KEYS".into()
             }
             Self::PermissionModeNotAllowed(mode) => format!("This key may not use permission mode {mode}").into(),
             Self::AdminOnly(what) => format!("Only an admin key may {what}").into(),
@@ -263,16 +263,16 @@ impl Problem {
             Self::IpNotAllowed => "This key may not be used from this address".into(),
             Self::ModelNotAllowed(model) => format!("This key may not use the model {model}").into(),
             Self::RateLimited { .. } => "Rate limit exceeded".into(),
-            Self::QueueFull(max) => format!("{max} jobs of this key are waiting, which is as many as may").into(),
+            Self::QueueFull(max) => format!("This key has {max} waiting jobs, which is its maximum").into(),
             Self::TooManyStreams(max) => {
-                format!("{max} event streams of this key are open, which is as many as may").into()
+                format!("This key has {max} open event streams, which is its maximum").into()
             }
-            Self::KeyReadOnly => "Keys from API_KEYS and ADMIN_API_KEYS are changed there".into(),
+            Self::KeyReadOnly => "Keys from API_KEYS and ADMIN_API_KEYS can only be changed in these settings".into(),
             Self::KeyNotActive => "The key was revoked or has expired".into(),
             Self::KeyActive => "The key is active; revoke it first".into(),
-            Self::NoSuchPath => "There is nothing at this path".into(),
+            Self::NoSuchPath => "There is no such path".into(),
             Self::NoSuch(what) => format!("{what} not found").into(),
-            Self::MethodNotAllowed(methods) => format!("This path answers {}", allow(methods)).into(),
+            Self::MethodNotAllowed(methods) => format!("This path allows {}", allow(methods)).into(),
             Self::NotAcceptable => "Accept must allow text/event-stream or application/json".into(),
             Self::TooSlow => "The request did not arrive in time".into(),
             Self::JobFinal(status) => format!("Job already {}", status.as_str()).into(),

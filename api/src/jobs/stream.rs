@@ -280,7 +280,7 @@ impl Live {
             }
             Err(error) if self.context.store.note(&error) => {}
             Err(error) => {
-                tracing::warn!(job.id = %self.job_id, error = %chain(&error), "an event stream waits for the database");
+                tracing::warn!(job.id = %self.job_id, error = %chain(&error), "the event stream waits for the database");
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
         }

@@ -82,6 +82,40 @@ impl Store {
         self.raise_again(&BTreeMap::new(), &low).await
     }
 
+    /// Corrects lanes whose counter isn't the number of their running jobs. None should be, since each transaction keeps
+    /// it; but a lane that counts too many would starve its key for ever. Gives how many were wrong.
+    pub async fn repair_counters(&self) -> Result<u64> {
+        // One statement sees one moment, in which the counter is right.
+        let wrong = read!(
+            self,
+            "look for wrong lanes",
+            fetch_all => (KeyId, i64, i64),
+            "select * from (
+               select lane.key_id, lane.running, cast(coalesce(counts.running, 0) as bigint) as counted
+               from lane left join (
+                 select key_id, count(*) as running from job where status = 'running' group by key_id) as counts
+               on counts.key_id = lane.key_id) as lanes
+             where running <> counted"
+        )?;
+        let mut repaired = 0;
+        for (key_id, running, counted) in wrong {
+            let mut tx = self.begin().await?;
+            tx.lock_lane(&key_id).await?;
+            let corrected = tx.correct_counter(&key_id).await?;
+            tx.commit().await?;
+            if corrected {
+                tracing::error!(
+                    key.id = key_id.as_str(),
+                    running,
+                    counted,
+                    "the lane of {key_id} counted {running} running jobs instead of {counted}; it is repaired"
+                );
+                repaired += 1;
+            }
+        }
+        Ok(repaired)
+    }
+
     /// After a commit on PostgreSQL: corrects hints that another transaction changed without seeing this one.
     pub(super) async fn raise_again(&self, ready: &BTreeMap<KeyId, i64>, lowered: &[KeyId]) -> Result<()> {
         let Db::Postgres(pool) = &*self.db else {
@@ -113,6 +147,22 @@ impl Store {
 }
 
 impl Tx {
+    /// Whether the counter was wrong. The caller holds the lane.
+    async fn correct_counter(&mut self, key_id: &KeyId) -> Result<bool> {
+        let rows = execute!(
+            self,
+            "repair a lane",
+            "update lane set running = (select count(*) from job where key_id = $1 and status = 'running')
+             where key_id = $1
+               and running <> (select count(*) from job where key_id = $1 and status = 'running')",
+            key_id
+        )?;
+        if rows > 0 {
+            self.ring();
+        }
+        Ok(rows > 0)
+    }
+
     /// Makes sure that the key has a lane, with this cap on jobs that run at once. With another cap there may be room
     /// for one that waits.
     pub(super) async fn put_lane(&mut self, key_id: &KeyId, max_running: i64) -> Result<()> {
@@ -264,13 +314,14 @@ impl Tx {
         Ok(())
     }
 
-    /// Frees the slot of a run that has ended. A lane that waits for money looks again.
+    /// Frees the slot of a run that has ended. A lane that waits for money looks again. The end of a run doesn't fail
+    /// because its lane counted wrong: [`Store::repair_counters`] corrects the count.
     pub(super) async fn free_slot(&mut self, key_id: &KeyId) -> Result<()> {
         let lane = fetch!(
             self,
             "free a lane's slot",
             fetch_optional => (Option<i64>, i64, Option<String>),
-            "update lane set running = running - 1 where key_id = $1
+            "update lane set running = case when running > 0 then running - 1 else 0 end where key_id = $1
              returning top_priority, max_running - running, hold",
             key_id
         )?;

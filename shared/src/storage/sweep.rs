@@ -65,11 +65,12 @@ impl Store {
         Ok(swept)
     }
 
-    /// The part of a sweep that needs no clock: hints that are too low, tickets that are missing, leftovers of the queue
-    /// library.
+    /// The part of a sweep that needs no clock: lanes whose hint or counter is wrong, tickets that are missing, leftovers
+    /// of the queue library.
     pub async fn sweep_tickets(&self) -> Result<Swept> {
         let mut swept = Swept::default();
         self.repair_hints().await?;
+        self.repair_counters().await?;
         let mut tx = self.begin().await?;
         swept.runnable = tx.runnable().await?.min(TOP_UP);
         if swept.runnable > 0 {

@@ -91,7 +91,7 @@ impl Wakeups {
                     match ended {
                         Err(error) if store.note(&error) => store.answers().await,
                         Err(error) => {
-                            tracing::warn!(error = %crate::telemetry::chain(&error), "wake-ups are interrupted; everyone looks by himself");
+                            tracing::warn!(error = %crate::telemetry::chain(&error), "wake-ups are interrupted, polling instead");
                             tokio::time::sleep(Duration::from_millis(500)).await;
                         }
                         Ok(()) => {}

@@ -27,14 +27,14 @@ pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
                 if unsure && let Some(status) = written_before(ctx, lease).await {
                     return tell(lease, &report, status);
                 }
-                warn!("the lease was lost; what this run did is another attempt's to check");
+                warn!("the lease was lost; the next attempt will check what this run did");
                 return book_late(ctx, lease, &report).await;
             }
             Err(error) => {
                 // The commit may have come before the error.
                 unsure = true;
                 if !ctx.store.note(&error) {
-                    warn!(error = %chain(&error), "could not store the end of the run; trying again");
+                    warn!(error = %chain(&error), "could not store the end of the run, retrying");
                 }
                 if !error.is_unavailable() {
                     refused += 1;
