@@ -156,7 +156,9 @@ async fn a_service_goes_on_when_nobody_reads_what_it_prints() {
     let (name, fake) = (folder.to_str().unwrap(), paths::binary("fake-claude"));
     let port = free_port();
     let url = format!("sqlite://{name}/q.db");
-    let api = simulator::Simulator::start(([127, 0, 0, 1], 0).into()).await.unwrap();
+    let api = simulator::Simulator::start(([127, 0, 0, 1], 0).into())
+        .await
+        .unwrap();
     let api_url = api.url();
     let env = [
         ("DATABASE_URL", url.as_str()),
