@@ -4,30 +4,10 @@
 pub fn nearest<'k>(word: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     known
         .into_iter()
-        .map(|known| (edits(word, known), known))
+        .map(|known| (strsim::levenshtein(word, known), known))
         .filter(|(edits, known)| *edits <= 2 && *edits < known.chars().count())
         .min_by_key(|(edits, _)| *edits)
         .map(|(_, known)| known)
-}
-
-/// How many edits make one word the other.
-fn edits(one: &str, other: &str) -> usize {
-    let other = other.chars().collect::<Vec<_>>();
-    if one.chars().count().abs_diff(other.len()) > 2 {
-        // More than anybody asks for.
-        return usize::MAX;
-    }
-    let mut row = (0..=other.len()).collect::<Vec<_>>();
-    for (index, char) in one.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = index + 1;
-        for (column, against) in other.iter().enumerate() {
-            let replaced = diagonal + usize::from(char != *against);
-            diagonal = row[column + 1];
-            row[column + 1] = replaced.min(row[column] + 1).min(diagonal + 1);
-        }
-    }
-    row[other.len()]
 }
 
 #[cfg(test)]

@@ -60,7 +60,6 @@ pub use job::{CancelOutcome, JobFilter, Position};
 pub use key::{KeyFilter, NewSecret};
 pub use ledger::{LedgerEntry, LedgerGroup, LedgerPart, LedgerSum, Usage};
 pub use limit::{Quota, Rate};
-pub use open::Schema;
 pub use retention::{Removal, Workspace};
 pub use run::{Finish, RunDirective};
 pub use sweep::{RunningLease, Swept};

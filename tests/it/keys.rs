@@ -1,4 +1,4 @@
-//! Keys of the database: made, used, rotated, taken back. And that their secrets are nowhere.
+//! Keys of the database: created, used, rotated, revoked. And that their secrets are nowhere.
 
 use std::path::Path;
 use std::sync::Arc;

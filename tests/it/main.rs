@@ -16,7 +16,7 @@ mod events; // The stream of a job's events: replayed, live, resumed.
 mod gate; // Keys, request ids, slow clients, the drain.
 mod idempotency; // A retried submission makes one job.
 mod jobs; // From submission to result, and what can be read in between.
-mod keys; // Keys of the database: made, used, rotated, taken back.
+mod keys; // Keys of the database: created, used, rotated, revoked.
 mod limits; // How often a key may ask, and that the headers say it.
 mod order; // Which job runs when.
 mod outages;

@@ -295,9 +295,7 @@ impl Run {
         let (upstream, is_stream) = (self.upstream.clone(), asked.is_stream);
         let send = async move {
             // The body's part of the memory is given back when it was sent.
-            upstream
-                .post(&parts.uri, headers, asked.body.clone().into())
-                .await
+            upstream.post(&parts.uri, headers, asked.body.clone()).await
         };
         let (head, came) = oneshot::channel();
         let relay = relay::relay(send, is_stream, metered, head, attempt.ending.clone());

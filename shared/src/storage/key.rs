@@ -1,4 +1,4 @@
-//! API keys: made, changed, rotated, taken back.
+//! API keys: created, changed, rotated, revoked.
 
 use super::columns::columns;
 use super::{Result, Store, Tx, execute, fetch, read};

@@ -90,12 +90,11 @@ impl Store {
             self,
             "look for wrong lanes",
             fetch_all => (KeyId, i64, i64),
-            "select * from (
-               select lane.key_id, lane.running, cast(coalesce(counts.running, 0) as bigint) as counted
-               from lane left join (
-                 select key_id, count(*) as running from job where status = 'running' group by key_id) as counts
-               on counts.key_id = lane.key_id) as lanes
-             where running <> counted"
+            "select lane.key_id, lane.running, cast(coalesce(counts.running, 0) as bigint)
+             from lane left join (
+               select key_id, count(*) as running from job where status = 'running' group by key_id) as counts
+             on counts.key_id = lane.key_id
+             where lane.running <> coalesce(counts.running, 0)"
         )?;
         let mut repaired = 0;
         for (key_id, running, counted) in wrong {

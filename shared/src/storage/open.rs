@@ -17,15 +17,6 @@ use tokio::sync::Notify;
 /// release runs beside every newer one of its major version.
 const NEXT_MAJOR: i64 = 10_000;
 
-/// The newest migration of a database, and the newest one that this release knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Schema {
-    /// In the database.
-    pub stored: i64,
-    /// In this release.
-    pub known: i64,
-}
-
 impl Store {
     /// Opens the database, making a SQLite file that isn't there, and brings its tables up to date.
     /// `slots`: how many runs this process holds at once, which decides the number of connections.
@@ -43,33 +34,24 @@ impl Store {
         };
         store.wait_for_lock().await?;
         store.check_clock().await?;
-        let schema = store.schema().await?;
-        if schema.stored >= NEXT_MAJOR {
+        let newest = store.newest_migration().await?;
+        if newest >= NEXT_MAJOR {
             let text = format!(
-                "it has migration {} of a newer major release, beside which this one can't run",
-                schema.stored
+                "it has migration {newest} of a newer major release, beside which this one can't run"
             );
             return Err(Error::during("use the database")(text));
         }
         Ok(store)
     }
 
-    /// Which migrations the database has.
-    pub async fn schema(&self) -> Result<Schema> {
+    async fn newest_migration(&self) -> Result<i64> {
         let row = read!(
             self,
             "read the migrations",
-            fetch_optional => (i64,),
+            fetch_one => (i64,),
             "select coalesce(max(version), 0) from migration"
         )?;
-        let known = sqlx::migrate!("../migrations/sqlite")
-            .iter()
-            .map(|migration| migration.version)
-            .max();
-        Ok(Schema {
-            stored: row.map_or(0, |row| row.0),
-            known: known.unwrap_or(0),
-        })
+        Ok(row.0)
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Db> {

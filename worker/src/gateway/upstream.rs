@@ -30,9 +30,6 @@ const OAUTH: &str = "oauth-2025-04-20";
 /// What the exchange of an identity token has to say, too.
 const FEDERATION: &str = "oidc-federation-2026-04-01";
 
-/// The largest request of the Messages API, in bytes.
-const MAX_BODY: usize = 32 * 1024 * 1024;
-
 /// How long a connection may take to come about.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
@@ -92,7 +89,7 @@ impl Upstream {
         &self,
         uri: &Uri,
         headers: HeaderMap,
-        body: reqwest::Body,
+        body: Bytes,
     ) -> Result<reqwest::Response, String> {
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
         let mut sent = Sent {
@@ -101,7 +98,7 @@ impl Upstream {
             body,
         };
         if self.provider.rewrites() {
-            sent = self.rewritten(uri, sent).await?;
+            sent = self.rewritten(uri, sent);
         }
         let request = self
             .client
@@ -111,26 +108,20 @@ impl Upstream {
         request.send().await.map_err(|error| self.unreachable(error))
     }
 
-    /// The request in the provider's form. Its body is read whole, to change it.
-    async fn rewritten(&self, uri: &Uri, sent: Sent) -> Result<Sent, String> {
-        let whole = Limited::new(sent.body, MAX_BODY).collect().await;
-        let whole = whole.map_err(|_| "The request's body ended early or is too large.".to_owned())?;
+    /// The request in the provider's form.
+    fn rewritten(&self, uri: &Uri, sent: Sent) -> Sent {
         let mut headers = sent.headers;
         let asked = Asked {
             path: uri.path(),
             query: uri.query(),
-            body: &whole.to_bytes(),
+            body: &sent.body,
         };
         let (path, body) = self.provider.rewrite(&asked);
         headers.remove(header::CONTENT_LENGTH);
         if matches!(self.provider.kind, Kind::Vertex { .. }) {
             headers.remove("anthropic-version");
         }
-        Ok(Sent {
-            path,
-            headers,
-            body: body.into(),
-        })
+        Sent { path, headers, body }
     }
 
     /// Exchanges a token of the machine's identity. The error is a sentence without any secret.
@@ -213,7 +204,7 @@ pub(super) fn is_page(headers: &HeaderMap) -> bool {
 struct Sent {
     path: String,
     headers: HeaderMap,
-    body: reqwest::Body,
+    body: Bytes,
 }
 
 /// What came back to the worker's own question.

@@ -45,7 +45,7 @@ impl Run<'_> {
                 }
                 _ = changes.changed() => {
                     let spend = self.meter.spend();
-                    if let Some(event) = steps.usage(Instant::now(), || spend.clone()) {
+                    if let Some(event) = steps.usage(Instant::now(), &spend) {
                         recorder.event(event);
                     }
                     // Kept at once: this is what is paid for if the worker is lost.

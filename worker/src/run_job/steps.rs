@@ -80,14 +80,12 @@ impl Steps {
         NewEvent::new(EventType::ToolResult, data)
     }
 
-    /// The cost so far, if it is time to report it and if it has changed since it was reported last. `spend` is only
-    /// asked for when it is time, since adding it up takes long in a long run.
-    pub(super) fn usage(&mut self, now: Instant, spend: impl FnOnce() -> Spend) -> Option<NewEvent> {
+    /// The cost so far, if it is time to report it and if it has changed since it was reported last.
+    pub(super) fn usage(&mut self, now: Instant, spend: &Spend) -> Option<NewEvent> {
         if now < self.usage_at + USAGE_EVENT_INTERVAL {
             return None;
         }
         self.usage_at = now;
-        let spend = spend();
         if spend.models.is_empty() {
             return None;
         }
@@ -193,10 +191,7 @@ mod tests {
             }],
             ..Spend::default()
         };
-        let mut reported = |spend: &Spend, seconds: u32| {
-            let asked = now + seconds * SECOND;
-            steps.usage(asked, || spend.clone()).is_some()
-        };
+        let mut reported = |spend: &Spend, seconds: u32| steps.usage(now + seconds * SECOND, spend).is_some();
 
         assert!(!reported(&spend(1), 1), "too early");
         assert!(!reported(&Spend::default(), 2), "nothing was spent");

@@ -6,7 +6,7 @@ use crate::id::{JobId, KeyId};
 use crate::money::MicroUsd;
 use crate::storage::{Result, Store, Tx, execute, fetch, read};
 
-/// What came of a wish to set a budget. Unless it stands, roll the transaction back.
+/// The outcome of a request to set a budget. Unless it is set, roll the transaction back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PutBudget {
     /// It stands.
@@ -19,7 +19,7 @@ pub enum PutBudget {
     BelowSpent(MicroUsd),
 }
 
-/// What came of a wish to take a budget away.
+/// The outcome of a request to delete a budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeleteBudget {
     /// It is gone, or the default again.
@@ -30,7 +30,7 @@ pub enum DeleteBudget {
     Changed,
 }
 
-/// What came of a wish to adjust what was spent.
+/// The outcome of a request to adjust what was spent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AdjustBudget {
     /// It is in the ledger.

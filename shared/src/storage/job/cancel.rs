@@ -11,7 +11,7 @@ use serde_json::json;
 /// Jobs that are cancelled between two looks for more.
 const CANCEL_BATCH: i64 = 500;
 
-/// What came of a wish to cancel a job.
+/// The outcome of a request to cancel a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CancelOutcome {
     /// It waited and is cancelled now.
@@ -73,7 +73,7 @@ impl Store {
         Ok(rows.into_iter().map(|row| row.0).collect())
     }
 
-    /// Cancels all jobs of a key that was taken back, those that run included: how many. A job that is submitted
+    /// Cancels all jobs of a revoked key, those that run included: how many. A job that is submitted
     /// meanwhile may be left.
     pub async fn cancel_jobs_of(&self, key_id: &KeyId) -> Result<u64> {
         let mut cancelled = 0;

@@ -723,7 +723,7 @@ fn storage_gets_the_later_of_pause_and_wish() {
             },
             later,
             Hold::Delay,
-            "the API's wish is longer",
+            "the API asks for a longer wait",
         ),
         (
             When::Upstream {
@@ -731,7 +731,7 @@ fn storage_gets_the_later_of_pause_and_wish() {
             },
             later,
             Hold::Upstream,
-            "the API's wish, as a wait for it",
+            "what the API asked for, as a wait for it",
         ),
         (When::At(NOW), NOW, Hold::UsageLimit, "a reset is exact"),
     ] {
