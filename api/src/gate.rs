@@ -61,7 +61,7 @@ pub async fn admit(
         let caller = identify(context, request).await?;
         let quota = context
             .limits
-            .take(limits::bucket(&caller, policy, &context.config.rates))
+            .take(caller.bucket(policy, &context.config.rates))
             .await?;
         let at = Instant::now();
         decided = Some(Decided { policy, quota, at });

@@ -10,7 +10,8 @@ use shared::storage::{DatabaseUrl, Inspection, inspect};
 use shared::telemetry::chain;
 use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
-use worker::gateway::upstream::{Answer, Upstream};
+use worker::gateway::question::Answer;
+use worker::gateway::upstream::Upstream;
 use worker::workspace::Runtime;
 use worker::{Config, LOWEST_CLI, TESTED_CLI};
 

@@ -2,7 +2,7 @@
 //! second, so that runs begin again as soon as it is back. Also sees when a person lifts the pauses.
 
 use crate::context::Context;
-use crate::gateway::upstream::Answer;
+use crate::gateway::question::Answer;
 use crate::heartbeat;
 use crate::sweep;
 use shared::clock;

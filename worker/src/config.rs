@@ -1,5 +1,6 @@
 //! What a worker is told by its environment.
 
+mod address;
 mod anthropic;
 pub mod provider;
 
@@ -12,8 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
-pub(crate) use anthropic::unusable;
-pub use anthropic::{Address, Anthropic, Federation};
+pub use address::Address;
+pub(crate) use address::unusable;
+pub use anthropic::{Anthropic, Federation};
 
 /// The settings of a worker.
 #[derive(Clone, Debug)]

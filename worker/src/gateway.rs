@@ -6,6 +6,7 @@
 pub mod credentials;
 pub mod failure;
 mod provider;
+pub mod question;
 mod relay;
 pub mod request;
 pub mod secret;

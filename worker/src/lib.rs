@@ -13,6 +13,7 @@ mod heartbeat;
 pub mod pause;
 mod queues;
 pub mod run_job;
+mod sentence;
 pub mod spend;
 mod sweep;
 pub mod workspace;

@@ -5,7 +5,7 @@
 //! run prints.
 
 use crate::gateway::failure::{ApiFailure, Cause};
-use crate::gateway::upstream::Answer;
+use crate::gateway::question::Answer;
 use shared::clock::{self, Timestamp};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -91,6 +91,15 @@ impl Caller {
             self.rights.rate_window.unwrap_or(default.window_seconds()),
         )
     }
+
+    /// What a request of this caller is counted in. Another limit is another bucket, and that is full: raising a limit
+    /// works at once.
+    pub fn bucket(&self, policy: Policy, rates: &Rates) -> (String, Rate) {
+        let rate = self.rate(policy, rates);
+        let (limit, window) = (rate.limit(), rate.window_seconds());
+        let key_id = &self.key_id;
+        (format!("{key_id}:{}:{limit}/{window}", policy.as_str()), rate)
+    }
 }
 
 /// The keys of the environment, as digests: the secrets aren't kept.

@@ -10,7 +10,6 @@ use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::gate::caller::Caller;
 use crate::http::address;
 use crate::http::problem::Problem;
 
@@ -186,15 +185,6 @@ impl Limits {
     fn waiting(&self) -> MutexGuard<'_, HashMap<KeyId, Waiting>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// What a request of this caller is counted in. Another limit is another bucket, and that is full: raising a limit
-/// works at once.
-pub fn bucket(caller: &Caller, policy: Policy, rates: &Rates) -> (String, Rate) {
-    let rate = caller.rate(policy, rates);
-    let (limit, window) = (rate.limit(), rate.window_seconds());
-    let key_id = &caller.key_id;
-    (format!("{key_id}:{}:{limit}/{window}", policy.as_str()), rate)
 }
 
 /// The refusal of a bucket that grants nothing.

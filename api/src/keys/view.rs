@@ -11,7 +11,7 @@ use shared::storage::Quota;
 use crate::budgets::{BudgetSpecView, BudgetView};
 use crate::context::Context;
 use crate::gate::caller::Caller;
-use crate::gate::limits::{self, Policy};
+use crate::gate::limits::Policy;
 use crate::http::problem::Problem;
 
 /// A key as clients see it.
@@ -165,7 +165,7 @@ pub(super) fn other_name(caller: &Caller) -> &'static str {
 /// How the caller's limits stand.
 pub(super) async fn rate_limits(context: &Context, caller: &Caller) -> Result<RateStatusView, Problem> {
     let rates = &context.config.rates;
-    let quota = |policy| context.limits.quota(limits::bucket(caller, policy, rates));
+    let quota = |policy| context.limits.quota(caller.bucket(policy, rates));
     Ok(RateStatusView {
         read: QuotaView::of(&quota(Policy::Read).await?),
         submit: QuotaView::of(&quota(Policy::Submit).await?),

@@ -99,6 +99,7 @@ async fn in_time<T>(options: &PgConnectOptions, trying: impl Future<Output = sql
     };
     Err(Error::during("connect to PostgreSQL")(Cause::Connection {
         place: place(options),
+        said: said(&reason),
         reason,
     }))
 }
@@ -139,7 +140,7 @@ async fn lost_settings(connection: &mut PgConnection) -> sqlx::Result<Vec<&'stat
 }
 
 /// Why it didn't work, in the words of who knows; and what it means where that is hard to see.
-pub(super) fn reason(error: &sqlx::Error) -> String {
+fn said(error: &sqlx::Error) -> String {
     match error {
         sqlx::Error::Database(error) if shares_sessions(error.message()) => SHARED_SESSIONS.to_owned(),
         sqlx::Error::Database(error) => error.message().to_owned(),

@@ -22,11 +22,13 @@ pub(crate) enum Cause {
     #[error(transparent)]
     Database(#[from] sqlx::Error),
     /// The way to PostgreSQL when this process starts. Never names a user or a password.
-    #[error("{place} (DATABASE_URL): {}", super::connect::reason(.reason))]
+    #[error("{place} (DATABASE_URL): {said}")]
     Connection {
         /// The host, the port and the database.
         place: String,
-        /// What happened there.
+        /// What happened there, for people.
+        said: String,
+        /// The same for programs.
         reason: sqlx::Error,
     },
     /// The migrations.

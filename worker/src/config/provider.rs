@@ -5,7 +5,7 @@ use shared::env::{Error, Vars};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::anthropic::Address;
+use super::address::Address;
 
 /// Whose API it is, and what requests to it need.
 #[derive(Clone, Debug, Default)]

@@ -7,7 +7,7 @@ use http::{HeaderMap, header};
 use serde::Deserialize;
 use shared::clock::Timestamp;
 
-use crate::run_job::outcome::excerpt;
+use crate::sentence::excerpt;
 
 /// The longest `message` that is kept, in bytes.
 const MAX_MESSAGE: usize = 2_000;

@@ -95,7 +95,8 @@ mod tests {
     use super::*;
     use crate::config::{Anthropic, Config};
     use crate::gateway::credentials::Credentials;
-    use crate::gateway::upstream::{Answer, Upstream};
+    use crate::gateway::question::Answer;
+    use crate::gateway::upstream::Upstream;
 
     /// A server on loopback that answers one request after the other with this, and gives what it was sent.
     async fn server(answer: &'static str) -> (String, tokio::sync::mpsc::UnboundedReceiver<String>) {

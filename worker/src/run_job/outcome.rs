@@ -5,18 +5,16 @@
 
 mod api;
 mod code;
-mod sentence;
 
 use crate::claude::message::{ApiRetry, Message, RateLimit, ResultLine};
 use crate::gateway::failure::ApiFailure;
 use crate::gateway::request::Refusal;
-use sentence::sentence;
+use crate::sentence::{excerpt, sentence};
 use shared::clock::Timestamp;
 use shared::job::{Ending, Hold};
 use std::time::Duration;
 
 pub use code::ErrorCode;
-pub(crate) use sentence::excerpt;
 
 /// Exit codes by which a shell or the CLI itself says that a signal ended it: HUP, KILL, TERM.
 const KILLED: [i32; 3] = [129, 137, 143];

@@ -3,10 +3,10 @@
 //! What the gateway saw decides whether a job waits. What the CLI says about an error decides this job's own end at
 //! most, since the agent can write it too.
 
-use super::sentence::{excerpt, sentence};
 use super::{Ended, ErrorCode, Verdict, When};
 use crate::claude::message::{RateLimit, ResultLine};
 use crate::gateway::failure::{ApiFailure, Cause};
+use crate::sentence::{excerpt, sentence};
 
 /// What is known about the request that failed, the gateway's knowledge first: it saw the answer itself, while the CLI
 /// leaves out headers and some statuses.

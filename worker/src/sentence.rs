@@ -4,7 +4,7 @@
 const LONGEST: usize = 300;
 
 /// `Problem (what was said). Advice.`
-pub(super) fn sentence(problem: &str, said: &str, advice: &str) -> String {
+pub(crate) fn sentence(problem: &str, said: &str, advice: &str) -> String {
     if said.is_empty() {
         format!("{problem}. {advice}")
     } else {
