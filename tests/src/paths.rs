@@ -17,6 +17,9 @@ use crate::processes;
 /// The environment variable that every process of a test carries; its value is the folder of its system.
 pub const MARKER: &str = "CLAUDE_QUEUE_TEST";
 
+/// The environment variable that names another folder of built binaries: for a measurement of another release.
+pub const BINARIES: &str = "CLAUDE_QUEUE_BINARIES";
+
 const PREFIX: &str = "cq-";
 
 /// The folder of this run of the test binary: made, and given its reaper, by the first call.
@@ -45,8 +48,12 @@ pub fn folder(kind: char) -> PathBuf {
     folder
 }
 
-/// The folder of the built binaries: where this test binary lies, or one above (`target/debug`).
+/// The folder of the built binaries: where this test binary lies, or one above (`target/debug`), unless [`BINARIES`]
+/// names it.
 pub fn binaries() -> PathBuf {
+    if let Some(folder) = std::env::var_os(BINARIES) {
+        return folder.into();
+    }
     let exe = std::env::current_exe().expect("a running program has a path");
     let folder = exe.parent().expect("a program lies in a folder");
     if folder.ends_with("deps") || folder.ends_with("examples") {
