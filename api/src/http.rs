@@ -8,3 +8,4 @@ pub mod reply;
 pub mod request;
 pub mod selection;
 pub mod serve;
+pub mod unreadable;

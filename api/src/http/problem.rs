@@ -361,6 +361,16 @@ impl Problem {
 
     /// The answer to the request `request_id` for the path `instance`. `type_base` stands before the code in `type`.
     pub fn render(&self, type_base: &str, instance: &str, request_id: &str) -> Response {
+        let mut response = Response::new(self.body(type_base, instance, request_id).into());
+        *response.status_mut() = self.status();
+        self.set_headers(|name, value| {
+            response.headers_mut().insert(name, value);
+        });
+        response
+    }
+
+    /// The body of that answer, as JSON.
+    pub(super) fn body(&self, type_base: &str, instance: &str, request_id: &str) -> Vec<u8> {
         let (status, code) = (self.status(), self.code());
         let body = Body {
             kind: format!("{type_base}{code}"),
@@ -373,17 +383,11 @@ impl Problem {
             more: self.more(request_id).into_iter().collect(),
         };
         // A body of texts and numbers can always be written.
-        let body = serde_json::to_vec(&body).unwrap_or_default();
-        let mut response = Response::new(body.into());
-        *response.status_mut() = status;
-        self.set_headers(|name, value| {
-            response.headers_mut().insert(name, value);
-        });
-        response
+        serde_json::to_vec(&body).unwrap_or_default()
     }
 
     /// The headers that go with the problem.
-    fn set_headers(&self, mut insert: impl FnMut(HeaderName, HeaderValue)) {
+    pub(super) fn set_headers(&self, mut insert: impl FnMut(HeaderName, HeaderValue)) {
         insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if let Some(after) = self.retry_after() {
             insert(RETRY_AFTER, HeaderValue::from(after.as_secs()));

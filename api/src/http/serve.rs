@@ -33,6 +33,7 @@ use crate::http::address::{self, Proxies};
 use crate::http::cors::Cors;
 use crate::http::problem::Problem;
 use crate::http::request::Request;
+use crate::http::unreadable::Explaining;
 
 /// Connections at once, if the process may open so many files; more wait to be accepted.
 const MAX_CONNECTIONS: u64 = 8_192;
@@ -43,13 +44,23 @@ const RESERVED_CONNECTIONS: usize = 32;
 const RESERVED_WITHIN: Duration = Duration::from_secs(2);
 /// Files that are left for everything but connections: the database, the log, a worker in the same process.
 const FILES_KEPT: u64 = 128;
-/// The largest head of a request that is answered with a problem, in bytes, and what is read of a body at a time. Beyond
-/// it the answer is a bare 431.
+/// The largest head of a request that is read, in bytes, and what is read of a body at a time.
 const MAX_BUFFER: usize = 128 * 1024;
 /// The longest path and query, in bytes.
-const MAX_URI: usize = 16 * 1024;
+pub(super) const MAX_URI: usize = 16 * 1024;
 /// The most headers, and all their names and values, in bytes.
 const MAX_HEADERS: (usize, usize) = (100, 64 * 1024);
+/// Headers that all answers have, unless a handler has set another value.
+pub(super) const DEFAULTS: [(HeaderName, &str); 5] = [
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (X_FRAME_OPTIONS, "DENY"),
+    (REFERRER_POLICY, "no-referrer"),
+    (
+        CONTENT_SECURITY_POLICY,
+        "default-src 'none'; frame-ancestors 'none'",
+    ),
+    (CACHE_CONTROL, "no-store"),
+];
 /// Answers below this size aren't compressed.
 const COMPRESS_ABOVE: u64 = 1_024;
 
@@ -270,6 +281,7 @@ async fn connection(
     } else {
         edge.head_timeout
     };
+    let stream = Explaining::new(stream, edge.problem_type_base.clone());
     let edge = Arc::new(edge);
     let service = service_fn(move |request| {
         let request = Arc::new(Request::new(peer, edge.body_timeout, request));
@@ -339,19 +351,8 @@ fn refuse(edge: &Edge, reserved: bool, request: &Request) -> Option<Problem> {
     }
 }
 
-/// Gives an answer the headers that all answers have. The fixed ones are defaults: a handler that needs another
-/// value has set it.
+/// Gives an answer the headers that all answers have.
 fn finish(request: &Request, cors: &Cors, headers: &mut HeaderMap, duration: Duration) {
-    const DEFAULTS: [(HeaderName, &str); 5] = [
-        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
-        (X_FRAME_OPTIONS, "DENY"),
-        (REFERRER_POLICY, "no-referrer"),
-        (
-            CONTENT_SECURITY_POLICY,
-            "default-src 'none'; frame-ancestors 'none'",
-        ),
-        (CACHE_CONTROL, "no-store"),
-    ];
     for (name, value) in DEFAULTS {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
