@@ -4,6 +4,7 @@
 //!
 //! `top_priority` is a hint: it may be too high, which costs one claim in vain, but not too low for long.
 
+use super::macros::on_connection;
 use super::{Db, Error, Result, Store, Tx, TxDb, execute, fetch, read};
 use crate::budget::Scope;
 use crate::id::KeyId;
@@ -128,7 +129,7 @@ impl Store {
         let again = lowered.iter().map(|key_id| sqlx::query(RAISE).bind(key_id));
         let mut changed = 0;
         for raising in to.chain(again) {
-            let raised = self.liveness.in_time(raising.execute(pool)).await;
+            let raised = on_connection!(self, pool, |connection| raising.execute(connection));
             changed += raised
                 .map_err(Error::during("raise a lane's hint"))?
                 .rows_affected();

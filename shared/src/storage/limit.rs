@@ -7,6 +7,7 @@
 //! On SQLite the tables are in a file of their own beside the database, so that reading, which is limited too, never
 //! waits for the one writer of jobs. Losing that file lets everybody begin anew, which does no harm.
 
+use super::macros::on_connection;
 use super::{Db, Error, LOCK_TIMEOUT, Result, Store, read};
 use crate::clock::{self, Timestamp};
 use sqlx::sqlite::{
@@ -227,8 +228,9 @@ macro_rules! change {
                 sqlx::query($sql)$(.bind($bind))*.execute(limits).await.map(|done| done.rows_affected())
             }
             $crate::storage::Db::Postgres(pool) => {
-                let statement = sqlx::query($sql)$(.bind($bind))*.execute(pool);
-                $store.liveness.in_time(statement).await.map(|done| done.rows_affected())
+                let statement = sqlx::query($sql)$(.bind($bind))*;
+                $crate::storage::macros::on_connection!($store, pool, |connection| statement.execute(connection))
+                    .map(|done| done.rows_affected())
             }
         }
         .map_err($crate::storage::Error::during($operation))
@@ -267,9 +269,8 @@ impl Store {
                     .bind(bucket)
                     .bind(rate.interval())
                     .bind(rate.burst())
-                    .bind(now)
-                    .fetch_one(pool);
-                self.liveness.in_time(taking).await
+                    .bind(now);
+                on_connection!(self, pool, |connection| taking.fetch_one(connection))
             }
         }
         .map_err(Error::during("count a request"))?;
@@ -302,8 +303,8 @@ impl Store {
         let row: Option<(Timestamp,)> = match &*self.db {
             Db::Sqlite { limits, .. } => sqlx::query_as(sql).bind(bucket).fetch_optional(limits).await,
             Db::Postgres(pool) => {
-                let reading = sqlx::query_as(sql).bind(bucket).fetch_optional(pool);
-                self.liveness.in_time(reading).await
+                let reading = sqlx::query_as(sql).bind(bucket);
+                on_connection!(self, pool, |connection| reading.fetch_optional(connection))
             }
         }
         .map_err(Error::during("read a rate limit"))?;

@@ -50,6 +50,20 @@ macro_rules! fetch_locked {
     };
 }
 
+/// Runs a statement on a connection of the pool. The wait for the connection has its own limit: a pool that is in full
+/// use says nothing about the database, and must not count as a database that doesn't answer.
+macro_rules! on_connection {
+    ($store:expr, $pool:expr, |$connection:ident| $statement:expr) => {
+        // Boxed, since a future holds everything twice that it is given and waits for.
+        Box::pin(async {
+            let mut connection = $pool.acquire().await?;
+            let $connection = &mut *connection;
+            $store.liveness.in_time($statement).await
+        })
+        .await
+    };
+}
+
 /// Reads rows outside a transaction.
 macro_rules! read {
     ($store:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
@@ -58,8 +72,8 @@ macro_rules! read {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(reader).await
             }
             $crate::storage::Db::Postgres(pool) => {
-                let statement = sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(pool);
-                $store.liveness.in_time(statement).await
+                let statement = sqlx::query_as::<_, $row>($sql)$(.bind($bind))*;
+                $crate::storage::macros::on_connection!($store, pool, |connection| statement.$fetch(connection))
             }
         }
         .map_err($crate::storage::Error::during($operation))
@@ -107,4 +121,4 @@ macro_rules! lock {
     };
 }
 
-pub(super) use {execute, fetch, fetch_locked, lock, read};
+pub(super) use {execute, fetch, fetch_locked, lock, on_connection, read};

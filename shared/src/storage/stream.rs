@@ -1,10 +1,11 @@
 //! Open event streams, counted in the limiter's tables so that a cap holds over any number of processes.
 
 use super::limit::change;
-use super::macros::lock;
+use super::macros::{lock, on_connection};
 use super::{Db, Error, Result, Store};
 use crate::clock::Timestamp;
 use crate::id::KeyId;
+use sqlx::Connection;
 use uuid::Uuid;
 
 impl Store {
@@ -35,8 +36,8 @@ impl Store {
                 .map(|done| done.rows_affected()),
             Db::Postgres(pool) => {
                 // Two that count at once would both find room.
-                let counted = async {
-                    let mut tx = pool.begin().await?;
+                on_connection!(self, pool, |connection| async {
+                    let mut tx = connection.begin().await?;
                     sqlx::query(lock!("", "hashtext($1)", of = streams))
                         .bind(key_id)
                         .execute(&mut *tx)
@@ -52,8 +53,7 @@ impl Store {
                         .await?;
                     tx.commit().await?;
                     Ok(done.rows_affected())
-                };
-                self.liveness.in_time(counted).await
+                })
             }
         }
         .map_err(Error::during("count an event stream"))?;

@@ -1,5 +1,6 @@
 //! What the sweeper does in the database: the same work every time, safe in every worker at once.
 
+use super::macros::on_connection;
 use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, read};
 use crate::budget::{BudgetStatus, Scope};
 use crate::clock::Timestamp;
@@ -228,17 +229,15 @@ impl Store {
                        limit 1000 for update skip locked))",
                 )
                 .bind(QUEUE)
-                .bind(tickets)
-                .execute(pool);
-                let deleted = self.liveness.in_time(used).await;
+                .bind(tickets);
+                let deleted = on_connection!(self, pool, |connection| used.execute(connection));
                 deleted.map_err(Error::during("delete tickets"))?;
                 let gone = sqlx::query(
                     "delete from apalis.workers as w where w.last_seen < now() - $1 * interval '1 second'
                        and not exists (select 1 from apalis.jobs where lock_by = w.id)",
                 )
-                .bind(workers)
-                .execute(pool);
-                let deleted = self.liveness.in_time(gone).await;
+                .bind(workers);
+                let deleted = on_connection!(self, pool, |connection| gone.execute(connection));
                 deleted.map_err(Error::during("delete the queue's workers"))?;
             }
         }
