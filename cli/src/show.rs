@@ -40,6 +40,10 @@ pub(crate) fn event(event: &Event) -> Option<String> {
             )
         }
         "cancelling" => ("cancelling".to_owned(), word(&data["reason"]).to_owned()),
+        "session_lost" => (
+            "session".to_owned(),
+            "its conversation was not found, a new one begins".to_owned(),
+        ),
         "gap" => (
             "…".to_owned(),
             format!("events {} to {} were left out", data["from"], data["to"]),

@@ -22,6 +22,9 @@ pub enum EventType {
     Retry,
     /// A cancel was requested while the job ran: `{reason}`.
     Cancelling,
+    /// The conversation of the job's session wasn't found where the run was, so the run began a new one:
+    /// `{claude_session_id}`.
+    SessionLost,
     /// Events were left out because the job had too many: `{from, to}`.
     Gap,
     /// The job is done; the data is its result.
@@ -43,6 +46,7 @@ impl EventType {
             Self::Usage => "usage",
             Self::Retry => "retry",
             Self::Cancelling => "cancelling",
+            Self::SessionLost => "session_lost",
             Self::Gap => "gap",
             Self::Done => "done",
             Self::Error => "error",

@@ -178,6 +178,20 @@ async fn a_session_remembers_what_was_said(db: Db) {
         (session["total_cost"].as_f64().unwrap() - 0.3008).abs() < 1e-9,
         "{session:#}"
     );
+    assert_eq!(second["result"].get("session_lost"), None);
+
+    // Somebody has removed its folders: the next job can't go on in the conversation, and says so.
+    std::fs::remove_dir_all(system.folder().join("data/sessions")).unwrap();
+    let third = json!({ "message": steps([]).prompt(), "session": "one" });
+    let third = client.finished(&client.accepted_body(&third).await).await;
+
+    assert_eq!(third["status"], "done", "{third:#}");
+    assert_eq!(third["result"]["session_lost"], true, "{third:#}");
+    let lost = client.event(third["id"].as_str().unwrap(), "session_lost").await;
+    assert_eq!(
+        lost["data"]["claude_session_id"], second["session_id"],
+        "{lost:#}"
+    );
 }
 
 async fn all_slots_are_always_used(db: Db) {

@@ -11,7 +11,9 @@ use super::watchdog::IdleWatchdog;
 use crate::claude::command;
 use crate::claude::message::{Block, Message};
 use crate::claude::process::{EndedBy, Exit, Process};
+use serde_json::json;
 use shared::clock;
+use shared::event::{EventType, NewEvent};
 use shared::job::{Report, Spend};
 use shared::storage::RunDirective;
 use std::time::Duration;
@@ -23,6 +25,11 @@ impl Run<'_> {
     pub(super) async fn follow(mut self, mut recorder: Recorder) -> Option<Report> {
         let mut changes = self.meter.changes();
         self.process.send(&command::user_line(&self.spec));
+        if let Some(claude_session_id) = &self.output.session_lost {
+            warn!("the session's conversation isn't in DATA_DIR, the run begins a new one");
+            let data = json!({ "claude_session_id": claude_session_id });
+            recorder.event(NewEvent::new(EventType::SessionLost, data));
+        }
 
         let started = Instant::now();
         let mut stop = StopSequence::new(started, self.total);

@@ -22,6 +22,8 @@ pub(super) struct RunOutput {
     tools: Vec<Value>,
     tool_room: usize,
     tools_cut: bool,
+    /// The Claude session that couldn't be continued.
+    pub(super) session_lost: Option<String>,
 }
 
 impl RunOutput {
@@ -35,6 +37,7 @@ impl RunOutput {
             tools: Vec::new(),
             tool_room: MAX_KEPT_BYTES,
             tools_cut: false,
+            session_lost: None,
         }
     }
 
@@ -97,6 +100,9 @@ pub(super) fn result(output: &RunOutput, spend: &Spend, spec: &RunSpec) -> Optio
     });
     if truncated {
         result["truncated"] = json!(true);
+    }
+    if output.session_lost.is_some() {
+        result["session_lost"] = json!(true);
     }
     Some(result)
 }

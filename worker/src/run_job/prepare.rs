@@ -90,6 +90,7 @@ impl<'a> Run<'a> {
         let guard = PendingGuard::spawn(&marker, sockets.path())?;
         folders.create().await?;
         let resume = transcript::find(&folders, &lease).await?;
+        let session_lost = transcript::lost(&lease, resume.as_ref());
         let spec = spec(ctx, &lease, resume.as_ref())?;
 
         let mut places = Places {
@@ -127,7 +128,8 @@ impl<'a> Run<'a> {
         let permissions = Permissions::new(&lease.allowed_models, ctx.config.prices.aliases(), web_search);
         gateway.arm(Arc::clone(&meter), permissions.clone());
 
-        let output = RunOutput::new(spec.json_schema.is_some(), clock::now());
+        let mut output = RunOutput::new(spec.json_schema.is_some(), clock::now());
+        output.session_lost = session_lost;
         let total = job
             .timeout_seconds
             .and_then(|seconds| u64::try_from(seconds).ok())

@@ -61,6 +61,16 @@ pub(super) async fn find(folders: &Folders, lease: &Lease) -> std::io::Result<Op
     Ok(None)
 }
 
+/// The Claude session that the job's session had come to, if nothing of it was found here: its folders are gone, or are
+/// on another machine.
+pub(super) fn lost(lease: &Lease, found: Option<&Found>) -> Option<String> {
+    let of_session = lease
+        .resume
+        .iter()
+        .find(|candidate| candidate.interrupted.is_none())?;
+    found.is_none().then(|| of_session.claude_session_id.clone())
+}
+
 /// Whether the last `searched` bytes of the file hold the text. Read in blocks, since the agent could write the file:
 /// it may have any size, and needn't have lines.
 fn holds(path: &Path, text: &[u8], searched: u64) -> std::io::Result<bool> {
