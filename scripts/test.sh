@@ -20,18 +20,24 @@ step "lints"
 cargo clippy --workspace --all-targets -- -D warnings
 # Programs and tests in one go: asked for apart, they differ in the features of libraries, and each library that has
 # one of these above it is compiled twice.
+# The examples are checked by now, and no test runs them.
+targets="--lib --bins --tests"
 step "build"
-cargo build --workspace --all-targets
+cargo build --workspace $targets
 # The documentation is written while the tests wait for processes. Private items are in it, so links to them are right.
+# It begins a little later: cargo would make the tests wait for it.
 documentation=$(mktemp)
 trap 'rm -f "$documentation"' EXIT
-RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" \
-    cargo doc --workspace --no-deps --document-private-items >"$documentation" 2>&1 &
+(
+    sleep 10
+    RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" \
+        exec cargo doc --workspace --no-deps --document-private-items
+) >"$documentation" 2>&1 &
 writing=$!
 step "tests"
 tests=0
 # Most cases of the integration tests wait for processes, so more of them than cores run at once.
-RUST_TEST_THREADS=4 cargo test --workspace || tests=$?
+RUST_TEST_THREADS=4 cargo test --workspace $targets || tests=$?
 step "documentation"
 if ! wait "$writing"; then
     cat "$documentation" >&2

@@ -8,7 +8,7 @@ use tests::database::Db;
 use tests::paths;
 use tests::script::{Deaf, Script, Step, daemon, steps};
 use tests::system::System;
-use tests::{both, once};
+use tests::{BUSY, both, once};
 
 both!(
     a_queued_job_is_cancelled_at_once,
@@ -90,7 +90,7 @@ async fn a_running_job_is_cancelled_and_paid_for(db: Db) {
 
     let (job, took) = cancel_when_ready(&client, &ready([Step::Hang])).await;
 
-    assert!(took < Duration::from_secs(6), "{took:?}");
+    assert!(took < Duration::from_secs(6) + BUSY, "{took:?}");
     // It wasn't made to end: it was asked to, and gave its result.
     assert_eq!(job["result"]["subtype"], "error_during_execution", "{job:#}");
     assert_eq!(job["cost"], 0.25);
@@ -156,13 +156,13 @@ async fn a_bad_reason_cancels_nothing() {
         .data(200);
 }
 
-/// Cancels a run, which must be over and gone within six seconds.
+/// Cancels a run, which must be over and gone within six seconds, or soon after on a busy machine.
 async fn is_ended(db: Db, sandbox: bool, script: &Script) {
     let system = System::builder().database(db).sandbox(sandbox).start().await;
 
     let (job, took) = cancel_when_ready(&system.client(), script).await;
 
-    assert!(took < Duration::from_secs(6), "{took:?}");
+    assert!(took < Duration::from_secs(6) + BUSY, "{took:?}");
     // Final means that nothing lives any more.
     assert_eq!(system.run_processes(), []);
     assert_eq!(job["cost"], 0.25, "{job:#}");
@@ -218,8 +218,8 @@ result
 
     let (_, took) = cancel_ready(&client, &id).await;
 
-    // Two seconds after the answer, not five: it was cancelled, and isn't thanked for its result.
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    // Two seconds after the answer.
+    assert!(took < Duration::from_secs(2) + BUSY, "{took:?}");
     assert_eq!(system.run_processes(), []);
 }
 
@@ -292,7 +292,7 @@ async fn a_run_ends_at_its_timeout(db: Db) {
     assert_eq!(job["cost"], 0.25);
     let took = begin.elapsed();
     assert!(
-        took > Duration::from_secs(5) && took < Duration::from_secs(5 + 6),
+        took > Duration::from_secs(5) && took < Duration::from_secs(5 + 6) + BUSY,
         "{took:?}"
     );
     assert_eq!(system.run_processes(), []);

@@ -1,6 +1,6 @@
 //! Everything at once: jobs in and out of sessions from three keys, while processes are killed and stopped at random,
 //! the guards of runs among them.
-//! Then they stop, and what must hold is checked. `CHAOS_JOBS` says how many jobs (120), `CHAOS_SEED` repeats a course.
+//! Then they stop, and what must hold is checked. `CHAOS_JOBS` says how many jobs (80), `CHAOS_SEED` repeats a course.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tests::client::{Client, at_once};
+use tests::client::{Client, PATIENCE, at_once};
 use tests::database::Db;
 use tests::script::{Step, steps};
 use tests::system::{KEYS, System};
@@ -46,7 +46,7 @@ fn jobs() -> usize {
     std::env::var("CHAOS_JOBS")
         .ok()
         .and_then(|count| count.parse().ok())
-        .unwrap_or(120)
+        .unwrap_or(80)
 }
 
 /// A small generator, so that a seed repeats the choices (though not the timing).
@@ -439,7 +439,7 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
         spent >= i64::try_from(done).unwrap() * 1_000,
         "{spent} for {done} jobs"
     );
-    system.no_run_process_within(Duration::from_secs(10)).await;
+    system.no_run_process_within(PATIENCE).await;
 }
 
 /// When each job's first run began and its last one ended, as far as they wrote it.

@@ -3,7 +3,6 @@
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use reqwest::Method;
 use rustix::process::Signal;
@@ -314,7 +313,7 @@ impl Passage {
 async fn a_service_that_can_not_start_claims_nothing() {
     let mut system = System::builder().workers(0).start().await;
     let id = system.client().accepted("hi").await;
-    system.api(0).stop(Duration::from_secs(20)).await;
+    system.api(0).stop(PATIENCE).await;
     let folder = paths::folder('d');
     let fake = paths::binary("fake-claude");
 
@@ -354,7 +353,7 @@ async fn the_key_is_not_written_into_a_file() {
 
     assert!(said.contains("the first of API_KEYS"), "{said}");
     assert!(!KEYS.iter().any(|key| said.contains(key)), "{said}");
-    assert_eq!(system.api(0).stop(Duration::from_secs(40)).await, Some(0));
+    assert_eq!(system.api(0).stop(PATIENCE).await, Some(0));
 }
 
 async fn the_doctor_says_what_is_missing() {
@@ -466,7 +465,7 @@ async fn the_simulator_answers_until_it_is_told_to_stop() {
 
     let pid = i32::try_from(simulator.id().unwrap()).unwrap();
     processes::signal(pid, Signal::TERM);
-    let ended = tokio::time::timeout(Duration::from_secs(10), simulator.wait()).await;
+    let ended = tokio::time::timeout(PATIENCE, simulator.wait()).await;
     assert_eq!(ended.expect("it stops").unwrap().code(), Some(0));
 
     let scenarios = run(CLAUDE_QUEUE, &["simulator", "--list"], &[]).await;

@@ -7,17 +7,17 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 use tests::client::{PATIENCE, at_once};
 use tests::database::{Database, Db};
+use tests::proxy::Proxy;
 use tests::script::{Step, steps};
 use tests::system::System;
 use tests::{both, eventually, once};
 
 once!(
-    a_locked_lane_loses_no_result,
-    a_locked_budget_loses_no_result,
-    locked_events_are_stored_later,
+    locks_lose_no_result,
     a_locked_queue_leaves_the_service_ready,
     locked_lanes_make_the_service_unready,
     connections_that_are_all_in_use_are_no_outage,
+    many_clients_of_a_slow_database_are_no_outage,
     repeatable_reads_by_default_refuse_no_submission,
 );
 both!(
@@ -74,16 +74,13 @@ async fn runs_end_while(lock: &str) {
     assert_eq!(database.number("select count(*) from reservation").await, 0);
 }
 
-async fn a_locked_lane_loses_no_result() {
-    runs_end_while("lock table lane in access exclusive mode").await;
-}
-
-async fn a_locked_budget_loses_no_result() {
-    runs_end_while("select * from budget_period for update").await;
-}
-
-async fn locked_events_are_stored_later() {
-    runs_end_while("lock table event in exclusive mode").await;
+/// All three at once, each in a system of its own: the time is spent waiting.
+async fn locks_lose_no_result() {
+    tokio::join!(
+        runs_end_while("lock table lane in access exclusive mode"),
+        runs_end_while("select * from budget_period for update"),
+        runs_end_while("lock table event in exclusive mode"),
+    );
 }
 
 /// Makes the database refuse each row of `table` for which `condition` holds.
@@ -212,6 +209,40 @@ async fn connections_that_are_all_in_use_are_no_outage() {
         read.assert_problem(503, "unavailable");
     }
     assert!(overloaded.count() > 0);
+    assert!(!system.written().contains("the database is unavailable"));
+}
+
+/// Four hundred clients, and every answer of the database takes 20 ms: not all of them can be served in time.
+async fn many_clients_of_a_slow_database_are_no_outage() {
+    let folder = tests::paths::folder('r');
+    let database = Database::fresh(Db::Postgres, &folder).await;
+    let proxy = Proxy::slowly_before(&database, Duration::from_millis(10)).await;
+    let url = proxy.url();
+    let system = System::builder()
+        .on(database)
+        .env("DATABASE_URL", url)
+        .workers(0)
+        .start()
+        .await;
+    let client = system.client();
+    let body = json!({ "message": "hi" });
+
+    let answers = at_once((0..400).map(|_| client.submit(&body))).await;
+
+    let refused: Vec<_> = answers.iter().filter(|answer| answer.status != 202).collect();
+    for answer in &refused {
+        answer.assert_problem(503, "unavailable");
+        assert_eq!(
+            answer.json["detail"], "The service is overloaded at the moment",
+            "{}",
+            answer.text
+        );
+    }
+    let accepted = i64::try_from(answers.len() - refused.len()).unwrap();
+    assert_eq!(
+        system.database().number("select count(*) from job").await,
+        accepted
+    );
     assert!(!system.written().contains("the database is unavailable"));
 }
 

@@ -8,7 +8,7 @@ use tests::database::Db;
 use tests::script::{Script, Step, answer, steps};
 use tests::system::System;
 use tests::trace::assert_one_at_a_time;
-use tests::{both, eventually};
+use tests::{BUSY, both, eventually};
 
 both!(
     a_killed_workers_job_is_done_by_another,
@@ -25,8 +25,8 @@ both!(
 
 /// Short, so that the tests are quick, and long enough that a machine which hesitates for three seconds loses none.
 const LEASE: Duration = Duration::from_secs(3);
-/// A lost lease is found within the lease's length and five seconds.
-const RECOVERY: Duration = LEASE.saturating_add(Duration::from_secs(5));
+/// A lost lease is found within the lease's length and five seconds; a busy machine needs longer.
+const RECOVERY: Duration = LEASE.saturating_add(Duration::from_secs(5)).saturating_add(BUSY);
 
 /// Runs long at first, beside a daemon that it leaves behind, and is quick the second time; every run leaves its trace.
 fn twice(first: Step) -> Script {
@@ -156,7 +156,7 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
         "{job:#}"
     );
     assert_one_at_a_time(&system.runs(&id));
-    system.no_run_process_within(Duration::from_secs(6)).await;
+    system.no_run_process_within(Duration::from_secs(6) + BUSY).await;
     assert_eq!(client.all_events(&id).await, events);
     assert_eq!(client.job(&id).await.data(200), &job);
     assert_eq!(
@@ -235,7 +235,7 @@ async fn runs_end_with_their_worker(db: Db, sandbox: bool) {
 
     system.worker(0).kill();
 
-    system.no_run_process_within(Duration::from_secs(6)).await;
+    system.no_run_process_within(Duration::from_secs(6) + BUSY).await;
 }
 
 async fn a_job_that_kills_its_worker_every_time_ends(db: Db) {
@@ -345,7 +345,7 @@ async fn a_worker_that_stops_hands_back_what_does_not_finish(db: Db) {
     client.event(&id, "assistant").await;
     let index = system.running_worker(&id).await;
 
-    assert_eq!(system.worker(index).stop(Duration::from_secs(12)).await, Some(0));
+    assert_eq!(system.worker(index).stop(PATIENCE).await, Some(0));
 
     let job = client.finished(&id).await;
     assert_eq!(

@@ -1,16 +1,14 @@
 //! A process that is told to stop: no new work, time for the old, and what doesn't finish is handed back unharmed.
 //! (The API's part, open polls and streams, is in `gate.rs`.)
 
-use std::time::{Duration, Instant};
-
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tests::both;
-use tests::client::{Client, at_once};
+use tests::client::{Client, PATIENCE, at_once};
 use tests::database::Db;
 use tests::script::{Deaf, Script, Step, answer, steps, until_told};
 use tests::system::System;
 use tests::trace::assert_one_at_a_time;
+use tests::{BUSY, both};
 
 both!(
     a_draining_worker_takes_nothing_new,
@@ -92,10 +90,7 @@ async fn a_draining_worker_takes_nothing_new(db: Db) {
     .await;
     system.tell_to_go_on(&running);
 
-    assert_eq!(
-        system.worker(0).ended(Duration::from_secs(10)).await.code(),
-        Some(0)
-    );
+    assert_eq!(system.worker(0).ended(PATIENCE).await.code(), Some(0));
     let job = client.job(&running).await.data(200).clone();
     assert_eq!(
         (&job["status"], &job["attempt"]),
@@ -125,15 +120,10 @@ async fn a_second_signal_hands_back_at_once(db: Db) {
     system.worker(0).signal(Signal::TERM);
     system.writes("the worker drains").await;
     assert_eq!(client.job(&id).await.data(200)["status"], "running");
-    let since = Instant::now();
     system.worker(0).signal(Signal::TERM);
 
-    // It listens to the interrupt; one that doesn't takes five seconds longer.
-    assert_eq!(
-        system.worker(0).ended(Duration::from_secs(5)).await.code(),
-        Some(0)
-    );
-    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    // Long before the drain would be over.
+    assert_eq!(system.worker(0).ended(BUSY).await.code(), Some(0));
     assert_eq!(system.run_processes(), []);
     assert_released(&system, &client, &id).await;
     system.worker(0).start().await;
@@ -169,8 +159,7 @@ async fn all_runs_of_a_worker_are_released(db: Db) {
     }))
     .await;
 
-    // A second, six for the runs, and a little to store their ends.
-    assert_eq!(system.worker(0).stop(Duration::from_secs(11)).await, Some(0));
+    assert_eq!(system.worker(0).stop(PATIENCE).await, Some(0));
 
     assert_eq!(system.run_processes(), []);
     for id in &ids {
@@ -192,7 +181,7 @@ async fn one_process_for_all_hands_back_too(db: Db) {
     let client = system.client();
     let id = begin(&client).await;
 
-    assert_eq!(system.api(0).stop(Duration::from_secs(11)).await, Some(0));
+    assert_eq!(system.api(0).stop(PATIENCE).await, Some(0));
 
     assert_eq!(system.run_processes(), []);
     system.api(0).start().await;

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tests::client::PATIENCE;
+use tests::client::{PATIENCE, at_once};
 use tests::database::Db;
 use tests::script::{Step, steps, until_told};
 use tests::system::{KEYS, System};
-use tests::{both, eventually, once};
+use tests::{BUSY, both, eventually, once};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -28,6 +28,7 @@ once!(
     a_web_page_may_ask_first,
     a_process_that_stops_answers_what_it_has_begun,
     a_worker_that_stops_lets_its_run_finish,
+    the_streams_of_one_key_leave_room_for_others,
 );
 
 async fn a_key_opens_as_a_header_or_as_a_bearer() {
@@ -186,7 +187,7 @@ async fn slow_headers_are_cut() {
             }
         }
     };
-    let answer = tokio::time::timeout(Duration::from_secs(30), cut).await;
+    let answer = tokio::time::timeout(PATIENCE, cut).await;
 
     let answer = answer.expect("the connection is cut");
     let answer = String::from_utf8_lossy(&answer);
@@ -218,7 +219,7 @@ async fn a_slow_body_is_cut() {
     stream.write_all(head.as_bytes()).await.unwrap();
 
     let mut answer = Vec::new();
-    let read = tokio::time::timeout(Duration::from_secs(30), stream.read_to_end(&mut answer)).await;
+    let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
 
     read.expect("the server gives up").unwrap();
     assert!(
@@ -355,8 +356,8 @@ async fn a_process_drains_when_told_to_stop(db: Db) {
         "{:?}",
         stream.comments
     );
-    assert_eq!(system.api(0).ended(Duration::from_secs(10)).await.code(), Some(0));
-    assert!(begin.elapsed() < Duration::from_secs(6), "{:?}", begin.elapsed());
+    assert_eq!(system.api(0).ended(PATIENCE).await.code(), Some(0));
+    assert!(begin.elapsed() < BUSY, "{:?}", begin.elapsed());
 }
 
 /// Waits until the server has taken everything that was written to it: what it hasn't is closed when it stops.
@@ -417,7 +418,7 @@ async fn a_process_that_stops_answers_what_it_has_begun() {
     );
     let jobs = system.database().number("select count(*) from job").await;
     assert_eq!(jobs, i64::from(answer.starts_with("HTTP/1.1 202")));
-    assert_eq!(system.api(0).ended(Duration::from_secs(10)).await.code(), Some(0));
+    assert_eq!(system.api(0).ended(PATIENCE).await.code(), Some(0));
 }
 
 async fn a_worker_that_stops_lets_its_run_finish() {
@@ -434,10 +435,7 @@ async fn a_worker_that_stops_lets_its_run_finish() {
     system.writes("the worker drains").await;
     system.tell_to_go_on(&id);
 
-    assert_eq!(
-        system.worker(0).ended(Duration::from_secs(15)).await.code(),
-        Some(0)
-    );
+    assert_eq!(system.worker(0).ended(PATIENCE).await.code(), Some(0));
 
     let job = client.job(&id).await.data(200).clone();
     assert_eq!(
@@ -447,4 +445,39 @@ async fn a_worker_that_stops_lets_its_run_finish() {
     );
     let later = client.accepted("later").await;
     assert_eq!(client.job(&later).await.data(200)["status"], "queued");
+}
+
+/// However many streams one key wants, and also where a process may open few files.
+async fn the_streams_of_one_key_leave_room_for_others() {
+    let system = System::builder().workers(0).open_files(400).start().await;
+    let client = system.client();
+    let id = client.accepted("waits for a worker").await;
+
+    let streams = at_once((0..300).map(|_| client.stream(&id, None))).await;
+
+    let open = streams.iter().filter(|stream| stream.status == 200).count();
+    assert_eq!(open, 100, "as many as a key may have");
+    let others: Vec<u16> = streams.iter().map(|stream| stream.status).collect();
+    assert!(
+        others.iter().all(|status| [200, 429, 503].contains(status)),
+        "{others:?}"
+    );
+    let other = client.with_key(KEYS[1]);
+    other.accepted("of another key").await;
+    other.jobs("").await.data(200);
+    for path in ["/livez", "/readyz"] {
+        assert_eq!(client.get(path).await.status, 200, "{path}");
+    }
+
+    // Connections on which nothing is asked: beyond their number only the open paths are answered.
+    let address = client.base().trim_start_matches("http://");
+    let idle = at_once((0..60).map(|_| TcpStream::connect(address))).await;
+    for path in ["/livez", "/readyz"] {
+        assert_eq!(client.get(path).await.status, 200, "{path}");
+    }
+    drop((idle, streams));
+    eventually(PATIENCE, "room for everybody", async || {
+        (other.jobs("").await.status == 200).then_some(())
+    })
+    .await;
 }

@@ -4,11 +4,11 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tests::client::{Client, at_once};
+use tests::client::{Client, PATIENCE, at_once};
 use tests::database::Db;
 use tests::script::{Step, answer, steps};
 use tests::system::{KEYS, System};
-use tests::{both, once};
+use tests::{BUSY, both, once};
 
 both!(
     a_submitted_job_is_done,
@@ -104,7 +104,7 @@ async fn a_job_runs_in_one_process_with_the_api(db: Db) {
     let id = client.play(&answer("together")).await;
 
     assert_eq!(client.finished(&id).await["result"]["content"], "together");
-    assert_eq!(system.api(0).stop(Duration::from_secs(10)).await, Some(0));
+    assert_eq!(system.api(0).stop(PATIENCE).await, Some(0));
 }
 
 async fn what_a_tool_writes_is_in_the_workspace() {
@@ -245,7 +245,7 @@ async fn a_long_poll_ends_with_the_job(db: Db) {
 
     assert_eq!(job.data(200)["status"], "done");
     assert_eq!(job.header("retry-after"), "");
-    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(25), "{:?}", begin.elapsed());
 }
 
 async fn a_long_poll_ends_with_its_time() {
@@ -262,7 +262,7 @@ async fn a_long_poll_ends_with_its_time() {
     let request = client.request(reqwest::Method::GET, &format!("/api/v1/jobs/{id}"));
     let job = client.send(request.header("prefer", "wait=600")).await;
     assert_eq!(job.header("preference-applied"), "wait=2");
-    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(begin.elapsed() < Duration::from_secs(2) + BUSY);
 
     client
         .get(&format!("/api/v1/jobs/{id}?wait=x"))
@@ -338,7 +338,7 @@ async fn a_long_list_in_full_does_not_need_room_for_all_of_it(db: Db) {
     // 2 MB each.
     let long = "é".repeat(999_990);
     let mut ids = Vec::new();
-    for number in 0..40 {
+    for number in 0..20 {
         let body = json!({ "message": format!("{number} {long}") });
         let answer = client.post(&path, &body).await;
         ids.push(answer.data(202)["id"].as_str().unwrap().to_owned());
@@ -351,7 +351,7 @@ async fn a_long_list_in_full_does_not_need_room_for_all_of_it(db: Db) {
 
     let jobs = all.data(200).as_array().unwrap();
     assert_eq!(listed(&all.json), ids);
-    assert_eq!(jobs[3]["message"], format!("36 {long}"));
+    assert_eq!(jobs[3]["message"], format!("16 {long}"));
     assert_eq!(jobs[3]["session"], "long");
     assert_eq!(
         all.json["pagination"],
@@ -360,7 +360,7 @@ async fn a_long_list_in_full_does_not_need_room_for_all_of_it(db: Db) {
     assert_eq!(all.json["meta"]["request_id"], all.header("x-request-id"));
     assert_eq!(all.header("content-type"), "application/json");
     let grown = peak_memory(pid) - before;
-    assert!(grown < 40_000, "80 MB of prompts took {grown} kB");
+    assert!(grown < 25_000, "40 MB of prompts took {grown} kB");
 
     let page = client.get(&format!("{path}?limit=3")).await;
     assert_eq!(listed(&page.json), ids[..3]);

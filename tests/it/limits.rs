@@ -304,7 +304,7 @@ async fn a_key_has_limits_of_its_own_and_raising_them_works_at_once(db: Db) {
     let request = admin.request(Method::PATCH, &format!("/api/v1/keys/{id}"));
     let raised = request.json(&json!({"rate_limit": {"submit": 100, "window": 600}}));
     admin.send(raised).await.data(200);
-    eventually(Duration::from_secs(5), "the raised limit", async || {
+    eventually(PATIENCE, "the raised limit", async || {
         (submit(&key).await.status == 202).then_some(())
     })
     .await;

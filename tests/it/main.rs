@@ -1,4 +1,4 @@
-//! The product through its binaries. Each case runs on both databases unless it has nothing to do with them.
+//! The product through its binaries. A case runs on both databases if storage matters to it.
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 

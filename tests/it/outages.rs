@@ -15,7 +15,7 @@ use tests::proxy::Proxy;
 use tests::script::{Step, answer, steps};
 use tests::system::{self, System};
 use tests::trace::assert_one_at_a_time;
-use tests::{both, eventually, once};
+use tests::{BUSY, both, eventually, once};
 
 once!(
     postgresql_is_restarted_under_load,
@@ -136,14 +136,14 @@ async fn ready(client: &Client) -> u16 {
 }
 
 async fn becomes_ready(client: &Client) {
-    eventually(Duration::from_secs(30), "ready", async || {
+    eventually(PATIENCE, "ready", async || {
         (ready(client).await == 200).then_some(())
     })
     .await;
 }
 
 async fn becomes_unready(client: &Client) {
-    eventually(Duration::from_secs(30), "not ready", async || {
+    eventually(PATIENCE, "not ready", async || {
         (ready(client).await == 503).then_some(())
     })
     .await;
@@ -215,7 +215,7 @@ async fn postgresql_is_restarted_under_load() {
         }
         let back = Instant::now();
         becomes_ready(&client).await;
-        assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+        assert!(back.elapsed() < BUSY, "{:?}", back.elapsed());
         enough.store(true, Ordering::Relaxed);
     });
 
@@ -304,7 +304,7 @@ async fn postgresql_falls_silent_under_load() {
         assert_eq!(client.finished(&first).await["attempt"], 1);
         assert_eq!(client.cancel(&unwanted).await.status, 202);
         assert_eq!(client.finished(&unwanted).await["status"], "cancelled");
-        assert!(begin.elapsed() < Duration::from_secs(25), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_mins(1), "{:?}", begin.elapsed());
 
         // Now the server is gone too.
         proxy.swallow_all();
@@ -312,7 +312,7 @@ async fn postgresql_falls_silent_under_load() {
         proxy.recover();
         let back = Instant::now();
         becomes_ready(&client).await;
-        assert!(back.elapsed() < Duration::from_secs(15), "{:?}", back.elapsed());
+        assert!(back.elapsed() < Duration::from_mins(1), "{:?}", back.elapsed());
         enough.store(true, Ordering::Relaxed);
         first
     });
@@ -447,7 +447,6 @@ async fn a_locked_sqlite_file_is_waited_for() {
     let ((id, refusals), released) = tokio::join!(insist(&client, 0, &prompt), async {
         // Reads go on: a reader never waits for the writer.
         assert_eq!(client.job(&long).await.data(200)["status"], "running");
-        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         becomes_unready(&client).await;
         tokio::time::sleep(Duration::from_millis(10_500).saturating_sub(begin.elapsed())).await;
         let unready = client.get("/readyz").await;
@@ -462,7 +461,7 @@ async fn a_locked_sqlite_file_is_waited_for() {
     });
 
     assert!(refusals > 0);
-    assert!(released < Duration::from_secs(5), "{released:?}");
+    assert!(released < BUSY, "{released:?}");
     assert_eq!(client.finished(&id).await["result"]["content"], "after the lock");
     is_untouched(&client, &long).await;
     outages_were_told(&mut system, 1..=1).await;
@@ -635,7 +634,6 @@ async fn a_stepped_clock_takes_no_lease(db: Db) {
             let id = client.play(&answer("by any clock")).await;
             assert_eq!(client.finished(&id).await["attempt"], 1);
         }
-        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         // Longer than a lease, looked at by both workers.
         tokio::time::sleep(Duration::from_millis(6_500).saturating_sub(begin.elapsed())).await;
     }

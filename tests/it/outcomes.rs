@@ -1,11 +1,11 @@
 //! What a run can end as: done, failed with a word for programs and a sentence for people, or tried again.
 
 use serde_json::{Value, json};
-use tests::both;
 use tests::client::Client;
 use tests::database::{Database, Db};
 use tests::script::{Script, Step, answer, steps};
 use tests::system::System;
+use tests::{both, once};
 
 both!(
     a_failed_run_says_how,
@@ -14,17 +14,19 @@ both!(
     a_passing_failure_is_tried_again,
     a_failure_that_does_not_pass_is_tried_so_often,
     a_lasting_failure_is_not_tried_again,
+    an_end_that_the_database_refuses_is_an_end_all_the_same,
+    an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease,
+    a_cli_that_ends_slowly_under_a_short_lease_is_done,
+    what_the_cli_complained_about_is_kept,
+);
+once!(
     noise_on_the_output_harms_nothing,
     a_result_that_cant_be_used_ends_the_run_at_once,
     a_turn_that_ends_in_a_tool_call_is_incomplete,
     an_unknown_question_of_the_cli_is_answered_at_once,
     absurd_names_and_numbers_harm_nothing,
-    an_end_that_the_database_refuses_is_an_end_all_the_same,
-    an_end_that_seemed_to_fail_and_was_stored_is_no_lost_lease,
-    a_cli_that_ends_slowly_under_a_short_lease_is_done,
     a_run_that_takes_too_much_memory_says_so,
     a_cli_that_talks_without_end_harms_nothing,
-    what_the_cli_complained_about_is_kept,
     another_version_of_the_cli_runs_with_a_warning,
     the_end_of_a_run_is_one_line_of_numbers_and_its_code,
 );
@@ -294,8 +296,8 @@ async fn a_lasting_failure_is_not_tried_again(db: Db) {
     }
 }
 
-async fn noise_on_the_output_harms_nothing(db: Db) {
-    let system = System::start(db).await;
+async fn noise_on_the_output_harms_nothing() {
+    let system = System::start(Db::Sqlite).await;
     let client = system.client();
     let noise = [
         "not json",
@@ -322,8 +324,8 @@ async fn noise_on_the_output_harms_nothing(db: Db) {
     assert!(said.iter().any(|event| event["data"]["content"] == "still here"));
 }
 
-async fn a_result_that_cant_be_used_ends_the_run_at_once(db: Db) {
-    let system = System::start(db).await;
+async fn a_result_that_cant_be_used_ends_the_run_at_once() {
+    let system = System::start(Db::Sqlite).await;
     let client = system.client();
     let deep = format!("{}1{}", "[".repeat(200), "]".repeat(200));
     let structured = format!(
@@ -354,8 +356,8 @@ async fn a_result_that_cant_be_used_ends_the_run_at_once(db: Db) {
     system.writes("the CLI's result can't be used").await;
 }
 
-async fn a_turn_that_ends_in_a_tool_call_is_incomplete(db: Db) {
-    let system = System::start(db).await;
+async fn a_turn_that_ends_in_a_tool_call_is_incomplete() {
+    let system = System::start(Db::Sqlite).await;
     let client = system.client();
     let line =
         r#"{"type":"result","subtype":"success","is_error":false,"stop_reason":"tool_use","result":""}"#;
@@ -365,8 +367,8 @@ async fn a_turn_that_ends_in_a_tool_call_is_incomplete(db: Db) {
     assert_eq!(job["error_code"], "incomplete", "{job:#}");
 }
 
-async fn an_unknown_question_of_the_cli_is_answered_at_once(db: Db) {
-    let system = System::start(db).await;
+async fn an_unknown_question_of_the_cli_is_answered_at_once() {
+    let system = System::start(Db::Sqlite).await;
     let client = system.client();
     let script = steps([Step::Ask("something_new".to_owned())]);
 
@@ -384,8 +386,8 @@ async fn an_unknown_question_of_the_cli_is_answered_at_once(db: Db) {
     );
 }
 
-async fn a_cli_that_talks_without_end_harms_nothing(db: Db) {
-    let system = System::start(db).await;
+async fn a_cli_that_talks_without_end_harms_nothing() {
+    let system = System::start(Db::Sqlite).await;
     let client = system.client();
     // Beyond the number of events that are kept, and beyond their size.
     let many = Step::Flood {
@@ -437,8 +439,8 @@ async fn what_the_cli_complained_about_is_kept(db: Db) {
     );
 }
 
-async fn absurd_names_and_numbers_harm_nothing(db: Db) {
-    let system = System::start(db).await;
+async fn absurd_names_and_numbers_harm_nothing() {
+    let system = System::start(Db::Sqlite).await;
     let client = system.client();
     let usage = json!({ "inputTokens": u64::MAX, "outputTokens": i64::MAX, "costUSD": -1.0 });
     let result = json!({
@@ -539,9 +541,9 @@ async fn a_cli_that_ends_slowly_under_a_short_lease_is_done(db: Db) {
     );
 }
 
-async fn a_run_that_takes_too_much_memory_says_so(db: Db) {
+async fn a_run_that_takes_too_much_memory_says_so() {
     let system = System::builder()
-        .database(db)
+        .database(Db::Sqlite)
         .env("RUN_MEMORY_MB", "256")
         .start()
         .await;
@@ -555,7 +557,7 @@ async fn a_run_that_takes_too_much_memory_says_so(db: Db) {
     assert_eq!(system.run_processes(), []);
 }
 
-async fn another_version_of_the_cli_runs_with_a_warning(db: Db) {
+async fn another_version_of_the_cli_runs_with_a_warning() {
     let fake = tests::paths::binary("fake-claude");
     let script = format!(
         "case $1 in --version) echo '9.8.7 (Claude Code)' ;; *) exec {} \"$@\" ;; esac",
@@ -563,7 +565,7 @@ async fn another_version_of_the_cli_runs_with_a_warning(db: Db) {
     );
     let cli = tests::paths::program("claude", &script);
     let system = System::builder()
-        .database(db)
+        .database(Db::Sqlite)
         .sandbox(false)
         .env("CLAUDE_CLI_PATH", cli.to_str().unwrap())
         .start()
@@ -610,9 +612,9 @@ async fn a_cli_that_is_too_old_is_no_worker() {
     }
 }
 
-async fn the_end_of_a_run_is_one_line_of_numbers_and_its_code(db: Db) {
+async fn the_end_of_a_run_is_one_line_of_numbers_and_its_code() {
     let system = System::builder()
-        .database(db)
+        .database(Db::Sqlite)
         .env("LOG_FORMAT", "json")
         .start()
         .await;

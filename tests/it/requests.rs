@@ -3,24 +3,30 @@
 
 use reqwest::Method;
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use tests::client::{Answer, Client, PATIENCE};
 use tests::database::{Cluster, Database, Db};
+use tests::proxy::Proxy;
 use tests::system::{KEYS, System};
 use tests::{both, eventually, once};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 both!(
-    a_misspelt_parameter_is_named_on_every_path,
-    a_wait_that_means_nothing_is_refused_before_the_job_is_accepted,
     the_way_of_answering_is_no_part_of_an_idempotent_request,
     the_last_job_of_a_page_is_found_again_by_its_time,
-    what_a_body_is_packed_in_and_a_second_key_are_refused,
-    heads_that_are_too_large_have_a_problem_of_their_own,
     a_session_is_named_in_any_script_and_never_like_a_number,
     who_may_make_keys_may_not_give_them_money_or_revoke_stronger_ones,
     an_administrator_sees_whose_a_job_is,
 );
-once!(an_accepted_job_is_reported_although_the_database_is_gone);
+once!(
+    a_misspelt_parameter_is_named_on_every_path,
+    a_wait_that_means_nothing_is_refused_before_the_job_is_accepted,
+    what_a_body_is_packed_in_and_a_second_key_are_refused,
+    heads_that_are_too_large_or_malformed_have_a_problem_of_their_own,
+    an_accepted_job_is_reported_although_the_database_is_gone,
+    a_commit_without_an_answer_is_told_and_may_be_repeated,
+);
 
 const JOBS: &str = "/api/v1/jobs";
 
@@ -34,8 +40,8 @@ async fn jobs(system: &System) -> i64 {
     system.database().number("select count(*) from job").await
 }
 
-async fn a_misspelt_parameter_is_named_on_every_path(db: Db) {
-    let (system, client) = nothing_runs(db).await;
+async fn a_misspelt_parameter_is_named_on_every_path() {
+    let (system, client) = nothing_runs(Db::Sqlite).await;
     let admin = client.with_key(KEYS[2]);
 
     for (path, access) in api::routes::listed() {
@@ -59,8 +65,8 @@ async fn a_misspelt_parameter_is_named_on_every_path(db: Db) {
     assert_eq!(jobs(&system).await, 1);
 }
 
-async fn a_wait_that_means_nothing_is_refused_before_the_job_is_accepted(db: Db) {
-    let (system, client) = nothing_runs(db).await;
+async fn a_wait_that_means_nothing_is_refused_before_the_job_is_accepted() {
+    let (system, client) = nothing_runs(Db::Sqlite).await;
 
     let request = client.request(Method::POST, &format!("{JOBS}?wait=soon"));
     let answer = client.send(request.json(&json!({"message": "hi"}))).await;
@@ -103,8 +109,8 @@ async fn the_last_job_of_a_page_is_found_again_by_its_time(db: Db) {
     assert_eq!(found.data(200)[0]["id"], id.as_str());
 }
 
-async fn what_a_body_is_packed_in_and_a_second_key_are_refused(db: Db) {
-    let (system, client) = nothing_runs(db).await;
+async fn what_a_body_is_packed_in_and_a_second_key_are_refused() {
+    let (system, client) = nothing_runs(Db::Sqlite).await;
     let post = |name: &'static str, values: &[&'static str]| {
         let request = client.request(Method::POST, JOBS).json(&json!({"message": "hi"}));
         let request = values
@@ -129,8 +135,8 @@ async fn what_a_body_is_packed_in_and_a_second_key_are_refused(db: Db) {
     assert_eq!(post("content-encoding", &["identity"]).await.status, 202);
 }
 
-async fn heads_that_are_too_large_have_a_problem_of_their_own(db: Db) {
-    let (_system, client) = nothing_runs(db).await;
+async fn heads_that_are_too_large_or_malformed_have_a_problem_of_their_own() {
+    let (_system, client) = nothing_runs(Db::Sqlite).await;
 
     let long = client
         .get(&format!("{JOBS}?session={}", "x".repeat(20_000)))
@@ -148,6 +154,50 @@ async fn heads_that_are_too_large_have_a_problem_of_their_own(db: Db) {
         .request(Method::GET, JOBS)
         .header("x-large", "x".repeat(70_000));
     client.send(large).await.assert_problem(431, "headers-too-large");
+
+    // What the HTTP library refuses before any handler sees it.
+    let many = format!("GET / HTTP/1.1\r\nhost: a\r\n{}\r\n", "x: 1\r\n".repeat(250));
+    let endless = format!("GET /{} HTTP/1.1\r\nhost: a\r\n\r\n", "x".repeat(70_000));
+    for (head, status, code) in [
+        ("GET / HTTP/9.9\r\n\r\n", 400, "bad-request"),
+        ("what is this\r\n\r\n", 400, "bad-request"),
+        ("GET /\u{1} HTTP/1.1\r\n\r\n", 400, "bad-request"),
+        ("GET / HTTP/1.1\r\nno colon\r\n\r\n", 400, "bad-request"),
+        ("POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n", 400, "bad-request"),
+        (&many, 431, "headers-too-large"),
+        (&endless, 414, "uri-too-long"),
+    ] {
+        let shown = &head[..head.len().min(40)];
+        let answer = sent_as_it_is(&client, head).await;
+        let (top, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(
+            top.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{shown}: {answer}"
+        );
+        assert!(
+            top.contains("\r\ncontent-type: application/problem+json\r\n"),
+            "{answer}"
+        );
+        assert!(top.contains("\r\ncache-control: no-store\r\n"), "{answer}");
+        let problem: Value = serde_json::from_str(body).unwrap();
+        assert_eq!(
+            (&problem["status"], &problem["code"]),
+            (&json!(status), &json!(code))
+        );
+        let id = problem["request_id"].as_str().unwrap();
+        assert!(top.contains(&format!("\r\nx-request-id: {id}\r\n")), "{answer}");
+    }
+}
+
+/// What a process answers to these bytes.
+async fn sent_as_it_is(client: &Client, bytes: &str) -> String {
+    let address = client.base().trim_start_matches("http://");
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(bytes.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
+    read.expect("the process closes the connection").unwrap();
+    String::from_utf8(answer).unwrap()
 }
 
 async fn a_session_is_named_in_any_script_and_never_like_a_number(db: Db) {
@@ -268,4 +318,49 @@ async fn an_accepted_job_is_reported_although_the_database_is_gone() {
     assert_eq!(answer.header("location"), format!("{JOBS}/{id}"));
     assert_eq!(answer.data(202)["message"], "hi");
     drop(system);
+}
+
+async fn a_commit_without_an_answer_is_told_and_may_be_repeated() {
+    let folder = tests::paths::folder('r');
+    let database = Database::fresh(Db::Postgres, &folder).await;
+    let proxy = Proxy::before(&database).await;
+    let url = proxy.url();
+    let system = System::builder()
+        .on(database)
+        .env("DATABASE_URL", url)
+        .workers(0)
+        .start()
+        .await;
+    let client = system.client();
+    let body = json!({"message": "hi"});
+
+    // The answer that is lost may be one to another transaction of the process.
+    let mut number = 0;
+    let (key, before, refused) = eventually(PATIENCE, "a submission whose commit is lost", async || {
+        number += 1;
+        let key = format!("key-{number}");
+        let before = jobs(&system).await;
+        proxy.lose_next_commit();
+        let answer = client.submit_once(&key, &body).await;
+        let told = answer.text.contains("did not confirm");
+        told.then_some((key, before, answer))
+    })
+    .await;
+
+    refused.assert_problem(503, "unavailable");
+    let detail = refused.json["detail"].as_str().unwrap();
+    assert!(
+        detail.contains("may have been stored") && detail.contains("the same Idempotency-Key"),
+        "{detail}"
+    );
+    assert_eq!(jobs(&system).await, before + 1, "it was stored");
+    let again = eventually(PATIENCE, "the database again", async || {
+        let answer = client.submit_once(&key, &body).await;
+        (answer.status != 503).then_some(answer)
+    })
+    .await;
+    assert_eq!(again.header("idempotency-replayed"), "true");
+    let id = again.data(202)["id"].as_str().unwrap();
+    assert_eq!(client.job(id).await.data(200)["message"], "hi");
+    assert_eq!(jobs(&system).await, before + 1, "nothing was stored twice");
 }

@@ -11,7 +11,7 @@ use tests::database::Db;
 use tests::processes::{self, Found};
 use tests::script::{Deaf, Step, daemon, steps};
 use tests::system::System;
-use tests::{both, eventually};
+use tests::{BUSY, both, eventually};
 
 both!(
     a_cancel_a_deadline_and_a_killed_guard_leave_nothing,
@@ -22,7 +22,7 @@ both!(
 );
 
 /// Five seconds are the grace of a run that is asked to stop; the rest is for a machine that runs other tests.
-const LIMIT: Duration = Duration::from_secs(12);
+const LIMIT: Duration = BUSY;
 
 /// Short, and longer than a busy machine hesitates.
 const LEASE: Duration = Duration::from_secs(4);

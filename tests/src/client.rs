@@ -161,7 +161,7 @@ impl Client {
         let request = self
             .http
             .request(method, format!("{}{path}", self.base))
-            .timeout(Duration::from_secs(90));
+            .timeout(PATIENCE);
         match &self.key {
             Some(key) => request.header("x-api-key", key),
             None => request,

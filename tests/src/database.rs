@@ -13,6 +13,7 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, SqliteConnection};
 use tokio::sync::{Mutex, OnceCell};
 
+use crate::client::PATIENCE;
 use crate::disk::Disk;
 use crate::{paths, processes};
 
@@ -310,7 +311,7 @@ impl Cluster {
         *self.server.lock().await = Some(server);
         let begin = Instant::now();
         while PgConnection::connect(&self.url("postgres")).await.is_err() {
-            if begin.elapsed() > Duration::from_secs(30) {
+            if begin.elapsed() > PATIENCE {
                 return Err(format!(
                     "PostgreSQL accepts no connection: {}",
                     fs::read_to_string(&log_path).unwrap_or_default()
@@ -330,10 +331,7 @@ impl Cluster {
         processes::signal(i32::try_from(server.id()).expect("a process id"), how);
         let begin = Instant::now();
         while server.try_wait().expect("our own child").is_none() {
-            assert!(
-                begin.elapsed() < Duration::from_secs(30),
-                "PostgreSQL doesn't stop"
-            );
+            assert!(begin.elapsed() < PATIENCE, "PostgreSQL doesn't stop");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

@@ -3,12 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use rustix::process::Signal;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection as _, PgConnection};
 
+use crate::client::PATIENCE;
 use crate::database::Database;
 use crate::{eventually, paths, processes};
 
@@ -63,7 +63,7 @@ impl Pooler {
                 folder.display()
             ),
         };
-        eventually(Duration::from_secs(20), "PgBouncer", async || {
+        eventually(PATIENCE, "PgBouncer", async || {
             let options: PgConnectOptions = pooler.url.parse().expect("a URL of ours");
             // It doesn't know every parameter of a connection.
             let connection = PgConnection::connect_with(&options.extra_float_digits(None)).await;

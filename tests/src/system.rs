@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use crate::client::{Client, PATIENCE};
 use crate::database::{Database, Db};
 use crate::disk::Disk;
-use crate::{eventually, paths, processes, script, trace};
+use crate::{BUSY, eventually, paths, processes, script, trace};
 
 /// The key that a system's client has unless told otherwise; the second key of every system; its administrator's.
 pub const KEYS: [&str; 3] = ["kit-key-one-f4b1c2", "kit-key-two-a83e90", "kit-key-admin-77d0e5"];
@@ -109,6 +109,14 @@ impl Builder {
     #[must_use]
     pub fn within(mut self, disk: &Disk) -> Self {
         self.enter = disk.enter();
+        self
+    }
+
+    /// Each process may open only so many files.
+    #[must_use]
+    pub fn open_files(mut self, count: u32) -> Self {
+        let limited = format!("ulimit -n {count} && cd \"$0\" && exec \"$@\"");
+        self.enter = vec!["sh".to_owned(), "-c".to_owned(), limited];
         self
     }
 
@@ -462,7 +470,7 @@ impl Drop for System {
         // The guards end what their workers ran; the kit only looks.
         let begin = Instant::now();
         let mut left = processes::of_folder(&self.folder);
-        while !left.is_empty() && begin.elapsed() < Duration::from_secs(8) {
+        while !left.is_empty() && begin.elapsed() < BUSY {
             std::thread::sleep(Duration::from_millis(20));
             left = processes::of_folder(&self.folder);
         }
@@ -481,7 +489,7 @@ impl Drop for System {
         if !std::thread::panicking() {
             assert!(
                 left.is_empty(),
-                "processes outlived their workers by 8 s: {left:#?}"
+                "processes outlived their workers by {BUSY:?}: {left:#?}"
             );
             assert!(leaks.is_empty(), "the logs hold secrets: {leaks:#?}");
         }
@@ -647,8 +655,8 @@ impl Process {
                 ));
             }
             assert!(
-                begin.elapsed() < Duration::from_secs(30),
-                "{} isn't ready after 30 s:\n{}",
+                begin.elapsed() < PATIENCE,
+                "{} isn't ready in time:\n{}",
                 self.name,
                 self.written()
             );
@@ -771,9 +779,9 @@ pub struct Finished {
     pub stderr: String,
 }
 
-/// Runs a binary of the product as [`command`] does, to its end; killed after a minute.
+/// Runs a binary of the product as [`command`] does, to its end; killed when it takes too long.
 pub async fn run(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> Finished {
-    let output = tokio::time::timeout(Duration::from_mins(1), command(name, arguments, env).output())
+    let output = tokio::time::timeout(PATIENCE, command(name, arguments, env).output())
         .await
         .unwrap_or_else(|_| panic!("{name} {arguments:?} doesn't end"))
         .expect("the binary starts");
