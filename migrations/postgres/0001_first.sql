@@ -75,6 +75,7 @@ create table job (
   retry_of text collate "C",
   claude_session_id text collate "C",
   cost bigint not null default 0,
+  spend text,                         -- what its present run has cost so far, by model
   duration_ms bigint not null default 0,
   usage text,
   error text,
@@ -120,7 +121,6 @@ create table attempt (
   claude_session_id text collate "C" not null,
   cli_version text,
   reserved bigint not null,
-  spend text,                         -- what it has cost so far, while it runs
   started_at bigint not null,
   ended_at bigint,
   ending text,                        -- done, failed, cancelled, retry, lost, released
@@ -208,17 +208,6 @@ create table budget_alert (
   threshold bigint not null,
   at bigint not null,
   primary key (scope, scope_id, period_start, threshold)
-);
-
--- What running attempts may still spend; a row is deleted when its attempt is settled.
-create table reservation (
-  job_id text collate "C" not null,
-  attempt bigint not null,
-  scope text collate "C" not null,
-  scope_id text collate "C" not null,
-  period_start bigint not null,
-  amount bigint not null,
-  primary key (job_id, attempt, scope, scope_id)
 );
 
 -- The worker processes, for people to look at. Nothing is decided by it.

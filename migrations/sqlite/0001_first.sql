@@ -11,7 +11,7 @@ create table instance (
 create table queue (
   queue_number integer primary key check (queue_number = 1),
   paused integer not null default 0,  -- by a person
-  hold text,                          -- 'budget': the global budget is used up or reserved
+  hold text,                          -- 'budget': nothing is left in the global budget, or all of it is reserved
   resumes integer not null default 0   -- how often somebody lifted the workers' pauses
 ) strict;
 insert into queue (queue_number) values (1);
@@ -74,6 +74,7 @@ create table job (
   retry_of text,
   claude_session_id text,
   cost integer not null default 0,
+  spend text,                         -- what its present run has cost so far, by model
   duration_ms integer not null default 0,
   usage text,
   error text,
@@ -119,7 +120,6 @@ create table attempt (
   claude_session_id text not null,
   cli_version text,
   reserved integer not null,
-  spend text,                         -- what it has cost so far, while it runs
   started_at integer not null,
   ended_at integer,
   ending text,                        -- done, failed, cancelled, retry, lost, released
@@ -207,17 +207,6 @@ create table budget_alert (
   threshold integer not null,
   at integer not null,
   primary key (scope, scope_id, period_start, threshold)
-) strict;
-
--- What running attempts may still spend; a row is deleted when its attempt is settled.
-create table reservation (
-  job_id text not null,
-  attempt integer not null,
-  scope text not null,
-  scope_id text not null,
-  period_start integer not null,
-  amount integer not null,
-  primary key (job_id, attempt, scope, scope_id)
 ) strict;
 
 -- The worker processes, for people to look at. Nothing is decided by it.

@@ -3,10 +3,12 @@
 pub mod status;
 
 use crate::clock::Timestamp;
+use crate::event::NewEvent;
 use crate::id::{JobId, KeyId, SessionId};
 use crate::money::MicroUsd;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 pub use status::JobStatus;
@@ -375,6 +377,15 @@ impl Spend {
         self.models.iter().map(|model| model.cost).sum()
     }
 
+    /// The same with one row for each model: of those that name a model twice the first counts.
+    #[must_use]
+    pub fn distinct(&self) -> Self {
+        let mut seen = HashSet::new();
+        let mut distinct = self.clone();
+        distinct.models.retain(|model| seen.insert(model.model.clone()));
+        distinct
+    }
+
     /// The tokens of all models.
     pub fn usage(&self) -> TokenUsage {
         let mut sum = TokenUsage::default();
@@ -402,6 +413,8 @@ pub struct Report {
     pub stderr_tail: String,
     /// How the process ended: `exit 0`, `signal 9` …
     pub exit: String,
+    /// The run's last events, which aren't stored yet. They come before its end.
+    pub events: Vec<NewEvent>,
 }
 
 /// What becomes of a job when a run of it ends.

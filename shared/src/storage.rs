@@ -6,8 +6,8 @@
 //! sums (PostgreSQL's are numeric), no arrays and no JSON operators, singular table names.
 //!
 //! Locks are taken in one order, so that no two transactions wait for each other: a session, the claim lock, a group,
-//! a running job, a lane (one at a time), queued jobs, the lock of the global budget, budgets (the key's before the
-//! global one), the queue's row.
+//! a running job, a lane (one at a time), queued jobs, budgets, the queue's row. The lock of the global budget comes
+//! before all of them but the claim lock, the shared lock of a lane before a group.
 
 mod audit;
 mod budget;
@@ -27,6 +27,7 @@ mod ledger;
 mod limit;
 mod liveness;
 mod macros;
+mod notifier;
 mod open;
 mod outage;
 mod retention;
@@ -39,9 +40,11 @@ mod tx;
 mod url;
 mod wait;
 mod wakeups;
+mod work;
 mod worker;
 
 use crate::clock::Timestamp;
+use sqlx::SqlSafeStr;
 use sqlx::postgres::PgPool;
 use sqlx::sqlite::SqlitePool;
 use std::sync::Arc;
@@ -67,9 +70,10 @@ pub use ticket::{QUEUE, Ticket};
 pub use tx::Tx;
 pub use url::DatabaseUrl;
 pub use wakeups::{JobWakeup, Wakeups};
+pub use work::Work;
 pub use worker::WorkerRow;
 
-use macros::{execute, fetch, fetch_locked, read};
+use macros::{execute, fetch, fetch_locked, lock, read};
 
 /// How long a statement waits for a lock or a connection before the caller hears that the database is unavailable.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -88,6 +92,10 @@ pub struct Store {
     tickets: Arc<ticket::Backlog>,
     outage: Arc<outage::Outage>,
     liveness: Arc<liveness::ConnectionLiveness>,
+    work: Arc<work::Counters>,
+    notifier: notifier::Notifier,
+    /// The last claim of this process saw another job in the same lane, so that the next needs no look beforehand.
+    more_ready: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -118,6 +126,13 @@ pub enum Pool {
 impl Store {
     /// Begins a transaction that may write. On SQLite it is the one writer until it ends.
     pub async fn begin(&self) -> Result<Tx> {
+        self.begin_with("begin").await
+    }
+
+    /// The same, with another statement that begins on PostgreSQL: one that takes a lock in the same round trip. SQLite
+    /// needs no such locks, since a transaction is the only writer.
+    async fn begin_with(&self, postgres: impl SqlSafeStr) -> Result<Tx> {
+        self.work.transaction();
         let db = match &*self.db {
             Db::Sqlite { writer, .. } => TxDb::Sqlite(
                 writer
@@ -126,11 +141,21 @@ impl Store {
                     .map_err(Error::during("begin a transaction"))?,
             ),
             Db::Postgres(pool) => {
-                let begun = self.liveness.in_time(pool.begin()).await;
+                let begun = self.liveness.in_time(pool.begin_with(postgres)).await;
                 TxDb::Postgres(begun.map_err(Error::during("begin a transaction"))?)
             }
         };
         Ok(Tx::new(db, self.clone()))
+    }
+
+    /// The same, with the lock under which all claims are made, one at a time.
+    async fn begin_claim(&self) -> Result<Tx> {
+        self.begin_with(concat!("begin; ", lock!("", "1"))).await
+    }
+
+    /// The same for what ends a run: who sets or removes the global budget has to wait.
+    async fn begin_end_of_run(&self) -> Result<Tx> {
+        self.begin_with(concat!("begin; ", lock!("_shared", "2"))).await
     }
 
     /// Asks the database whether it answers.
@@ -175,6 +200,7 @@ impl Store {
                 }
                 Db::Postgres(pool) => {
                     self.outage.close().await;
+                    self.notifier.flush().await;
                     pool.close().await;
                 }
             }

@@ -283,5 +283,6 @@ fn report() -> Report {
         claude_session_id: None,
         stderr_tail: String::new(),
         exit: "exit 0".to_owned(),
+        events: Vec::new(),
     }
 }

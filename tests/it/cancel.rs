@@ -111,7 +111,10 @@ async fn a_running_job_is_cancelled_and_paid_for(db: Db) {
         250_000
     );
     assert_eq!(
-        system.database().number("select count(*) from reservation").await,
+        system
+            .database()
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
         0
     );
     assert_eq!(system.run_processes(), []);

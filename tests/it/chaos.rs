@@ -408,7 +408,12 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
             .await,
         0
     );
-    assert_eq!(database.number("select count(*) from reservation").await, 0);
+    assert_eq!(
+        database
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
+        0
+    );
     assert_eq!(
         database
             .number("select cast(sum(running) as bigint) from lane")

@@ -79,7 +79,10 @@ async fn a_killed_workers_job_is_done_by_another(db: Db) {
         200_000
     );
     assert_eq!(
-        system.database().number("select count(*) from reservation").await,
+        system
+            .database()
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
         0
     );
     let endings = system
@@ -160,7 +163,10 @@ async fn a_stopped_workers_job_is_done_by_another(db: Db) {
     assert_eq!(client.all_events(&id).await, events);
     assert_eq!(client.job(&id).await.data(200), &job);
     assert_eq!(
-        system.database().number("select count(*) from reservation").await,
+        system
+            .database()
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
         0
     );
 }

@@ -94,7 +94,12 @@ async fn a_submitted_job_is_done(db: Db) {
             .await,
         500_000
     );
-    assert_eq!(database.number("select count(*) from reservation").await, 0);
+    assert_eq!(
+        database
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
+        0
+    );
 }
 
 async fn a_job_runs_in_one_process_with_the_api(db: Db) {

@@ -91,7 +91,12 @@ async fn all_is_well(system: &System, ids: &[String]) {
         database.number("select count(*) from job").await,
         i64::try_from(ids.len()).unwrap()
     );
-    assert_eq!(database.number("select count(*) from reservation").await, 0);
+    assert_eq!(
+        database
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
+        0
+    );
     assert_eq!(
         database
             .number("select cast(sum(running) as bigint) from lane")
@@ -324,7 +329,10 @@ async fn postgresql_falls_silent_under_load() {
     assert_eq!(system.database().number(cancelled).await, 1);
     all_end_well(&system, &ids).await;
     assert_eq!(
-        system.database().number("select count(*) from reservation").await,
+        system
+            .database()
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
         0
     );
 }

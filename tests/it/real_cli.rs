@@ -105,7 +105,10 @@ async fn a_wrong_key_is_the_operators_and_the_job_waits() {
     assert!(reason.contains("credential"), "{reason}");
     assert_eq!(job["cost"], 0.0);
     assert_eq!(
-        system.database().number("select count(*) from reservation").await,
+        system
+            .database()
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
         0
     );
     let failures = system.database().number("select failures from job").await;

@@ -84,6 +84,9 @@ async fn a_ticket_that_a_stopping_worker_had_fetched_costs_no_job() {
     ] {
         system.database().execute(statement).await;
     }
+    // A claim at the wake-up itself finds nothing, so that the ticket is fetched.
+    let pause = |paused| format!("update queue set paused = {paused}");
+    system.database().execute(&pause(true)).await;
     let client = system.client();
     let id = client.play(&answer("not lost")).await;
     let committing = "select count(*) from pg_stat_activity \
@@ -103,6 +106,7 @@ async fn a_ticket_that_a_stopping_worker_had_fetched_costs_no_job() {
         .database()
         .execute("drop trigger slow_fetch on apalis.jobs")
         .await;
+    system.database().execute(&pause(false)).await;
     runs_without_its_ticket(&mut system, &id).await;
 }
 
@@ -213,7 +217,7 @@ async fn tickets_without_jobs_harm_nothing(db: Db) {
     assert_eq!(system.database().number("select count(*) from attempt").await, 1);
 }
 
-/// On PostgreSQL a look at the queue costs more with each ticket that waits. So a submission adds none when a thousand do:
+/// On PostgreSQL a look at the queue costs more with each ticket that waits. So a submission adds none when 64 do:
 /// the backlog waits in our own table. Used ones are removed.
 async fn tickets_are_bounded_and_cleared_away(db: Db) {
     let mut system = System::builder()
@@ -230,7 +234,7 @@ async fn tickets_are_bounded_and_cleared_away(db: Db) {
     let tickets = format!("select count(*) from {}", table(system.database()));
     let waiting = system.database().number(&tickets).await;
     assert!(
-        (900..=1_064).contains(&waiting),
+        (1..=128).contains(&waiting),
         "{waiting} tickets wait for 1,100 jobs"
     );
     for chunk in ids.chunks(100) {

@@ -6,7 +6,7 @@ use shared::clock::Timestamp;
 use shared::id::KeyId;
 use shared::job::{Ending, Hold, JobStatus, Lease, NewJob, Report};
 use shared::money::MicroUsd;
-use shared::storage::{AdjustBudget, Claim, DeleteBudget, PutBudget, Store};
+use shared::storage::{AdjustBudget, Claim, DeleteBudget, Finish, PutBudget, Store};
 use std::time::Duration;
 use tests::database::Db;
 
@@ -18,7 +18,7 @@ tests::both!(
     a_job_that_fails_for_money_lets_its_group_go_on,
     a_budget_may_hold_its_jobs_until_the_next_period,
     a_run_settles_into_the_period_it_reserved_in,
-    a_global_budget_holds_the_whole_queue,
+    a_job_that_waits_for_the_global_budget_holds_its_lane_only,
     a_raised_limit_frees_what_waits,
     a_removed_budget_gets_its_reservation_back,
     a_budget_set_in_mid_run_counts_that_run,
@@ -85,7 +85,12 @@ async fn a_run_reserves_its_whole_cap_and_settles_what_it_cost(db: Db) {
             .await,
         300_000
     );
-    assert_eq!(world.number("select count(*) from reservation").await, 0);
+    assert_eq!(
+        world
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
+        0
+    );
     assert_eq!(world.faults().await, [""; 0]);
 }
 
@@ -261,25 +266,30 @@ async fn a_run_settles_into_the_period_it_reserved_in(db: Db) {
     assert_eq!(world.faults().await, [""; 0]);
 }
 
-async fn a_global_budget_holds_the_whole_queue(db: Db) {
+async fn a_job_that_waits_for_the_global_budget_holds_its_lane_only(db: Db) {
     let world = World::new(db).await;
     let (a, b) = (world.key("a", 9).await, world.key("b", 9).await);
+    let c = world.key("c", 9).await;
     world.budget(None, 1_500_000, "total", "reject").await;
     world.submit(job(&a)).await;
     let waiting = world.submit(job(&b)).await;
     let lease = world.claim().await.unwrap();
+    let held = "select count(*) from queue where hold = 'budget'";
 
     assert!(world.claim().await.is_none());
     assert_eq!(world.store.lane_hold(&b).await.unwrap(), Some(Hold::Budget));
-    assert_eq!(
-        world
-            .number("select count(*) from queue where hold = 'budget'")
-            .await,
-        1
-    );
+    assert_eq!(world.number(held).await, 0);
+    let max_cost = MicroUsd(500_000);
+    let small = world.submit(NewJob { max_cost, ..job(&c) }).await;
+    world.claim_job(&small).await;
+
+    // Now nothing is left for anybody.
+    world.submit(NewJob { max_cost, ..job(&c) }).await;
+    assert!(world.claim().await.is_none());
+    assert_eq!(world.number(held).await, 1);
 
     let tickets = world.tickets().await;
-    finish(&world, &lease, 200_000, NOW).await;
+    finish(&world, &lease, 0, NOW).await;
     assert!(world.tickets().await > tickets);
     assert_eq!(world.claim_job(&waiting).await.reserved, MicroUsd(1_000_000));
     assert_eq!(world.faults().await, [""; 0]);
@@ -310,6 +320,8 @@ async fn a_removed_budget_gets_its_reservation_back(db: Db) {
 
     world.database.execute("delete from budget").await;
     finish(&world, &lease, 300_000, NOW).await;
+    let limit = MicroUsd(2_000_000);
+    world.store.put_default_budget(&key, limit, NOW).await.unwrap();
 
     assert_eq!(state(&world, &key).await, (300_000, 0));
     assert_eq!(world.faults().await, [""; 0]);
@@ -356,11 +368,9 @@ async fn a_ledger_line_is_unique(db: Db) {
     let lease = world.claim_job(&stored).await;
     world.finish(&lease, failed()).await;
 
-    let mut tx = world.store.begin().await.unwrap();
-    let written = tx.settle(&lease.job, &spend(999), NOW).await.unwrap();
-    tx.commit().await.unwrap();
+    let again = world.finish(&lease, failed()).await;
 
-    assert_eq!(written, MicroUsd::ZERO);
+    assert_eq!(again, Finish::Lost);
     assert_eq!(world.number("select cost from ledger").await, 120_000);
     let lines = world.number("select count(*) from ledger").await;
     assert_eq!(lines, 1);
@@ -912,5 +922,10 @@ async fn budgets_that_change_all_the_time_lose_nothing(db: Db) {
             .await,
         0
     );
-    assert_eq!(world.number("select count(*) from reservation").await, 0);
+    assert_eq!(
+        world
+            .number("select count(*) from budget_period where reserved <> 0")
+            .await,
+        0
+    );
 }

@@ -24,6 +24,7 @@ mod submit;
 mod sweep;
 mod wait;
 mod wakeups;
+mod work;
 
 use serde_json::json;
 use shared::clock::Timestamp;
@@ -177,12 +178,15 @@ const FAULTS: &str = "select fault from (
       group by lane.key_id, lane.max_running having count(*) > lane.max_running) as over_cap
     union all select 'running is not the rows that run', count(*) from lane
       where running <> (select count(*) from job where job.key_id = lane.key_id and job.status = 'running')
-    union all select 'reserved is not the sum of reservations', count(*) from budget_period as b
-      where reserved <> (select cast(coalesce(sum(amount), 0) as bigint) from reservation as r
-        where r.scope = b.scope and r.scope_id = b.scope_id and r.period_start = b.period_start)
-    union all select 'a reservation without a run', count(*) from reservation as r
-      where not exists (select 1 from job
-        where job.job_id = r.job_id and job.attempt = r.attempt and job.status = 'running')
+    union all select 'reserved is not what running attempts have reserved', count(*) from budget
+      where (select cast(coalesce(sum(reserved), 0) as bigint) from budget_period as b
+          where b.scope = budget.scope and b.scope_id = budget.scope_id)
+        <> (select cast(coalesce(sum(attempt.reserved), 0) as bigint) from job
+          join attempt on attempt.job_id = job.job_id and attempt.attempt = job.attempt
+          where job.status = 'running' and (budget.scope = 'global' or job.key_id = budget.scope_id))
+    union all select 'a hint is too low', count(*) from lane
+      where coalesce((select max(priority) from job
+        where job.key_id = lane.key_id and job.status = 'queued' and job.hold = ''), -99) > coalesce(top_priority, -99)
     union all select 'spent is not the sum of the ledger', count(*) from budget_period as b
       join budget on budget.scope = b.scope and budget.scope_id = b.scope_id and budget.period = 'total'
       where b.period_start = 0 and spent <> (select cast(coalesce(sum(cost), 0) as bigint) from ledger
@@ -296,6 +300,7 @@ fn report(ending: Ending) -> Report {
         claude_session_id: Some("11111111-2222-4333-8444-555555555555".to_owned()),
         stderr_tail: "a\0b".to_owned(),
         exit: "exit 0".to_owned(),
+        events: Vec::new(),
     }
 }
 

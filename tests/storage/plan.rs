@@ -37,7 +37,7 @@ const HOT: &[Hot] = &[
     Hot {
         what: "the lane's first job",
         sql: "select * from job where key_id = $1 and status = 'queued' and hold = ''
-              order by priority desc, job_number limit 1",
+              order by priority desc, job_number limit 2",
         arguments: &["'big'"],
         sqlite: "job_queue",
         postgres: "job_queue",

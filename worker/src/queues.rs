@@ -1,4 +1,8 @@
-//! What wakes a slot: tickets on the queue library, on either database.
+//! What wakes a slot: tickets on the queue library, on either database, and on PostgreSQL wake-ups themselves.
+//!
+//! On PostgreSQL a wake-up that finds a free slot claims at once. A ticket, which is fetched a moment later, is for the
+//! wake-ups that are lost. On SQLite, where claims and submissions wait for one writer, the library's fetches pace the
+//! claims, so that they leave room for the other processes.
 //!
 //! A ticket says nothing; its slot claims whatever job is best, and again after each job until nothing is left. Each
 //! job runs in a task of its own, which holds the slot: an error of the database ends the library's worker and drops
@@ -12,25 +16,47 @@ use apalis_core::backend::ext::BackendExt;
 use apalis_postgres::PostgresStorage;
 use apalis_sqlite::SqliteStorage;
 use futures_util::future::BoxFuture;
+use shared::clock;
 use shared::storage::{Pool, QUEUE, Ticket};
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context as TaskContext, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout_at};
 use tower_layer::Layer;
 use tower_service::Service;
 
 /// Wake-ups may be lost, so every slot also polls at this interval.
 const SLOW_POLL: Duration = Duration::from_secs(5);
 
-/// A wake-up that comes while the library fetches is lost until the next one, so each is repeated after these pauses.
-const RING_AGAIN: [Duration; 3] = [
-    Duration::from_millis(5),
-    Duration::from_millis(25),
-    Duration::from_millis(200),
-];
+/// When the library fetches tickets.
+#[derive(Clone, Copy, Debug)]
+struct Fetches {
+    /// So long after a wake-up.
+    delay: Duration,
+    /// A wake-up that comes while the library fetches is lost, so each is repeated after these pauses.
+    again: &'static [Duration],
+}
+
+impl Fetches {
+    /// The tickets are what wakes slots.
+    const AT_ONCE: Self = Self {
+        delay: Duration::ZERO,
+        again: &[
+            Duration::from_millis(5),
+            Duration::from_millis(25),
+            Duration::from_millis(200),
+        ],
+    };
+
+    /// By then wake-ups have found their slots without tickets.
+    const LATER: Self = Self {
+        delay: Duration::from_millis(200),
+        again: &[Duration::from_millis(200)],
+    };
+}
 
 /// How long the library may take to stop, for a database that doesn't answer.
 const STOP: Duration = Duration::from_secs(10);
@@ -60,8 +86,34 @@ impl Codec<Ticket> for TicketCodec {
 /// pauses, nothing is fetched, so that the tickets are left to other workers.
 #[derive(Clone)]
 struct SlotLayer {
-    slots: Arc<Semaphore>,
+    slots: Slots,
     ctx: Arc<Context>,
+}
+
+/// The process's slots. The one that the library holds while it waits for a ticket is lent to wake-ups.
+#[derive(Clone)]
+struct Slots {
+    free: Arc<Semaphore>,
+    parked: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
+}
+
+impl Slots {
+    fn new(concurrency: u32) -> Self {
+        Self {
+            free: Arc::new(Semaphore::new(usize::try_from(concurrency).unwrap_or(1))),
+            parked: Arc::default(),
+        }
+    }
+
+    fn parked(&self) -> MutexGuard<'_, Option<OwnedSemaphorePermit>> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A slot that is free now.
+    fn take(&self) -> Option<OwnedSemaphorePermit> {
+        let free = self.free.clone().try_acquire_owned().ok();
+        free.or_else(|| self.parked().take())
+    }
 }
 
 impl<S> Layer<S> for SlotLayer {
@@ -71,7 +123,6 @@ impl<S> Layer<S> for SlotLayer {
         SlotService {
             inner,
             layer: self.clone(),
-            permit: None,
             wait: None,
         }
     }
@@ -80,13 +131,8 @@ impl<S> Layer<S> for SlotLayer {
 struct SlotService<S> {
     inner: S,
     layer: SlotLayer,
-    permit: Option<OwnedSemaphorePermit>,
     wait: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
 }
-
-/// The slot that a ticket woke; whoever runs the job takes it.
-#[derive(Clone)]
-struct Slot(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
 
 impl<S: Service<Task<A>>, A> Service<Task<A>> for SlotService<S> {
     type Response = S::Response;
@@ -94,40 +140,61 @@ impl<S: Service<Task<A>>, A> Service<Task<A>> for SlotService<S> {
     type Future = S::Future;
 
     fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
-        if self.permit.is_none() {
+        let parked = self.layer.slots.parked().is_some();
+        if !parked {
             let layer = self.layer.clone();
             let wait = self.wait.get_or_insert_with(|| {
                 Box::pin(async move {
                     layer.ctx.pause.over().await;
-                    layer.slots.acquire_owned().await.ok()
+                    layer.slots.free.acquire_owned().await.ok()
                 })
             });
-            self.permit = ready!(Pin::new(wait).poll(cx));
+            let permit = ready!(Pin::new(wait).poll(cx));
             self.wait = None;
+            *self.layer.slots.parked() = permit;
         }
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, task: Task<A>) -> S::Future {
-        let slot = Slot(Arc::new(Mutex::new(self.permit.take())));
-        self.inner.call(task.into_builder().data(slot).build())
+        self.inner.call(task)
     }
 }
 
-async fn on_ticket(_: Ticket, ctx: Data<Arc<Context>>, slot: Data<Slot>) -> Result<(), BoxDynError> {
-    let ctx = Arc::clone(&ctx);
-    let permit = slot.0.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let slots = ctx.busy.clone();
+async fn on_ticket(_: Ticket, ctx: Data<Arc<Context>>, slots: Data<Slots>) -> Result<(), BoxDynError> {
+    // Without a free slot the ticket is of no use: whoever has one claims again.
+    if let Some(slot) = slots.take() {
+        // Acknowledged after the claim, which would have to wait for the one writer of SQLite, and not when the job
+        // ends: the job's row is what counts.
+        claim_in(&ctx, slot).await;
+    }
+    Ok(())
+}
+
+/// Claims and runs jobs in this slot until nothing is left, in a task of its own. Waits for the first claim; whether it
+/// found a job.
+async fn claim_in(ctx: &Arc<Context>, slot: OwnedSemaphorePermit) -> bool {
+    let (ctx, tasks) = (ctx.clone(), ctx.busy.clone());
     let (claiming, claimed) = oneshot::channel();
-    slots.spawn(async move {
+    tasks.spawn(async move {
         run_job::claim_and_run_until_none(ctx, claiming).await;
         // Last: frees the slot.
-        drop(permit);
+        drop(slot);
     });
-    // Acknowledged now and not when the job ends: the job's row is what counts. But not before the claim either, which
-    // would have to wait for the one writer of SQLite.
-    let _ = claimed.await;
-    Ok(())
+    claimed.await.unwrap_or(false)
+}
+
+/// Claims at each wake-up, in as many free slots as there are jobs for, for ever.
+async fn claim_at_wake_ups(ctx: &Arc<Context>, slots: &Slots) {
+    let mut changes = ctx.wakeups.slots();
+    let direct = matches!(ctx.store.pool(), Pool::Postgres(_));
+    while direct && changes.changed().await.is_ok() {
+        while ctx.pause.current(clock::now()).is_none()
+            && let Some(slot) = slots.take()
+            && claim_in(ctx, slot).await
+        {}
+    }
+    std::future::pending::<()>().await;
 }
 
 /// How often the library's worker was started lately.
@@ -192,13 +259,14 @@ macro_rules! monitor {
                                     if !store.is_usable().await {
                                         store.answers().await;
                                     }
-                                    tokio::time::sleep(pause).await;
+                                    sleep(pause).await;
                                     Ok(())
                                 }
                             })
                             .with_codec(TicketCodec),
                     )
                     .data(ctx.clone())
+                    .data(slots.clone())
                     .layer(SlotLayer {
                         slots: slots.clone(),
                         ctx: ctx.clone(),
@@ -212,18 +280,25 @@ macro_rules! monitor {
 /// themselves, then they are ended and their jobs handed back.
 pub(crate) async fn serve(ctx: &Arc<Context>) {
     let concurrency = ctx.config.concurrency;
-    let slots = Arc::new(Semaphore::new(usize::try_from(concurrency).unwrap_or(1)));
-    while !ctx.draining.is_cancelled() {
-        take_tickets(ctx, &slots).await;
+    let slots = Slots::new(concurrency);
+    let tickets = async {
+        while !ctx.draining.is_cancelled() {
+            take_tickets(ctx, &slots).await;
+        }
+    };
+    tokio::select! {
+        () = tickets => {}
+        () = claim_at_wake_ups(ctx, &slots) => {}
     }
+    drop(slots.parked().take());
 
     let (runs, seconds) = (ctx.busy.len(), ctx.config.drain.as_secs());
     tracing::info!("the worker drains: {runs} runs have {seconds} s, or until the next signal");
-    let all_free = slots.acquire_many(concurrency);
+    let all_free = slots.free.acquire_many(concurrency);
     tokio::pin!(all_free);
     tokio::select! {
         _ = &mut all_free => return,
-        () = tokio::time::sleep(ctx.config.drain) => {}
+        () = sleep(ctx.config.drain) => {}
         () = ctx.handing_back.cancelled() => {}
     }
     ctx.handing_back.cancel();
@@ -237,13 +312,17 @@ pub(crate) async fn serve(ctx: &Arc<Context>) {
 }
 
 /// Takes tickets until the worker drains, or until the library gives up, which only says that it must start anew.
-async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
+async fn take_tickets(ctx: &Arc<Context>, slots: &Slots) {
     let monitor = match ctx.store.pool() {
         Pool::Sqlite(pool) => monitor!(ctx, slots, pool, SqliteStorage, apalis_sqlite),
         Pool::Postgres(pool) => monitor!(ctx, slots, pool, PostgresStorage, apalis_postgres),
     };
     let workers = monitor.context();
-    let ringing = ring(ctx.wakeups.slots(), || {
+    let fetches = match ctx.store.pool() {
+        Pool::Sqlite(_) => Fetches::AT_ONCE,
+        Pool::Postgres(_) => Fetches::LATER,
+    };
+    let ringing = ring(ctx.wakeups.slots(), fetches, || {
         for worker in workers.workers() {
             let _ = workers.wake_worker(worker.name());
         }
@@ -256,22 +335,27 @@ async fn take_tickets(ctx: &Arc<Context>, slots: &Arc<Semaphore>) {
     tokio::select! {
         ended = serving => if !ctx.draining.is_cancelled() {
             tracing::error!(ended = ?ended.err().map(|error| error.to_string()), "the queue's monitor ended, restarting it");
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            sleep(Duration::from_secs(1)).await;
         },
         () = ringing => {}
         // The library's own statements wait without an end for a connection whose other end is gone.
         () = ctx.store.connection_lost() => {}
-        () = async { ctx.draining.cancelled().await; tokio::time::sleep(STOP).await } => {}
+        () = async { ctx.draining.cancelled().await; sleep(STOP).await } => {}
     }
 }
 
-/// Wakes the library at each change and again soon after, and now and then without one, for ever.
-async fn ring(mut changes: watch::Receiver<()>, mut wake: impl FnMut()) {
+/// Wakes the library soon after each change and again, and now and then without one, for ever.
+async fn ring(mut changes: watch::Receiver<()>, fetches: Fetches, mut wake: impl FnMut()) {
     let mut pauses = [].iter();
     loop {
         let pause = pauses.next().copied().unwrap_or(SLOW_POLL);
-        if let Ok(Ok(())) = tokio::time::timeout(pause, changes.changed()).await {
-            pauses = RING_AGAIN.iter();
+        let due = Instant::now() + pause;
+        // The next change doesn't put off what is due for the one before.
+        if let Ok(Ok(())) = timeout_at(due, changes.changed()).await {
+            let rest = due.saturating_duration_since(Instant::now());
+            sleep(rest.min(fetches.delay)).await;
+            changes.mark_unchanged();
+            pauses = fetches.again.iter();
         }
         wake();
     }
@@ -280,29 +364,36 @@ async fn ring(mut changes: watch::Receiver<()>, mut wake: impl FnMut()) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::time::sleep;
+
+    /// The milliseconds at which the library is woken, when something changes after these pauses.
+    async fn wake_ups(fetches: Fetches, pauses: &[u64]) -> Vec<u128> {
+        let (bell, changes) = watch::channel(());
+        let (begin, mut wakes) = (Instant::now(), Vec::new());
+        let course = async {
+            for &pause in pauses {
+                sleep(Duration::from_millis(pause)).await;
+                bell.send_replace(());
+            }
+            sleep(Duration::from_secs(12)).await;
+        };
+        tokio::select! {
+            () = ring(changes, fetches, || wakes.push(begin.elapsed().as_millis())) => {}
+            () = course => {}
+        }
+        wakes
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_wake_up_that_the_library_may_have_lost_is_repeated() {
-        let (bell, changes) = watch::channel(());
-        let (begin, mut rings) = (tokio::time::Instant::now(), Vec::new());
-        let course = async {
-            sleep(Duration::from_secs(1)).await;
-            bell.send_replace(());
-            // While that one is being repeated there is another.
-            sleep(Duration::from_millis(100)).await;
-            bell.send_replace(());
-            sleep(Duration::from_secs(12)).await;
-        };
-
-        tokio::select! {
-            () = ring(changes, || rings.push(begin.elapsed().as_millis())) => {}
-            () = course => {}
-        }
-
+        // While that one is being repeated there is another.
         assert_eq!(
-            rings,
+            wake_ups(Fetches::AT_ONCE, &[1_000, 100]).await,
             [1_000, 1_005, 1_030, 1_100, 1_105, 1_130, 1_330, 6_330, 11_330]
+        );
+        // While that one waits for its fetch there is another, and one while it is being repeated.
+        assert_eq!(
+            wake_ups(Fetches::LATER, &[1_000, 100, 150]).await,
+            [1_200, 1_400, 1_600, 6_600, 11_600]
         );
     }
 }

@@ -23,8 +23,9 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::{Instrument, info, info_span, warn};
 
-/// Claims and runs until nothing is left, or until this worker may not. `claiming` is dropped after the first claim.
-pub async fn claim_and_run_until_none(ctx: Arc<Context>, claiming: oneshot::Sender<()>) {
+/// Claims and runs until nothing is left, or until this worker may not. `claiming` learns whether the first claim
+/// found a job.
+pub async fn claim_and_run_until_none(ctx: Arc<Context>, claiming: oneshot::Sender<bool>) {
     let mut claiming = Some(claiming);
     while !ctx.draining.is_cancelled() {
         // Held until the run has ended.
@@ -32,7 +33,11 @@ pub async fn claim_and_run_until_none(ctx: Arc<Context>, claiming: oneshot::Send
             return;
         };
         let claimed = claim(&ctx).await;
-        drop(claiming.take());
+        if !matches!(claimed, Claim::TryAgain)
+            && let Some(claiming) = claiming.take()
+        {
+            let _ = claiming.send(matches!(claimed, Claim::Run(_)));
+        }
         match claimed {
             Claim::Run(lease) => {
                 let run_of = (lease.job.job_id, lease.job.attempt);

@@ -203,6 +203,7 @@ pub(crate) async fn once(ctx: &Context) -> Result<()> {
 
 async fn rarely(ctx: &Context) -> Result<()> {
     heartbeat::announce(ctx).await?;
+    ctx.store.repair_lanes().await?;
     if ctx.store.check_clock().await?.is_some() {
         return Ok(());
     }

@@ -120,7 +120,7 @@ pub async fn accept(
     {
         return Err(Problem::QueueFull(max));
     }
-    let mut tx = context.store.begin().await?;
+    let mut tx = context.store.begin_submission(&new.key_id).await?;
     let accepted = Accepted {
         job: tx.insert_job(&new).await?,
         message: new.message,

@@ -7,20 +7,21 @@
 //! which it was made. So the spend of any period can be added up from the ledger at any time, and is, when a budget
 //! begins or changes its period.
 //!
-//! Whoever reads which budgets there are, to add to them, holds off who changes them: for a key's budget by its lane,
-//! for the global one by a lock of its own.
+//! Readers that will add to a budget lock out writers: a key's budget by its lane, the global one by a lock of its own.
+//! What is reserved in a budget is the sum of what its running attempts have reserved.
 
 mod manage;
 
 pub use manage::{AdjustBudget, DeleteBudget, PutBudget};
 
 use super::macros::lock;
-use super::{Error, Result, Tx, execute, fetch, fetch_locked};
+use super::{Error, Result, Tx, TxDb, execute, fetch, fetch_locked};
 use crate::budget::{Period, Scope};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use crate::job::{Job, Spend, TokenUsage};
 use crate::money::MicroUsd;
+use sqlx::{Postgres, QueryBuilder, Sqlite};
 
 /// A budget that applies to a job, and its state in the current period.
 #[derive(Clone, Debug)]
@@ -52,8 +53,8 @@ impl Applicable {
 pub(super) enum Allowance {
     /// Reserve this much, in every budget.
     Reserve(MicroUsd),
-    /// Wait: what is left is only reserved, or the budget holds its jobs until the next period. The key's own
-    /// budget holds its lane, the global one the whole queue.
+    /// Wait: what is left is only reserved, or the budget holds its jobs until the next period. The lane is held, and when
+    /// nothing at all is left in the global budget, the whole queue.
     Wait { everybody: bool },
     /// There is too little left to begin.
     Exceeded {
@@ -87,10 +88,25 @@ pub(super) fn allow(budgets: &[Applicable], wanted: MicroUsd, least: MicroUsd) -
         .find(|budget| budget.reserved > MicroUsd::ZERO && left(budget) < wanted);
     if let Some(budget) = used_up().next().or(gives_back) {
         return Allowance::Wait {
-            everybody: budget.is_global(),
+            everybody: budget.is_global() && left(budget) <= MicroUsd::ZERO,
         };
     }
     Allowance::Reserve(budgets.iter().map(left).fold(wanted, MicroUsd::min))
+}
+
+/// When the period of `budget` begins; `$2` to `$4` are the beginnings of the day, the week and the month.
+macro_rules! period_start {
+    () => {
+        "case budget.period when 'day' then cast($2 as bigint) when 'week' then cast($3 as bigint)
+           when 'month' then cast($4 as bigint) else 0 end"
+    };
+}
+
+/// The budgets that the jobs of the key `$1` count in.
+macro_rules! of_key {
+    () => {
+        "((budget.scope = 'key' and budget.scope_id = $1) or (budget.scope = 'global' and budget.scope_id = ''))"
+    };
 }
 
 impl Tx {
@@ -148,162 +164,178 @@ impl Tx {
         }
     }
 
-    /// Reserves the amount for this attempt in all these budgets, whose states are locked.
+    /// The budgets that apply to this key's jobs, as they are now; nothing is locked.
+    pub(super) async fn read_budgets(&mut self, key_id: &KeyId, now: Timestamp) -> Result<Vec<Applicable>> {
+        let budgets = fetch!(
+            self,
+            "read budgets",
+            fetch_all => (String, String, MicroUsd, Period, String, Option<MicroUsd>, Option<MicroUsd>),
+            concat!(
+                "select budget.scope, budget.scope_id, limit_amount, period, on_exceeded, spent, reserved
+                 from budget left join budget_period as state
+                   on state.scope = budget.scope and state.scope_id = budget.scope_id and state.period_start = ",
+                period_start!(),
+                " where ",
+                of_key!()
+            ),
+            key_id,
+            Period::Day.start(now),
+            Period::Week.start(now),
+            Period::Month.start(now)
+        )?;
+        let mut applicable = Vec::with_capacity(budgets.len());
+        for (scope, scope_id, limit, period, on_exceeded, spent, reserved) in budgets {
+            let scope = read_scope(&scope, &scope_id)?;
+            let period_start = period.start(now);
+            let (spent, reserved) = match spent.zip(reserved) {
+                Some(state) => state,
+                // The period begins with this claim.
+                None => self.lock_period(&scope, period_start).await?,
+            };
+            applicable.push(Applicable {
+                scope,
+                limit,
+                waits: on_exceeded == "hold",
+                thresholds: Vec::new(),
+                period_start,
+                spent,
+                reserved,
+            });
+        }
+        Ok(applicable)
+    }
+
+    /// Reserves the amount in all these budgets, which are all that apply; `false` when it doesn't fit into each of them
+    /// any more, and the caller rolls back.
     pub(super) async fn reserve(
         &mut self,
-        job: &Job,
+        key_id: &KeyId,
         budgets: &[Applicable],
         amount: MicroUsd,
-    ) -> Result<()> {
-        for budget in budgets {
-            let fits = execute!(
-                self,
-                "reserve in a budget",
-                "update budget_period set reserved = reserved + $4
-                 where scope = $1 and scope_id = $2 and period_start = $3 and spent + reserved + $4 <= $5",
-                budget.scope.name(),
-                budget.scope.id(),
-                budget.period_start,
-                amount,
-                budget.limit
-            )?;
-            // The amount was computed from the locked rows; a row that disagrees must stop the claim.
-            if fits == 0 {
-                let text = format!("{amount} don't fit into the budget of {}", budget.limit);
-                return Err(Error::during("reserve in a budget")(text));
-            }
-            execute!(
-                self,
-                "reserve in a budget",
-                "insert into reservation (job_id, attempt, scope, scope_id, period_start, amount)
-                 values ($1, $2, $3, $4, $5, $6)",
-                job.job_id,
-                job.attempt,
-                budget.scope.name(),
-                budget.scope.id(),
-                budget.period_start,
-                amount
-            )?;
+        now: Timestamp,
+    ) -> Result<bool> {
+        if budgets.is_empty() {
+            return Ok(true);
         }
-        Ok(())
+        let fits = execute!(
+            self,
+            "reserve in the budgets",
+            concat!(
+                "update budget_period set reserved = reserved + $5 from budget
+                 where budget.scope = budget_period.scope and budget.scope_id = budget_period.scope_id
+                   and budget_period.period_start = ",
+                period_start!(),
+                " and spent + reserved + $5 <= limit_amount and ",
+                of_key!()
+            ),
+            key_id,
+            Period::Day.start(now),
+            Period::Week.start(now),
+            Period::Month.start(now),
+            amount
+        )?;
+        Ok(usize::try_from(fits).is_ok_and(|fits| fits == budgets.len()))
     }
 
-    /// Writes an attempt's cost into the ledger and moves it from reserved to spent, in the periods that it was
-    /// reserved in. The caller holds the job's row and lane, so this happens once for each attempt. Gives the cost
-    /// that was written.
-    #[doc(hidden)]
-    pub async fn settle(&mut self, job: &Job, spend: &Spend, now: Timestamp) -> Result<MicroUsd> {
-        self.settle_part(job, spend, false, now).await
-    }
-
-    /// The same; `late`: on top of what was settled when the attempt ended.
-    pub(super) async fn settle_part(
+    /// Writes an attempt's cost into the ledger, a line for each model; `late`: on top of what was written when the attempt
+    /// ended. The caller holds the job's row. Gives the cost that was written: a line that is there already isn't.
+    pub(super) async fn write_ledger(
         &mut self,
         job: &Job,
         spend: &Spend,
         late: bool,
         now: Timestamp,
     ) -> Result<MicroUsd> {
-        self.share_global_budget().await?;
+        macro_rules! insert {
+            ($db:ty, $tx:expr, $models:expr) => {{
+                let mut query = QueryBuilder::<$db>::new(
+                    "insert into ledger (at, key_id, job_id, attempt, session_id, model, cost, input_tokens, output_tokens,
+                       cache_creation_input_tokens, cache_read_input_tokens, estimated, price_version, late) ",
+                );
+                query.push_values($models, |mut row, model| {
+                    row.push_bind(now)
+                        .push_bind(&job.key_id)
+                        .push_bind(job.job_id)
+                        .push_bind(job.attempt)
+                        .push_bind(job.session_id)
+                        .push_bind(&model.model)
+                        .push_bind(model.cost)
+                        .push_bind(model.usage.input_tokens)
+                        .push_bind(model.usage.output_tokens)
+                        .push_bind(model.usage.cache_creation_input_tokens)
+                        .push_bind(model.usage.cache_read_input_tokens)
+                        .push_bind(spend.estimated)
+                        .push_bind(&spend.price_version)
+                        .push_bind(late);
+                });
+                query.push(" on conflict (job_id, attempt, model, late) do nothing returning cost");
+                query.build_query_as::<(MicroUsd,)>().fetch_all(&mut **$tx).await
+            }};
+        }
         let mut cost = MicroUsd::ZERO;
-        for model in &spend.models {
-            let written = execute!(
-                self,
-                "write the ledger",
-                "insert into ledger (at, key_id, job_id, attempt, session_id, model, cost, input_tokens, output_tokens,
-                   cache_creation_input_tokens, cache_read_input_tokens, estimated, price_version, late)
-                 values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
-                 on conflict (job_id, attempt, model, late) do nothing",
-                now,
-                &job.key_id,
-                job.job_id,
-                job.attempt,
-                job.session_id,
-                &model.model,
-                model.cost,
-                model.usage.input_tokens,
-                model.usage.output_tokens,
-                model.usage.cache_creation_input_tokens,
-                model.usage.cache_read_input_tokens,
-                spend.estimated,
-                &spend.price_version,
-                late
-            )?;
-            // A model that is named twice has one line, and counts once everywhere.
-            if written > 0 {
-                cost += model.cost;
+        // A statement has room for so many parameters only.
+        for models in spend.models.chunks(1000) {
+            self.store.work.statement();
+            let written = match &mut self.db {
+                TxDb::Sqlite(tx) => insert!(Sqlite, tx, models),
+                TxDb::Postgres(tx) => {
+                    let inserting = async { insert!(Postgres, tx, models) };
+                    self.store.liveness.in_time(inserting).await
+                }
             }
-        }
-        let reserved = fetch!(
-            self,
-            "read reservations",
-            fetch_all => (String, String, Timestamp, MicroUsd),
-            "delete from reservation where job_id = $1 and attempt = $2 returning scope, scope_id, period_start, amount",
-            job.job_id,
-            job.attempt
-        )?;
-        let budgets = fetch!(
-            self,
-            "read budgets",
-            fetch_all => (String, String, Period, MicroUsd, String),
-            "select scope, scope_id, period, limit_amount, alert_thresholds from budget
-             where (scope = 'key' and scope_id = $1) or (scope = 'global' and scope_id = '')",
-            &job.key_id
-        )?;
-        // A budget that was set while the attempt ran has nothing reserved for it, but it counts; one that was
-        // removed meanwhile gets back what it had reserved.
-        let mut settled = Vec::with_capacity(reserved.len());
-        for (scope, scope_id, start, amount) in reserved {
-            settled.push((read_scope(&scope, &scope_id)?, start, amount));
-        }
-        let mut limits = Vec::with_capacity(budgets.len());
-        for (scope, scope_id, period, limit, thresholds) in budgets {
-            let scope = read_scope(&scope, &scope_id)?;
-            if !settled.iter().any(|row| row.0 == scope) {
-                let began = self.began(job).await?.unwrap_or(now);
-                settled.push((scope.clone(), period.start(began), MicroUsd::ZERO));
-            }
-            limits.push((scope, limit, read_thresholds(&thresholds)));
-        }
-        // Always the key's budget before the global one, here as in a claim, so that no two wait for each other.
-        settled.sort_by_key(|row| row.0 == Scope::Global);
-        for (scope, start, amount) in settled {
-            let (spent,) = fetch!(
-                self,
-                "settle in a budget",
-                fetch_one => (MicroUsd,),
-                "insert into budget_period (scope, scope_id, period_start, spent) values ($1, $2, $3, $5)
-                 on conflict (scope, scope_id, period_start)
-                 do update set spent = budget_period.spent + $5, reserved = budget_period.reserved - $4
-                 returning spent",
-                scope.name(),
-                scope.id(),
-                start,
-                amount,
-                cost
-            )?;
-            if let Some((_, limit, thresholds)) = limits.iter().find(|row| row.0 == scope) {
-                self.note_alerts(&scope, start, spent, *limit, thresholds, now)
-                    .await?;
-            }
-            if scope == Scope::Global {
-                self.free_from_budget(&scope).await?;
-            }
+            .map_err(Error::during("write the ledger"))?;
+            cost += written.into_iter().map(|row| row.0).sum();
         }
         Ok(cost)
     }
 
-    /// When the present attempt of the job began.
-    async fn began(&mut self, job: &Job) -> Result<Option<Timestamp>> {
-        let row = fetch!(
+    /// Moves an attempt's cost from reserved to spent, in the periods in which it began: with `reserved`, what it had
+    /// reserved and when. A budget that was set while the attempt ran counts what it had reserved, and one that was
+    /// removed is gone. The caller holds the lane.
+    pub(super) async fn settle(
+        &mut self,
+        key_id: &KeyId,
+        cost: MicroUsd,
+        (reserved, began): (MicroUsd, Timestamp),
+        now: Timestamp,
+    ) -> Result<()> {
+        let settled = fetch!(
             self,
-            "read an attempt",
-            fetch_optional => (Timestamp,),
-            "select started_at from attempt where job_id = $1 and attempt = $2",
-            job.job_id,
-            job.attempt
+            "settle in the budgets",
+            fetch_all => (String, String, Timestamp, MicroUsd, Option<MicroUsd>, Option<String>),
+            concat!(
+                "insert into budget_period (scope, scope_id, period_start, spent)
+                 select budget.scope, budget.scope_id, ",
+                period_start!(),
+                ", cast($5 as bigint) from budget where ",
+                of_key!(),
+                " on conflict (scope, scope_id, period_start) do update set
+                   spent = budget_period.spent + excluded.spent,
+                   reserved = case when budget_period.reserved > $6 then budget_period.reserved - $6 else 0 end
+                 returning scope, scope_id, period_start, spent,
+                   (select limit_amount from budget as b
+                    where b.scope = budget_period.scope and b.scope_id = budget_period.scope_id),
+                   (select alert_thresholds from budget as b
+                    where b.scope = budget_period.scope and b.scope_id = budget_period.scope_id)"
+            ),
+            key_id,
+            Period::Day.start(began),
+            Period::Week.start(began),
+            Period::Month.start(began),
+            cost,
+            reserved
         )?;
-        Ok(row.map(|row| row.0))
+        for (scope, scope_id, start, spent, limit, thresholds) in settled {
+            let scope = read_scope(&scope, &scope_id)?;
+            let thresholds = read_thresholds(thresholds.as_deref().unwrap_or_default());
+            let limit = limit.unwrap_or_default();
+            self.note_alerts(&scope, start, spent, limit, &thresholds, now)
+                .await?;
+            if scope == Scope::Global {
+                self.free_from_budget(&scope, now).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Holds off, until the end of the transaction, who begins, changes or ends the global budget.
@@ -501,8 +533,14 @@ mod tests {
         let both = [budget("key", 1000, 0, 0), budget("global", 120, 0, 60)];
         assert_eq!(
             allow(&both),
+            Allowance::Wait { everybody: false },
+            "others may fit into what is left"
+        );
+        let both = [budget("key", 1000, 0, 0), budget("global", 120, 60, 60)];
+        assert_eq!(
+            allow(&both),
             Allowance::Wait { everybody: true },
-            "the tightest decides"
+            "nothing is left for anybody"
         );
     }
 }

@@ -1,16 +1,17 @@
 //! The claim: which job runs next. Highest priority first; within a priority keys take turns; within a key the
 //! oldest. Claims are made one at a time, so caps, turns and budgets are exact.
 
-use super::budget::{self, Allowance, Applicable};
+use super::budget::{self, Allowance};
 use super::columns::columns;
-use super::{Error, Result, Store, Tx, execute, fetch};
+use super::{Error, Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::id::{KeyId, WorkerId};
-use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume, RunDefaults};
+use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume, RunDefaults, RunOptions};
 use crate::key::TextList;
 use crate::money::MicroUsd;
 use serde_json::json;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Who claims, and how it spends.
@@ -42,17 +43,18 @@ impl Store {
     pub async fn claim(&self, claimant: &Claimant, now: Timestamp) -> Result<Claim> {
         let asked = Instant::now();
         // Most looks find nothing; they needn't wait for the lock.
-        if !self.seems_runnable().await? {
+        let seen = self.more_ready.swap(false, Ordering::Relaxed);
+        if !seen && !self.seems_runnable().await? {
             return Ok(Claim::Nothing);
         }
-        let mut tx = self.begin().await?;
-        tx.lock_claims().await?;
+        let mut tx = self.begin_claim().await?;
         let Some((key_id, top)) = tx.take_turn().await? else {
             tx.rollback().await?;
             return Ok(Claim::Nothing);
         };
         // The hint was stale: another lane may have a higher-priority job. Correct the hint and look again.
-        let Some(job) = tx.head_of(&key_id).await?.filter(|job| job.priority >= top) else {
+        let (job, next) = tx.head_of(&key_id).await?;
+        let Some(job) = job.filter(|job| job.priority >= top) else {
             tx.give_back_turn(&key_id).await?;
             tx.commit().await?;
             return Ok(Claim::TryAgain);
@@ -72,22 +74,62 @@ impl Store {
             self.fail_used_up(&job, now).await?;
             return Ok(Claim::TryAgain);
         }
+        // Most jobs fit, and then nothing is locked to see that they do: the condition of the reservation decides.
+        let budgets = tx.read_budgets(&key_id, now).await?;
+        if let Allowance::Reserve(amount) = budget::allow(&budgets, left, claimant.least_reserve) {
+            if !tx.reserve(&key_id, &budgets, amount, now).await? {
+                tx.rollback().await?;
+                return Ok(Claim::TryAgain);
+            }
+            let held_at = Instant::now();
+            let claimed = tx.begin_attempt(job, claimant, amount, now).await?;
+            if next != Some(top) {
+                tx.lower_hint(&key_id).await?;
+            }
+            tx.commit().await?;
+            self.more_ready.store(next.is_some(), Ordering::Relaxed);
+            return self.lease(claimed, amount, held_at, now).await;
+        }
         let budgets = tx.lock_budgets(&key_id, now).await?;
-        let claim = match budget::allow(&budgets, left, claimant.least_reserve) {
-            Allowance::Reserve(amount) => tx.begin_attempt(job, claimant, &budgets, amount, now).await?,
+        match budget::allow(&budgets, left, claimant.least_reserve) {
+            // Money came back meanwhile.
+            Allowance::Reserve(_) => tx.rollback().await?,
             Allowance::Wait { everybody } => {
                 tx.hold_for_budget(&key_id, everybody).await?;
                 tx.give_back_turn(&key_id).await?;
-                Claim::TryAgain
+                tx.commit().await?;
             }
             Allowance::Exceeded { .. } => {
                 tx.rollback().await?;
                 self.fail_unaffordable(&job, claimant.least_reserve, now).await?;
-                return Ok(Claim::TryAgain);
             }
+        }
+        Ok(Claim::TryAgain)
+    }
+
+    /// What the holder of a claimed job must know beside its row. Nobody else changes it while the job runs, so it is read
+    /// after the lock of the claims was given back. A job of which it can't be read is handed back.
+    async fn lease(&self, job: Job, reserved: MicroUsd, held_at: Instant, now: Timestamp) -> Result<Claim> {
+        let (job_id, attempt) = (job.job_id, job.attempt);
+        let read = async {
+            let run = self.what_to_run(&job).await?;
+            Ok((run, self.resumable(&job).await?))
         };
-        tx.commit().await?;
-        Ok(claim)
+        match read.await {
+            Ok(((message, options, allowed_models), resume)) => Ok(Claim::Run(Box::new(Lease {
+                job,
+                held_at,
+                message,
+                options,
+                allowed_models,
+                reserved,
+                resume,
+            }))),
+            Err(error) => match self.release_run(job_id, attempt, now).await {
+                Ok(_) => Err(error),
+                Err(error) => Err(error.after_commit()),
+            },
+        }
     }
 
     /// Fails a waiting job whose earlier attempts have cost all that it may cost.
@@ -106,6 +148,70 @@ impl Store {
         tx.end_waiting(job.job_id, &ending, CancelReason::User, now)
             .await?;
         tx.commit().await
+    }
+
+    /// The prompt, what only the run needs, and the models that the key may use now.
+    async fn what_to_run(&self, job: &Job) -> Result<(String, RunOptions, Vec<String>)> {
+        let (message, options, allowed_models) = read!(
+            self,
+            "read a prompt",
+            fetch_one => (String, String, Option<String>),
+            "select message, options, (select allowed_models from api_key where key_id = $2) from prompt
+             where job_id = $1",
+            job.job_id,
+            &job.key_id
+        )?;
+        let allowed_models = allowed_models
+            .map_or(Ok(TextList::default()), TextList::try_from)
+            .map_err(|error| Error::during("read a key's models")(error.to_string()))?;
+        let options = serde_json::from_str(&options)
+            .map_err(|error| Error::during("read a prompt")(error.to_string()))?;
+        Ok((message, options, allowed_models.0))
+    }
+
+    /// The Claude sessions that the next run might continue, best first: this job's earlier attempts, then what its
+    /// session's last job left.
+    async fn resumable(&self, job: &Job) -> Result<Vec<Resume>> {
+        if job.attempt == 1 && job.session_id.is_none() {
+            return Ok(Vec::new());
+        }
+        let attempts = read!(
+            self,
+            "read earlier attempts",
+            fetch_all => (i64, String, Option<String>),
+            "select attempt, claude_session_id, error_code from attempt where job_id = $1 and attempt < $2 order by attempt desc",
+            job.job_id,
+            job.attempt
+        )?;
+        // The CLI couldn't continue a conversation whose transcript is there: trying again would end the same way.
+        if attempts
+            .iter()
+            .any(|(.., code)| code.as_deref() == Some("session_not_found"))
+        {
+            return Ok(Vec::new());
+        }
+        let mut resumable: Vec<Resume> = attempts
+            .into_iter()
+            .map(|(attempt, claude_session_id, _)| Resume {
+                claude_session_id,
+                interrupted: Some(attempt),
+            })
+            .collect();
+        if let Some(session_id) = job.session_id {
+            let session = read!(
+                self,
+                "read a session",
+                fetch_optional => (Option<String>,),
+                "select claude_session_id from session where session_id = $1",
+                session_id
+            )?;
+            let left = session.and_then(|row| row.0);
+            resumable.extend(left.map(|claude_session_id| Resume {
+                claude_session_id,
+                interrupted: None,
+            }));
+        }
+        Ok(resumable)
     }
 
     /// Fails a waiting job that no budget leaves enough money for, if that is still so.
@@ -137,29 +243,29 @@ impl Store {
 }
 
 impl Tx {
-    async fn head_of(&mut self, key_id: &KeyId) -> Result<Option<Job>> {
-        fetch!(
+    /// The first of the lane's ready jobs, and the priority of the second.
+    async fn head_of(&mut self, key_id: &KeyId) -> Result<(Option<Job>, Option<i64>)> {
+        let jobs = fetch!(
             self,
             "find the lane's first job",
-            fetch_optional => Job,
+            fetch_all => Job,
             concat!("select ", columns!(Job), " from job where key_id = $1 and status = 'queued' and hold = ''
-             order by priority desc, job_number limit 1"),
+             order by priority desc, job_number limit 2"),
             key_id
-        )
+        )?;
+        let mut jobs = jobs.into_iter();
+        Ok((jobs.next(), jobs.next().map(|job| job.priority)))
     }
 
     async fn begin_attempt(
         &mut self,
         job: Job,
         claimant: &Claimant,
-        budgets: &[Applicable],
         reserved: MicroUsd,
         now: Timestamp,
-    ) -> Result<Claim> {
-        let held_at = Instant::now();
+    ) -> Result<Job> {
         let defaults = &claimant.defaults;
         let claude_session_id = uuid::Uuid::new_v4().to_string();
-        let resume = self.resumable(&job).await?;
         let claimed = fetch!(
             self,
             "claim a job",
@@ -168,7 +274,8 @@ impl Tx {
                claude_session_id = $3, run_after = null, started_at = coalesce(started_at, $4),
                model = coalesce(model, $5), effort = coalesce(effort, $6),
                permission_mode = coalesce(permission_mode, $7), max_turns = coalesce(max_turns, $8),
-               timeout_seconds = coalesce(timeout_seconds, $9), version = version + 1
+               timeout_seconds = coalesce(timeout_seconds, $9), spend = null, version = version + 1,
+               last_event_seq = last_event_seq + 1
              where job_id = $1 and status = 'queued' and hold = '' returning ", columns!(Job)),
             job.job_id,
             claimant.worker_id,
@@ -180,7 +287,6 @@ impl Tx {
             defaults.max_turns,
             defaults.timeout_seconds
         )?;
-        self.reserve(&claimed, budgets, reserved).await?;
         execute!(
             self,
             "begin an attempt",
@@ -195,76 +301,9 @@ impl Tx {
             now
         )?;
         let running = json!({ "status": JobStatus::Running, "attempt": claimed.attempt });
-        self.finish_events(&claimed, &[NewEvent::new(EventType::Status, running)], now)
+        let event = NewEvent::new(EventType::Status, running);
+        self.append_events(claimed.job_id, claimed.last_event_seq - 1, &[event], now)
             .await?;
-        self.lower(&claimed.key_id).await?;
-        let (message, options, allowed_models) = fetch!(
-            self,
-            "read a prompt",
-            fetch_one => (String, String, Option<String>),
-            "select message, options, (select allowed_models from api_key where key_id = $2) from prompt
-             where job_id = $1",
-            claimed.job_id,
-            &claimed.key_id
-        )?;
-        let allowed_models = allowed_models
-            .map_or(Ok(TextList::default()), TextList::try_from)
-            .map_err(|error| Error::during("read a key's models")(error.to_string()))?;
-        let options = serde_json::from_str(&options)
-            .map_err(|error| Error::during("read a prompt")(error.to_string()))?;
-        let job = Job {
-            last_event_seq: claimed.last_event_seq + 1,
-            ..claimed
-        };
-        Ok(Claim::Run(Box::new(Lease {
-            job,
-            held_at,
-            message,
-            options,
-            allowed_models: allowed_models.0,
-            reserved,
-            resume,
-        })))
-    }
-
-    /// The Claude sessions that the next run might continue, best first: this job's earlier attempts, then what its
-    /// session's last job left.
-    async fn resumable(&mut self, job: &Job) -> Result<Vec<Resume>> {
-        let attempts = fetch!(
-            self,
-            "read earlier attempts",
-            fetch_all => (i64, String, Option<String>),
-            "select attempt, claude_session_id, error_code from attempt where job_id = $1 order by attempt desc",
-            job.job_id
-        )?;
-        // The CLI couldn't continue a conversation whose transcript is there: trying again would end the same way.
-        if attempts
-            .iter()
-            .any(|(.., code)| code.as_deref() == Some("session_not_found"))
-        {
-            return Ok(Vec::new());
-        }
-        let mut resumable: Vec<Resume> = attempts
-            .into_iter()
-            .map(|(attempt, claude_session_id, _)| Resume {
-                claude_session_id,
-                interrupted: Some(attempt),
-            })
-            .collect();
-        if let Some(session_id) = job.session_id {
-            let session = fetch!(
-                self,
-                "read a session",
-                fetch_optional => (Option<String>,),
-                "select claude_session_id from session where session_id = $1",
-                session_id
-            )?;
-            let left = session.and_then(|row| row.0);
-            resumable.extend(left.map(|claude_session_id| Resume {
-                claude_session_id,
-                interrupted: None,
-            }));
-        }
-        Ok(resumable)
+        Ok(claimed)
     }
 }

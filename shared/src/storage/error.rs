@@ -76,6 +76,14 @@ impl Error {
         self.operation == COMMIT && self.is_unavailable()
     }
 
+    /// The same, of a transaction that came through before: somebody must look what it did.
+    pub(super) fn after_commit(self) -> Self {
+        Self {
+            operation: COMMIT,
+            ..self
+        }
+    }
+
     /// Whether somebody else holds SQLite's write lock.
     pub(crate) fn is_locked(&self) -> bool {
         let Some(sqlx::Error::Database(error)) = self.database() else {

@@ -34,6 +34,7 @@ impl Tx {
         }
         // A statement has room for so many parameters only.
         for (events, first) in events.chunks(1000).zip((last + 1..).step_by(1000)) {
+            self.store.work.statement();
             match &mut self.db {
                 TxDb::Sqlite(tx) => insert!(Sqlite, tx, events, first),
                 TxDb::Postgres(tx) => {

@@ -2,14 +2,15 @@
 //! the key's jobs are held, when it was last served, and the highest priority among its ready jobs. All SQL about lanes,
 //! and about the one row that holds the whole queue, is here.
 //!
-//! `top_priority` is a hint: it may be too high, which costs one claim in vain, but not too low for long.
+//! `top_priority` is a hint: it may be too high, which costs one claim in vain, but never too low, which would starve the
+//! key. Whoever makes jobs ready raises it, under the lane's row or its shared lock; only claims lower it.
 
-use super::macros::on_connection;
-use super::{Db, Error, Result, Store, Tx, TxDb, execute, fetch, read};
+use super::macros::lock;
+use super::{Error, Result, Store, Tx, TxDb, execute, fetch, read};
 use crate::budget::Scope;
+use crate::clock::Timestamp;
 use crate::id::KeyId;
 use crate::job::Hold;
-use std::collections::BTreeMap;
 
 /// The highest priority among a lane's ready jobs; `$1` is the key.
 macro_rules! head {
@@ -18,13 +19,11 @@ macro_rules! head {
     };
 }
 
-/// Corrects a hint that is too low.
-const RAISE: &str = concat!(
-    "update lane set top_priority = ",
-    head!(),
-    " where key_id = $1 and coalesce(",
-    head!(),
-    ", -99) > coalesce(top_priority, -99)"
+/// Takes the lock that says: numbers of jobs after the present one are being used.
+const NUMBERS_IN_USE: &str = lock!(
+    "_shared",
+    "(select cast(last_value % 2147483647 as integer) from job_job_number_seq)",
+    of = numbers
 );
 
 impl Store {
@@ -33,6 +32,18 @@ impl Store {
         let mut tx = self.begin().await?;
         tx.put_lane(key_id, max_running).await?;
         tx.commit().await
+    }
+
+    /// Begins a transaction that accepts jobs of this key.
+    pub async fn begin_submission(&self, key_id: &KeyId) -> Result<Tx> {
+        let locks = format!(
+            concat!("begin; ", lock!("_shared", "{}", of = lanes), "; {}"),
+            lock_number(key_id),
+            NUMBERS_IN_USE
+        );
+        let mut tx = self.begin_with(sqlx::AssertSqlSafe(locks)).await?;
+        tx.announced = Some(key_id.clone());
+        Ok(tx)
     }
 
     /// Whether some lane seems to have a job that may run. Takes no lock.
@@ -64,105 +75,48 @@ impl Store {
         }))
     }
 
-    /// Corrects hints that are too low because a process died between its commit and its correction. On SQLite,
-    /// where nobody writes at the same time, none can be.
-    pub(super) async fn repair_hints(&self) -> Result<()> {
-        if matches!(&*self.db, Db::Sqlite { .. }) {
-            return Ok(());
-        }
-        let low = read!(
-            self,
-            "look for hints that are too low",
-            fetch_all => (KeyId,),
-            "select key_id from lane
-             where coalesce((
-               select max(priority) from job where key_id = lane.key_id and status = 'queued' and hold = ''), -99)
-               > coalesce(top_priority, -99)"
-        )?;
-        let low: Vec<KeyId> = low.into_iter().map(|row| row.0).collect();
-        self.raise_again(&BTreeMap::new(), &low).await
-    }
-
-    /// Corrects lanes whose counter isn't the number of their running jobs. None should be, since each transaction keeps
-    /// it; but a lane that counts too many would starve its key for ever. Gives how many were wrong.
-    pub async fn repair_counters(&self) -> Result<u64> {
-        // One statement sees one moment, in which the counter is right.
+    /// Repairs lanes whose counter isn't the number of their running jobs, or whose hint is too low. Neither can be, since
+    /// each transaction keeps both true; but a lane that was wrong for ever would starve its key. Gives how many there
+    /// were.
+    pub async fn repair_lanes(&self) -> Result<u64> {
+        // One statement sees one moment, in which both are true.
         let wrong = read!(
             self,
             "look for wrong lanes",
-            fetch_all => (KeyId, i64, i64),
-            "select lane.key_id, lane.running, cast(coalesce(counts.running, 0) as bigint)
-             from lane left join (
-               select key_id, count(*) as running from job where status = 'running' group by key_id) as counts
-             on counts.key_id = lane.key_id
-             where lane.running <> coalesce(counts.running, 0)"
+            fetch_all => (KeyId, i64, i64, Option<i64>, Option<i64>),
+            "select * from (
+               select key_id, running,
+                 (select count(*) from job where job.key_id = lane.key_id and job.status = 'running') as counted,
+                 top_priority,
+                 (select max(priority) from job
+                  where job.key_id = lane.key_id and job.status = 'queued' and job.hold = '') as highest
+               from lane) as lanes
+             where running <> counted or coalesce(highest, -99) > coalesce(top_priority, -99)"
         )?;
         let mut repaired = 0;
-        for (key_id, running, counted) in wrong {
+        for (key_id, running, counted, hint, highest) in wrong {
             let mut tx = self.begin().await?;
             tx.lock_lane(&key_id).await?;
-            let corrected = tx.correct_counter(&key_id).await?;
-            tx.commit().await?;
-            if corrected {
+            let rows = tx.repair_lane(&key_id).await?;
+            if rows > 0 {
+                tx.ring();
                 tracing::error!(
                     key.id = key_id.as_str(),
                     running,
                     counted,
-                    "the lane of {key_id} counted {running} running jobs instead of {counted}; it is repaired"
+                    top_priority = hint,
+                    highest,
+                    "the lane of {key_id} was wrong and is repaired: {running} jobs counted as running, {counted} run"
                 );
-                repaired += 1;
+                repaired += rows;
             }
+            tx.commit().await?;
         }
         Ok(repaired)
-    }
-
-    /// After a commit on PostgreSQL: corrects hints that another transaction changed without seeing this one.
-    pub(super) async fn raise_again(&self, ready: &BTreeMap<KeyId, i64>, lowered: &[KeyId]) -> Result<()> {
-        let Db::Postgres(pool) = &*self.db else {
-            return Ok(());
-        };
-        let to = ready.iter().map(|(key_id, priority)| {
-            sqlx::query("update lane set top_priority = $2 where key_id = $1 and (top_priority is null or top_priority < $2)")
-                .bind(key_id)
-                .bind(priority)
-        });
-        let again = lowered.iter().map(|key_id| sqlx::query(RAISE).bind(key_id));
-        let mut changed = 0;
-        for raising in to.chain(again) {
-            let raised = on_connection!(self, pool, |connection| raising.execute(connection));
-            changed += raised
-                .map_err(Error::during("raise a lane's hint"))?
-                .rows_affected();
-        }
-        if changed > 0 {
-            let mut tx = self.begin().await?;
-            tx.push_tickets(1).await?;
-            tx.notify(true).await?;
-            let TxDb::Postgres(tx) = tx.db else { return Ok(()) };
-            let committed = self.liveness.in_time(tx.commit()).await;
-            committed.map_err(Error::during(super::error::COMMIT))?;
-        }
-        Ok(())
     }
 }
 
 impl Tx {
-    /// Whether the counter was wrong. The caller holds the lane.
-    async fn correct_counter(&mut self, key_id: &KeyId) -> Result<bool> {
-        let rows = execute!(
-            self,
-            "repair a lane",
-            "update lane set running = (select count(*) from job where key_id = $1 and status = 'running')
-             where key_id = $1
-               and running <> (select count(*) from job where key_id = $1 and status = 'running')",
-            key_id
-        )?;
-        if rows > 0 {
-            self.ring();
-        }
-        Ok(rows > 0)
-    }
-
     /// Makes sure that the key has a lane, with this cap on jobs that run at once. With another cap there may be room
     /// for one that waits.
     pub(super) async fn put_lane(&mut self, key_id: &KeyId, max_running: i64) -> Result<()> {
@@ -195,15 +149,52 @@ impl Tx {
         .map(|rows| rows > 0)
     }
 
-    pub(super) async fn raise_to(&mut self, key_id: &KeyId, priority: i64) -> Result<bool> {
-        let rows = execute!(
+    /// Raises the lane's hint to this priority, unless it is as high.
+    pub(super) async fn raise_hint(&mut self, key_id: &KeyId, priority: i64) -> Result<()> {
+        execute!(
             self,
             "raise a lane's hint",
             "update lane set top_priority = $2 where key_id = $1 and (top_priority is null or top_priority < $2)",
             key_id,
             priority
-        )?;
-        Ok(rows > 0)
+        )
+        .map(drop)
+    }
+
+    async fn repair_lane(&mut self, key_id: &KeyId) -> Result<u64> {
+        execute!(
+            self,
+            "repair a lane",
+            concat!(
+                "update lane set running = (select count(*) from job where key_id = $1 and status = 'running'),
+                   top_priority = ",
+                head!(),
+                " where key_id = $1 and (
+                   running <> (select count(*) from job where key_id = $1 and status = 'running')
+                   or coalesce(",
+                head!(),
+                ", -99) > coalesce(top_priority, -99))"
+            ),
+            key_id
+        )
+    }
+
+    /// Says until the end of the transaction that it is about to store a job which others can't see yet: claims don't lower
+    /// the hint of its lane, and whoever reads jobs in the order of their numbers sees which ones are being used. Many may
+    /// hold these locks at once. SQLite, where nobody writes at the same time, needs none.
+    pub(super) async fn announce_submission(&mut self, key_id: &KeyId) -> Result<()> {
+        if let TxDb::Postgres(tx) = &mut self.db
+            && self.announced.as_ref() != Some(key_id)
+        {
+            self.store.work.statement();
+            let locking = sqlx::query(lock!("_shared", "$1", of = lanes))
+                .bind(lock_number(key_id))
+                .execute(&mut **tx);
+            let locked = self.store.liveness.in_time(locking).await;
+            locked.map_err(Error::during("wait for a lock"))?;
+            self.postgres_lock(NUMBERS_IN_USE, None).await?;
+        }
+        Ok(())
     }
 
     /// The lane whose turn it is, with its hint.
@@ -230,12 +221,25 @@ impl Tx {
             "update lane set running = running - 1 where key_id = $1",
             key_id
         )?;
-        self.lower(key_id).await
+        self.lower_hint(key_id).await
     }
 
-    /// Corrects a hint that is too high.
-    pub(super) async fn lower(&mut self, key_id: &KeyId) -> Result<()> {
-        let rows = execute!(
+    /// Corrects a hint that is too high, unless somebody is about to store a job in this lane: a hint may be too high, but
+    /// never too low.
+    pub(super) async fn lower_hint(&mut self, key_id: &KeyId) -> Result<()> {
+        if let TxDb::Postgres(tx) = &mut self.db {
+            self.store.work.statement();
+            let locking = sqlx::query_as(lock!(try, "$1", of = lanes))
+                .bind(lock_number(key_id))
+                .fetch_one(&mut **tx);
+            let locked = self.store.liveness.in_time(locking).await;
+            let (locked,): (bool,) = locked.map_err(Error::during("wait for a lock"))?;
+            if !locked {
+                return Ok(());
+            }
+        }
+        // A statement of its own, so that it sees what was committed before the lock.
+        execute!(
             self,
             "lower a lane's hint",
             concat!(
@@ -245,13 +249,11 @@ impl Tx {
                 head!()
             ),
             key_id
-        )?;
-        if rows > 0 {
-            self.lowered.push(key_id.clone());
-        }
-        Ok(())
+        )
+        .map(drop)
     }
 
+    /// Holds a lane whose first job waits for money, or, when nothing is left for anybody, the whole queue.
     pub(super) async fn hold_for_budget(&mut self, key_id: &KeyId, everybody: bool) -> Result<()> {
         if everybody {
             execute!(
@@ -293,29 +295,58 @@ impl Tx {
         Ok(row.0)
     }
 
-    /// Lets the key's jobs, or the whole queue, look for money again.
-    pub(super) async fn free_from_budget(&mut self, scope: &Scope) -> Result<()> {
-        let freed = match scope {
-            Scope::Global => execute!(
-                self,
-                "free the queue",
-                "update queue set hold = null where hold = 'budget'"
-            )?,
-            Scope::Key(key_id) => execute!(
-                self,
-                "free a lane",
-                "update lane set hold = null where key_id = $1 and hold = 'budget'",
-                key_id
-            )?,
-        };
-        if freed > 0 {
+    /// Lets the key's jobs look for money again; with everybody's money, the queue at once and all lanes that wait after
+    /// the commit.
+    pub(super) async fn free_from_budget(&mut self, scope: &Scope, now: Timestamp) -> Result<()> {
+        match scope {
+            Scope::Key(key_id) => self.free_lane(key_id).await,
+            Scope::Global => {
+                let held = fetch!(
+                    self,
+                    "look for what waits for money",
+                    fetch_all => (KeyId,),
+                    "select key_id from lane where hold = 'budget'
+                     union all select '' from queue where hold = 'budget'"
+                )?;
+                for (key_id,) in held {
+                    if key_id.as_str().is_empty() {
+                        self.free_queue().await?;
+                    } else {
+                        self.freed.push((key_id, now));
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn free_lane(&mut self, key_id: &KeyId) -> Result<()> {
+        let rows = execute!(
+            self,
+            "free a lane",
+            "update lane set hold = null where key_id = $1 and hold = 'budget'",
+            key_id
+        )?;
+        if rows > 0 {
+            self.ring();
+        }
+        Ok(())
+    }
+
+    async fn free_queue(&mut self) -> Result<()> {
+        let rows = execute!(
+            self,
+            "free the queue",
+            "update queue set hold = null where hold = 'budget'"
+        )?;
+        if rows > 0 {
             self.ring();
         }
         Ok(())
     }
 
     /// Frees the slot of a run that has ended. A lane that waits for money looks again. The end of a run doesn't fail
-    /// because its lane counted wrong: [`Store::repair_counters`] corrects the count.
+    /// because its lane counted wrong: [`Store::repair_lanes`] corrects the count.
     pub(super) async fn free_slot(&mut self, key_id: &KeyId) -> Result<()> {
         let lane = fetch!(
             self,
@@ -327,7 +358,7 @@ impl Tx {
         )?;
         if let Some((top, room, hold)) = lane {
             if hold.as_deref() == Some(Hold::Budget.as_str()) {
-                self.free_from_budget(&Scope::Key(key_id.clone())).await?;
+                self.free_lane(key_id).await?;
             }
             // Only a lane that was full has a job that could not begin before.
             if top.is_some() && room == 1 {
@@ -351,4 +382,9 @@ impl Tx {
         }
         Ok(())
     }
+}
+
+/// The number of a lane's lock. Two lanes of one number wait for each other now and then.
+fn lock_number(key_id: &KeyId) -> i32 {
+    i32::from_ne_bytes(crc32fast::hash(key_id.as_str().as_bytes()).to_ne_bytes())
 }

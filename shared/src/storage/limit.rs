@@ -254,6 +254,7 @@ impl Store {
         const ON_POSTGRES: &str = take!(
             "coalesce(cast($4 as bigint), cast(extract(epoch from clock_timestamp()) * 1000000 as bigint))"
         );
+        self.work.statement();
         let (granted, now, full_at): (bool, Timestamp, Timestamp) = match &*self.db {
             Db::Sqlite { limits, .. } => {
                 sqlx::query_as(ON_SQLITE)

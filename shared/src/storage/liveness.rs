@@ -7,7 +7,7 @@
 use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::{Connection, Error};
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -28,6 +28,22 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct ConnectionLiveness {
     last: watch::Sender<Option<Instant>>,
+    /// When a statement was last abandoned before its answer, because nobody waited for it any more.
+    abandoned: Mutex<Option<Instant>>,
+}
+
+/// Notes a statement that is dropped before its answer.
+struct Waiting<'a> {
+    liveness: &'a ConnectionLiveness,
+    answered: bool,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            *self.liveness.abandoned() = Some(Instant::now());
+        }
+    }
 }
 
 impl ConnectionLiveness {
@@ -49,7 +65,13 @@ impl ConnectionLiveness {
         // Boxed, since a future holds everything twice that it is given and waits for.
         let answer = timeout(limit, Box::pin(statement));
         async move {
-            match answer.await {
+            let mut waiting = Waiting {
+                liveness: self,
+                answered: false,
+            };
+            let answer = answer.await;
+            waiting.answered = true;
+            match answer {
                 Ok(answered) => answered,
                 Err(_) => {
                     self.last.send_replace(Some(Instant::now()));
@@ -91,9 +113,23 @@ impl ConnectionLiveness {
                     if liveness.is_suspect(known.age) {
                         return Err(no_answer());
                     }
-                    done(connection).await.map(|()| true)
+                    // The pool asks the same, but would wait for the answer without a limit.
+                    if liveness.may_be_busy() {
+                        done(connection).await?;
+                    }
+                    Ok(true)
                 })
             })
+    }
+
+    /// Whether a connection that is given back may still be in a statement.
+    fn may_be_busy(&self) -> bool {
+        self.abandoned()
+            .is_some_and(|at| at.elapsed() < STATEMENT_TIMEOUT)
+    }
+
+    fn abandoned(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a connection of this age was open when another gave no answer.
@@ -102,7 +138,6 @@ impl ConnectionLiveness {
     }
 }
 
-/// The pool itself would wait without a limit.
 async fn done(connection: &mut PgConnection) -> Result<(), Error> {
     timeout(RELEASE_TIMEOUT, connection.ping())
         .await

@@ -2,7 +2,8 @@
 
 /// Runs a statement in a transaction; gives the number of rows.
 macro_rules! execute {
-    ($tx:expr, $operation:literal, $sql:expr $(, $bind:expr)* $(,)?) => {
+    ($tx:expr, $operation:literal, $sql:expr $(, $bind:expr)* $(,)?) => {{
+        $tx.store.work.statement();
         match &mut $tx.db {
             $crate::storage::TxDb::Sqlite(tx) => {
                 sqlx::query($sql)$(.bind($bind))*.execute(&mut **tx).await.map(|done| done.rows_affected())
@@ -13,12 +14,13 @@ macro_rules! execute {
             }
         }
         .map_err($crate::storage::Error::during($operation))
-    };
+    }};
 }
 
 /// Runs a statement in a transaction; gives its rows with `fetch_optional` or `fetch_all`.
 macro_rules! fetch {
-    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
+    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {{
+        $tx.store.work.statement();
         match &mut $tx.db {
             $crate::storage::TxDb::Sqlite(tx) => {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
@@ -29,13 +31,14 @@ macro_rules! fetch {
             }
         }
         .map_err($crate::storage::Error::during($operation))
-    };
+    }};
 }
 
 /// Reads rows and locks them until the end of the transaction: PostgreSQL needs to be told; on SQLite the
 /// transaction is the only writer anyway.
 macro_rules! fetch_locked {
-    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
+    ($tx:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {{
+        $tx.store.work.statement();
         match &mut $tx.db {
             $crate::storage::TxDb::Sqlite(tx) => {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(&mut **tx).await
@@ -47,7 +50,7 @@ macro_rules! fetch_locked {
             }
         }
         .map_err($crate::storage::Error::during($operation))
-    };
+    }};
 }
 
 /// Runs a statement on a connection of the pool. The wait for the connection has its own limit: a pool that is in full
@@ -66,7 +69,8 @@ macro_rules! on_connection {
 
 /// Reads rows outside a transaction.
 macro_rules! read {
-    ($store:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
+    ($store:expr, $operation:literal, $fetch:ident => $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {{
+        $store.work.statement();
         match &*$store.db {
             $crate::storage::Db::Sqlite { reader, .. } => {
                 sqlx::query_as::<_, $row>($sql)$(.bind($bind))*.$fetch(reader).await
@@ -77,12 +81,15 @@ macro_rules! read {
             }
         }
         .map_err($crate::storage::Error::during($operation))
-    };
+    }};
 }
 
-/// Takes an advisory lock of PostgreSQL until the end of the transaction. Its first number is a class of our own, so
-/// that other programs in the same database can lock what they like.
+/// The text that takes an advisory lock of PostgreSQL until the end of the transaction. Its first number is a class of
+/// our own, so that other programs in the same database can lock what they like.
 macro_rules! lock {
+    (try, $number:literal, of = lanes) => {
+        concat!("select pg_try_advisory_xact_lock(1668638072, ", $number, ")")
+    };
     ($shared:literal, $number:literal) => {
         concat!(
             "select pg_advisory_xact_lock",
@@ -115,6 +122,15 @@ macro_rules! lock {
             "select pg_advisory_xact_lock",
             $shared,
             "(1668638070, ",
+            $number,
+            ")"
+        )
+    };
+    ($shared:literal, $number:literal, of = lanes) => {
+        concat!(
+            "select pg_advisory_xact_lock",
+            $shared,
+            "(1668638072, ",
             $number,
             ")"
         )

@@ -1,5 +1,6 @@
 //! Opening the database and bringing its tables up to date.
 
+use super::notifier::Notifier;
 use super::{
     DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, connect, limit, liveness, read,
 };
@@ -21,16 +22,20 @@ impl Store {
     /// Opens the database, making a SQLite file that isn't there, and brings its tables up to date.
     /// `slots`: how many runs this process holds at once, which decides the number of connections.
     pub async fn open(url: &DatabaseUrl, slots: u32) -> Result<Self> {
-        let liveness = Arc::default();
+        let liveness = Arc::<liveness::ConnectionLiveness>::default();
         let db = match url {
             DatabaseUrl::Sqlite(path) => Self::open_sqlite(path).await?,
             DatabaseUrl::Postgres(url) => Self::open_postgres(url, slots, &liveness).await?,
         };
+        let notifier = Notifier::start(&db, &liveness);
         let store = Self {
             db: Arc::new(db),
+            notifier,
+            more_ready: Arc::default(),
             tickets: Arc::default(),
             outage: Arc::default(),
             liveness,
+            work: Arc::default(),
         };
         store.wait_for_lock().await?;
         store.check_clock().await?;
@@ -169,6 +174,11 @@ impl Store {
         theirs.set_ignore_missing(true);
         theirs
             .run(pool)
+            .await
+            .map_err(Error::during("bring the queue's tables up to date"))?;
+        // A transaction that notifies commits alone: it takes a lock of the whole server until it is on the disk.
+        sqlx::query("drop trigger if exists notify_workers on apalis.jobs")
+            .execute(pool)
             .await
             .map_err(Error::during("bring the queue's tables up to date"))?;
         let _ = lock.close().await;

@@ -68,13 +68,17 @@ fn usage_text(usage: TokenUsage) -> String {
     serde_json::to_string(&usage).unwrap_or_default()
 }
 
+/// The tokens that are written in the job's row.
+fn usage_of(job: &Job) -> TokenUsage {
+    job.usage
+        .as_deref()
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or_default()
+}
+
 /// The tokens of the earlier attempts and of this one. `job` is as it was claimed.
 fn usage_so_far(job: &Job, spend: &Spend) -> String {
     let mut usage = spend.usage();
-    usage += job
-        .usage
-        .as_deref()
-        .and_then(|text| serde_json::from_str(text).ok())
-        .unwrap_or_default();
+    usage += usage_of(job);
     usage_text(usage)
 }

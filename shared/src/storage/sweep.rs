@@ -52,8 +52,8 @@ impl Store {
         )
     }
 
-    /// One sweep: jobs whose time has come, lanes that may have money again, hints that are too low, tickets that
-    /// are missing, leftovers of the queue library.
+    /// One sweep: jobs whose time has come, lanes that may have money again, tickets that are
+    /// missing, leftovers of the queue library.
     pub async fn sweep(&self, now: Timestamp) -> Result<Swept> {
         let mut swept = Swept {
             due: self.release_due(now).await?,
@@ -66,20 +66,18 @@ impl Store {
         Ok(swept)
     }
 
-    /// The part of a sweep that needs no clock: lanes whose hint or counter is wrong, tickets that are missing, leftovers
-    /// of the queue library.
+    /// The part of a sweep that needs no clock: tickets that are missing, leftovers of the queue library.
     pub async fn sweep_tickets(&self) -> Result<Swept> {
         let mut swept = Swept::default();
-        self.repair_hints().await?;
-        self.repair_counters().await?;
         let mut tx = self.begin().await?;
         swept.runnable = tx.runnable().await?.min(TOP_UP);
         if swept.runnable > 0 {
-            let missing = swept.runnable - tx.waiting_tickets(TOP_UP).await?;
+            let waiting = tx.count_tickets().await?;
+            let missing = swept.runnable - waiting;
             if missing > 0 {
                 swept.tickets = missing.unsigned_abs();
                 tx.push_tickets(usize::try_from(missing).unwrap_or(0)).await?;
-                tx.notify(true).await?;
+                tx.wakes = true;
             }
         }
         tx.commit().await?;
@@ -176,7 +174,7 @@ impl Store {
         }
     }
 
-    async fn release_budget_hold(&self, key_id: &KeyId, now: Timestamp) -> Result<()> {
+    pub(super) async fn release_budget_hold(&self, key_id: &KeyId, now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
         tx.lock_lane(key_id).await?;
         let budgets = tx.lock_budgets(key_id, now).await?;
@@ -186,7 +184,7 @@ impl Store {
                 "" => Scope::Global,
                 _ => Scope::Key(key_id.clone()),
             };
-            tx.free_from_budget(&scope).await?;
+            tx.free_from_budget(&scope, now).await?;
         }
         tx.commit().await
     }
@@ -267,6 +265,7 @@ impl Tx {
                     .await
             }};
         }
+        self.store.work.statement();
         let released = match &mut self.db {
             TxDb::Sqlite(tx) => update!(Sqlite, tx),
             TxDb::Postgres(tx) => {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 pub const QUEUE: &str = "jobs";
 
 /// More waiting tickets than this are of no use, and on PostgreSQL each makes a fetch dearer.
-const MAX_WAITING: i64 = 1000;
+const MAX_WAITING: i64 = 64;
 
 /// Wakes a slot. It says nothing: it may come twice, late, or when nothing is left.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,39 +24,61 @@ fn ticket() -> Task<Vec<u8>> {
         .build()
 }
 
+/// How long a count of the waiting tickets is used.
+const COUNT_TTL: Duration = Duration::from_millis(500);
+
 /// What this process knows of the waiting tickets, so that not every submission has to count them.
 #[derive(Debug, Default)]
-pub(super) struct Backlog {
-    full_until: Mutex<Option<Instant>>,
+pub(super) struct Backlog(Mutex<Option<Counted>>);
+
+/// So many waited at that time, those that this process has pushed since included.
+#[derive(Clone, Copy, Debug)]
+struct Counted {
+    at: Instant,
+    waiting: i64,
 }
 
 impl Backlog {
-    fn is_full(&self) -> bool {
-        self.full_until
-            .lock()
-            .is_ok_and(|until| until.is_some_and(|until| Instant::now() < until))
+    /// How many wait, if that was counted lately.
+    fn waiting(&self) -> Option<i64> {
+        let counted = self.0.lock().ok().and_then(|counted| *counted)?;
+        (counted.at.elapsed() < COUNT_TTL).then_some(counted.waiting)
     }
 
-    fn set_full(&self) {
-        if let Ok(mut until) = self.full_until.lock() {
-            // Even the fastest workers need longer for so many tickets, so none goes hungry meanwhile.
-            *until = Some(Instant::now() + Duration::from_millis(500));
+    fn set(&self, waiting: i64) {
+        if let Ok(mut counted) = self.0.lock() {
+            let at = Instant::now();
+            *counted = Some(Counted { at, waiting });
+        }
+    }
+
+    fn add(&self, pushed: i64) {
+        if let Ok(mut counted) = self.0.lock()
+            && let Some(counted) = counted.as_mut()
+        {
+            counted.waiting += pushed;
         }
     }
 }
 
 impl Tx {
-    /// Pushes tickets, unless enough are waiting.
+    /// Pushes tickets, unless enough are waiting: a slot that finds a job claims again until nothing is left.
     #[doc(hidden)]
     pub async fn push_tickets(&mut self, count: usize) -> Result<()> {
-        if self.store.tickets.is_full() {
+        let waiting = match self.store.tickets.waiting() {
+            Some(waiting) => waiting,
+            None => self.count_tickets().await?,
+        };
+        let room = usize::try_from(MAX_WAITING - waiting).unwrap_or(0);
+        let count = count.min(room);
+        if count == 0 {
             return Ok(());
         }
-        if self.waiting_tickets(MAX_WAITING).await? >= MAX_WAITING {
-            self.store.tickets.set_full();
-            return Ok(());
-        }
-        let tickets: Vec<_> = (0..count.min(64)).map(|_| ticket()).collect();
+        self.store
+            .tickets
+            .add(i64::try_from(count).unwrap_or(MAX_WAITING));
+        let tickets: Vec<_> = (0..count).map(|_| ticket()).collect();
+        self.store.work.statement();
         match &mut self.db {
             TxDb::Sqlite(tx) => apalis_sqlite::queries::push_tasks(&mut **tx, QUEUE, &tickets)
                 .await
@@ -69,9 +91,17 @@ impl Tx {
         }
     }
 
+    /// Counts the waiting tickets, as far as it matters, and remembers how many there are.
+    pub(super) async fn count_tickets(&mut self) -> Result<i64> {
+        let waiting = self.waiting_tickets(MAX_WAITING).await?;
+        self.store.tickets.set(waiting);
+        Ok(waiting)
+    }
+
     /// How many tickets wait, counted up to `limit`.
-    pub(super) async fn waiting_tickets(&mut self, limit: i64) -> Result<i64> {
+    async fn waiting_tickets(&mut self, limit: i64) -> Result<i64> {
         // The two tables are the queue library's, and named by it.
+        self.store.work.statement();
         let row: (i64,) = match &mut self.db {
             TxDb::Sqlite(tx) => {
                 sqlx::query_as(
@@ -96,28 +126,5 @@ impl Tx {
         }
         .map_err(Error::during("count tickets"))?;
         Ok(row.0)
-    }
-
-    /// Tells other processes, when this commits, which jobs changed and whether a slot should look. On SQLite they
-    /// see the commit itself.
-    pub(super) async fn notify(&mut self, ring: bool) -> Result<()> {
-        let TxDb::Postgres(tx) = &mut self.db else {
-            return Ok(());
-        };
-        let ring = ring.then(|| super::wakeups::RING.to_owned());
-        let words: Vec<String> = ring
-            .into_iter()
-            .chain(self.touched.iter().map(ToString::to_string))
-            .collect();
-        // A notification holds less than 8,000 bytes.
-        for words in words.chunks(200) {
-            let notifying = sqlx::query("select pg_notify($1, $2)")
-                .bind(super::wakeups::CHANNEL)
-                .bind(words.join(" "))
-                .execute(&mut **tx);
-            let notified = self.store.liveness.in_time(notifying).await;
-            notified.map_err(Error::during("notify"))?;
-        }
-        Ok(())
     }
 }

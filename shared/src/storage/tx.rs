@@ -1,7 +1,9 @@
 //! A transaction, and what has to happen when it commits.
 
 use super::macros::lock;
+use super::wakeups::{DIRECTIVE, RING};
 use super::{Db, Error, Result, Store, budget, error};
+use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
 use sqlx::{Postgres, Sqlite, Transaction};
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,12 +16,18 @@ pub struct Tx {
     pub(super) store: Store,
     /// Lanes that got ready jobs, each with the highest priority among them.
     ready: BTreeMap<KeyId, i64>,
-    /// Lanes whose hint this transaction lowered.
-    pub(super) lowered: Vec<KeyId>,
     /// Jobs that changed.
-    pub(super) touched: BTreeSet<JobId>,
+    touched: BTreeSet<JobId>,
     /// Whether a slot should look although no job became ready.
     rings: bool,
+    /// Whether slots are woken at the commit.
+    pub(super) wakes: bool,
+    /// Running jobs whose workers should look whether to go on.
+    directed: BTreeSet<JobId>,
+    /// Lanes that wait for money which this transaction may have given back.
+    pub(super) freed: Vec<(KeyId, Timestamp)>,
+    /// The key of which this transaction has announced a job.
+    pub(super) announced: Option<KeyId>,
     /// Thresholds of budgets that this transaction found reached.
     pub(super) alerts: Vec<budget::Alert>,
 }
@@ -36,28 +44,33 @@ impl Tx {
             db,
             store,
             ready: BTreeMap::new(),
-            lowered: Vec::new(),
             touched: BTreeSet::new(),
             rings: false,
+            wakes: false,
+            directed: BTreeSet::new(),
+            freed: Vec::new(),
+            announced: None,
             alerts: Vec::new(),
         }
     }
 
-    /// Commits, and applies the deferred lane hints, tickets and notifications.
+    /// Commits, with the deferred lane hints and tickets, and notifies those who wait.
     pub async fn commit(mut self) -> Result<()> {
         let ready = std::mem::take(&mut self.ready);
         for (key_id, priority) in &ready {
-            self.raise_to(key_id, *priority).await?;
+            self.raise_hint(key_id, *priority).await?;
         }
-        let rings = self.rings || !ready.is_empty();
-        if rings {
+        if self.rings || !ready.is_empty() {
             self.push_tickets(ready.len().max(1)).await?;
+            self.wakes = true;
         }
-        self.notify(rings).await?;
+        let rings = self.wakes;
         let Self {
             db,
             store,
-            lowered,
+            touched,
+            directed,
+            freed,
             alerts,
             ..
         } = self;
@@ -78,12 +91,14 @@ impl Tx {
             TxDb::Postgres(tx) => {
                 let committed = store.liveness.in_time(tx.commit()).await;
                 committed.map_err(Error::during(error::COMMIT))?;
-                // Others may have changed the hints without seeing this transaction; from here on one of the two
-                // sees the other. What fails here is repaired by the sweeper within a second.
-                let _ = store.raise_again(&ready, &lowered).await;
+                store.notifier.notify(words(rings, &touched, &directed));
             }
         }
         alerts.iter().for_each(budget::Alert::log);
+        // A transaction holds one lane, so others are freed in their own. What fails here is done by the sweeper.
+        for (key_id, now) in freed {
+            let _ = Box::pin(store.release_budget_hold(&key_id, now)).await;
+        }
         Ok(())
     }
 
@@ -105,6 +120,7 @@ impl Tx {
     /// SQLite needs no such locks: a transaction is the only writer.
     pub(super) async fn postgres_lock(&mut self, sql: &'static str, name: Option<String>) -> Result<()> {
         if let TxDb::Postgres(tx) = &mut self.db {
+            self.store.work.statement();
             let query = match name {
                 Some(name) => sqlx::query(sql).bind(name),
                 None => sqlx::query(sql),
@@ -130,4 +146,19 @@ impl Tx {
     pub(super) fn ring(&mut self) {
         self.rings = true;
     }
+
+    /// The worker of this running job looks whether to go on when this commits.
+    pub(super) fn direct(&mut self, job_id: JobId) {
+        self.directed.insert(job_id);
+    }
+}
+
+/// The words of a notification.
+fn words(rings: bool, touched: &BTreeSet<JobId>, directed: &BTreeSet<JobId>) -> Vec<String> {
+    let ring = rings.then(|| RING.to_owned());
+    let directed = directed.iter().map(|job_id| format!("{DIRECTIVE}{job_id}"));
+    ring.into_iter()
+        .chain(touched.iter().map(ToString::to_string))
+        .chain(directed)
+        .collect()
 }

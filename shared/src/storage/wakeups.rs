@@ -1,6 +1,6 @@
 //! "Something was committed": from any process to whoever waits in this one. A wake-up is a hint, never data.
 //!
-//! PostgreSQL reports it by `NOTIFY`, sent with the commit. On SQLite one connection asks `pragma data_version`, which
+//! PostgreSQL reports it by `NOTIFY`, sent after the commit. On SQLite one connection asks `pragma data_version`, which
 //! changes with every commit of any other connection, every few milliseconds and after each commit of this process, and
 //! then reads which jobs have new events. Wake-ups may be lost, so everyone who waits also polls every 2 s.
 
@@ -10,7 +10,7 @@ use sqlx::postgres::{PgListener, PgPoolOptions};
 use sqlx::{ConnectOptions, Executor, SqliteConnection};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -21,6 +21,9 @@ pub(super) const CHANNEL: &str = "claude_queue";
 
 /// The word in a notification that says: a slot should look. All others are job ids.
 pub(super) const RING: &str = "ring";
+
+/// Before a job id: the worker that runs it should look whether to go on.
+pub(super) const DIRECTIVE: &str = "directive:";
 
 /// A connection to PostgreSQL that brought nothing for so long is asked whether it lives.
 const LISTEN_KEEPALIVE: Duration = Duration::from_secs(15);
@@ -34,14 +37,50 @@ pub struct Wakeups(Arc<Hub>);
 
 #[derive(Debug)]
 struct Hub {
-    jobs: Mutex<HashMap<JobId, watch::Sender<()>>>,
+    jobs: Topic,
+    directives: Topic,
     slots: watch::Sender<()>,
+}
+
+/// Those who wait for something about a job.
+#[derive(Clone, Debug, Default)]
+struct Topic(Arc<Mutex<HashMap<JobId, watch::Sender<()>>>>);
+
+impl Topic {
+    fn jobs(&self) -> MutexGuard<'_, HashMap<JobId, watch::Sender<()>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn subscribe(&self, job_id: JobId) -> JobWakeup {
+        let changes = self
+            .jobs()
+            .entry(job_id)
+            .or_insert_with(|| watch::Sender::new(()))
+            .subscribe();
+        JobWakeup {
+            topic: self.clone(),
+            job_id,
+            changes,
+        }
+    }
+
+    fn wake(&self, job_id: JobId) {
+        if let Some(sender) = self.jobs().get(&job_id) {
+            sender.send_replace(());
+        }
+    }
+
+    fn wake_all(&self) {
+        self.jobs().values().for_each(|sender| {
+            sender.send_replace(());
+        });
+    }
 }
 
 /// Waits for changes of one job.
 #[derive(Debug)]
 pub struct JobWakeup {
-    hub: Arc<Hub>,
+    topic: Topic,
     job_id: JobId,
     changes: watch::Receiver<()>,
 }
@@ -61,7 +100,7 @@ impl JobWakeup {
 
 impl Drop for JobWakeup {
     fn drop(&mut self) {
-        let mut jobs = self.hub.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self.topic.jobs();
         // This receiver is still counted.
         if jobs
             .get(&self.job_id)
@@ -77,7 +116,8 @@ impl Wakeups {
     /// 25 ms where they are only watched. The listening outlives outages of the database.
     pub fn listen(store: &Store, every: Duration, stop: CancellationToken) -> Self {
         let hub = Arc::new(Hub {
-            jobs: Mutex::default(),
+            jobs: Topic::default(),
+            directives: Topic::default(),
             slots: watch::Sender::new(()),
         });
         let (store, told) = (store.clone(), hub.clone());
@@ -106,16 +146,12 @@ impl Wakeups {
 
     /// Registers for changes of a job. Register first, then look, then wait.
     pub fn job(&self, job_id: JobId) -> JobWakeup {
-        let mut jobs = self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let changes = jobs
-            .entry(job_id)
-            .or_insert_with(|| watch::Sender::new(()))
-            .subscribe();
-        JobWakeup {
-            hub: self.0.clone(),
-            job_id,
-            changes,
-        }
+        self.0.jobs.subscribe(job_id)
+    }
+
+    /// Registers for what the worker of a running job must know: somebody wants it cancelled, or its lease was taken.
+    pub fn directive(&self, job_id: JobId) -> JobWakeup {
+        self.0.directives.subscribe(job_id)
     }
 
     /// Wakes the slots of this process alone.
@@ -130,16 +166,9 @@ impl Wakeups {
 }
 
 impl Hub {
-    fn wake_job(&self, job_id: JobId) {
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sender) = jobs.get(&job_id) {
-            sender.send_replace(());
-        }
-    }
-
     fn wake_all(&self) {
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        jobs.values().for_each(|sender| sender.send_replace(()));
+        self.jobs.wake_all();
+        self.directives.wake_all();
         self.slots.send_replace(());
     }
 }
@@ -164,8 +193,10 @@ async fn listen_to(store: &Store, pool: &sqlx::PgPool, hub: &Hub) -> Result<()> 
                 for word in told.payload().split(' ') {
                     if word == RING {
                         hub.slots.send_replace(());
+                    } else if let Some(job_id) = word.strip_prefix(DIRECTIVE) {
+                        job_id.parse().into_iter().for_each(|id| hub.directives.wake(id));
                     } else if let Ok(job_id) = word.parse() {
-                        hub.wake_job(job_id);
+                        hub.jobs.wake(job_id);
                     }
                 }
             }
@@ -221,8 +252,9 @@ async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
             continue;
         }
         version = now;
-        let changed: Vec<(i64, JobId)> = sqlx::query_as(
-            "select event_number, job_id from event where event_number > $1 order by event_number",
+        let changed: Vec<(i64, JobId, bool)> = sqlx::query_as(
+            "select event_number, job_id, event_type in ('cancelling', 'retry', 'error', 'cancelled')
+             from event where event_number > $1 order by event_number",
         )
         .bind(seen)
         .fetch_all(&mut connection)
@@ -231,8 +263,12 @@ async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
         if let Some(last) = changed.last() {
             seen = last.0;
         }
-        let jobs: std::collections::BTreeSet<_> = changed.into_iter().map(|(_, job_id)| job_id).collect();
-        jobs.into_iter().for_each(|job_id| hub.wake_job(job_id));
+        for (_, job_id, directs) in changed {
+            hub.jobs.wake(job_id);
+            if directs {
+                hub.directives.wake(job_id);
+            }
+        }
         // A look at the tickets costs less than a fetch of the queue library, which writes.
         let ticket: Option<(i64,)> = sqlx::query_as(
             "select 1 from Jobs where job_type = $1 and status = 'Pending' and lock_by is null limit 1",

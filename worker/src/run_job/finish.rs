@@ -39,7 +39,12 @@ pub(super) async fn finish(ctx: &Context, lease: &Lease, report: Report) {
                 if !error.is_unavailable() {
                     refused += 1;
                     if refused % REFUSALS == 0 {
-                        report = reduced(report, refused / REFUSALS);
+                        if leave_out_events(ctx, lease, &mut report).await {
+                            // Perhaps that was all.
+                            refused = 0;
+                        } else {
+                            report = reduced(report, refused / REFUSALS);
+                        }
                     }
                 }
                 keep_lease(ctx, lease, &report).await;
@@ -69,6 +74,20 @@ async fn book_late(ctx: &Context, lease: &Lease, report: &Report) {
             }
         }
     }
+}
+
+/// Takes the last events out of a report that is refused: they may be what can't be stored.
+/// Whether there were any.
+async fn leave_out_events(ctx: &Context, lease: &Lease, report: &mut Report) -> bool {
+    let dropped = i64::try_from(std::mem::take(&mut report.events).len()).unwrap_or(i64::MAX);
+    if dropped == 0 {
+        return false;
+    }
+    warn!(events = dropped, "events of the run are left out");
+    if let Err(error) = ctx.store.record_gap(lease, dropped, clock::now()).await {
+        ctx.store.note(&error);
+    }
+    true
 }
 
 /// Renews the lease of a run whose end has to wait, and stores what it has cost: what holds up the end may leave this.

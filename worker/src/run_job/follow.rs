@@ -180,7 +180,7 @@ impl Run<'_> {
             EndedBy::GuardLost | EndedBy::Beat => Some(Stopped::GuardLost),
             EndedBy::Exited | EndedBy::Worker => None,
         });
-        recorder.close().await;
+        let events = recorder.close().await;
 
         let spend = Spend {
             reported: reported.cost(),
@@ -224,6 +224,7 @@ impl Run<'_> {
             claude_session_id: written.then(|| spec.claude_session_id.to_string()),
             exit: output::describe(&exit),
             stderr_tail: exit.stderr_tail,
+            events,
         })
     }
 }

@@ -197,7 +197,7 @@ pub(super) async fn start_failed(
         recorder.holds(ctx.config.lease)(),
         recorder.lease_state().signal == RunDirective::Lost,
     );
-    recorder.close().await;
+    let events = recorder.close().await;
     if lost {
         warn!("the lease was lost before the run could start");
         return None;
@@ -221,6 +221,7 @@ pub(super) async fn start_failed(
         claude_session_id: None,
         stderr_tail: error.to_string(),
         exit: "not started".to_owned(),
+        events,
     })
 }
 

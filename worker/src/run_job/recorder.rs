@@ -46,7 +46,7 @@ pub(super) struct LeaseState {
 pub(super) struct Recorder {
     notes: mpsc::UnboundedSender<Note>,
     lease_state: watch::Receiver<LeaseState>,
-    task: JoinHandle<()>,
+    task: JoinHandle<Vec<NewEvent>>,
     kept: usize,
     bytes: usize,
     dropped: i64,
@@ -67,7 +67,7 @@ impl Recorder {
             signal: RunDirective::Continue,
             held_at: lease.held_at.into(),
         });
-        let changes = wakeups.job(lease.job.job_id);
+        let changes = wakeups.directive(lease.job.job_id);
         let writer = Writer {
             store,
             lease,
@@ -134,8 +134,9 @@ impl Recorder {
         }
     }
 
-    /// Writes what is left and stops. The lease isn't renewed any more after this.
-    pub(super) async fn close(self) {
+    /// Stops, and gives the events that are to be written with the end of the run. The lease isn't renewed any more after
+    /// this.
+    pub(super) async fn close(self) -> Vec<NewEvent> {
         let Self {
             notes, task, dropped, ..
         } = self;
@@ -143,7 +144,7 @@ impl Recorder {
             let _ = notes.send(Note::Dropped(dropped));
         }
         drop(notes);
-        let _ = task.await;
+        task.await.unwrap_or_default()
     }
 }
 
@@ -165,7 +166,7 @@ struct Writer {
 }
 
 impl Writer {
-    async fn write(mut self, mut changes: shared::storage::JobWakeup) {
+    async fn write(mut self, mut changes: shared::storage::JobWakeup) -> Vec<NewEvent> {
         let mut renew_at = Instant::now() + self.renew_every;
         let mut flush_at = None;
         loop {
@@ -191,29 +192,30 @@ impl Writer {
                         Err(_) => {}
                     }
                     if self.tell.borrow().signal == RunDirective::Lost {
-                        return;
+                        return Vec::new();
                     }
                     continue;
                 }
             }
             let asked = Instant::now();
             match self.write_down().await {
-                Some(RunDirective::Lost) => return,
+                Some(RunDirective::Lost) => return Vec::new(),
                 Some(_) => renew_at = asked + self.renew_every,
                 // Soon again: the lease runs out meanwhile.
                 None => renew_at = Instant::now() + AGAIN,
             }
             flush_at = None;
         }
-        // The run has ended; its last events come before its end, however long the database takes. What it cost is
-        // part of its end.
-        while !(self.events.is_empty() && self.dropped == 0) {
+        // The run has ended, and its last events are a part of its end, as what it cost. But those that may be stored
+        // already, and a gap, are settled first, however long the database takes.
+        while self.tried.is_some() || self.dropped > 0 {
             match self.write_down().await {
-                Some(RunDirective::Lost) => return,
+                Some(RunDirective::Lost) => return Vec::new(),
                 Some(_) => {}
                 None => tokio::time::sleep(AGAIN).await,
             }
         }
+        self.events
     }
 
     /// Writes what there is and renews the lease, and says what came of it. `None`: the events have to wait, or some

@@ -2,9 +2,10 @@
 
 use crate::budget::{Budget, BudgetStatus, OnExceeded, Period, Scope};
 use crate::clock::Timestamp;
-use crate::id::{JobId, KeyId};
+use crate::id::KeyId;
 use crate::money::MicroUsd;
 use crate::storage::{Result, Store, Tx, execute, fetch, read};
+use std::collections::BTreeMap;
 
 /// The outcome of a request to set a budget. Unless it is set, roll the transaction back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -306,7 +307,7 @@ impl Tx {
                     scope.name(),
                     scope.id()
                 )?;
-                self.free_from_budget(scope).await?;
+                self.free_from_budget(scope, now).await?;
             }
         }
         Ok(DeleteBudget::Deleted)
@@ -322,8 +323,8 @@ impl Tx {
         now: Timestamp,
     ) -> Result<AdjustBudget> {
         let key_id = key_of(scope);
-        self.lock_lane(&key_id).await?;
         self.share_global_budget().await?;
+        self.lock_lane(&key_id).await?;
         if self.stored(scope).await?.is_none() {
             return Ok(AdjustBudget::NoSuchBudget);
         }
@@ -339,7 +340,7 @@ impl Tx {
         for budget in self.lock_budgets(&key_id, now).await? {
             self.add_spent(&budget, delta, now).await?;
             if delta < MicroUsd::ZERO {
-                self.free_from_budget(&budget.scope).await?;
+                self.free_from_budget(&budget.scope, now).await?;
             }
         }
         Ok(AdjustBudget::Adjusted)
@@ -378,7 +379,7 @@ impl Tx {
     ) -> Result<MicroUsd> {
         let (scope, start) = (&budget.scope, budget.period.start(now));
         if before.is_none_or(|before| before.period != budget.period) {
-            self.move_reservations(scope, budget.period).await?;
+            self.count_reserved(scope, budget.period).await?;
             let spent = self.spent_since(scope, start).await?;
             self.lock_period(scope, start).await?;
             execute!(
@@ -395,46 +396,38 @@ impl Tx {
         Ok(self.lock_period(scope, start).await?.0)
     }
 
-    /// Moves what running jobs have reserved into the periods of another kind in which they began.
-    async fn move_reservations(&mut self, scope: &Scope, period: Period) -> Result<()> {
-        let reservations = fetch!(
+    /// Writes down what running attempts have reserved, in the periods of this kind in which they began.
+    async fn count_reserved(&mut self, scope: &Scope, period: Period) -> Result<()> {
+        let running = fetch!(
             self,
-            "read reservations",
-            fetch_all => (JobId, i64, Timestamp, MicroUsd, Timestamp),
-            "select reservation.job_id, reservation.attempt, period_start, amount, started_at from reservation
-             join attempt on attempt.job_id = reservation.job_id and attempt.attempt = reservation.attempt
-             where scope = $1 and scope_id = $2 order by period_start",
+            "read what running attempts have reserved",
+            fetch_all => (MicroUsd, Timestamp),
+            "select reserved, attempt.started_at from job
+             join attempt on attempt.job_id = job.job_id and attempt.attempt = job.attempt
+             where job.status = 'running' and ($1 = '' or job.key_id = $1)",
+            scope.id()
+        )?;
+        execute!(
+            self,
+            "count what is reserved",
+            "update budget_period set reserved = 0 where scope = $1 and scope_id = $2 and reserved <> 0",
             scope.name(),
             scope.id()
         )?;
-        for (job_id, attempt, from, amount, began) in reservations {
-            let to = period.start(began);
-            if to == from {
-                continue;
-            }
-            for (start, change) in [(from, MicroUsd::ZERO - amount), (to, amount)] {
-                self.lock_period(scope, start).await?;
-                execute!(
-                    self,
-                    "move a reservation",
-                    "update budget_period set reserved = reserved + $4
-                     where scope = $1 and scope_id = $2 and period_start = $3",
-                    scope.name(),
-                    scope.id(),
-                    start,
-                    change
-                )?;
-            }
+        let mut periods = BTreeMap::<Timestamp, MicroUsd>::new();
+        for (reserved, began) in running {
+            *periods.entry(period.start(began)).or_default() += reserved;
+        }
+        for (start, reserved) in periods {
+            self.lock_period(scope, start).await?;
             execute!(
                 self,
-                "move a reservation",
-                "update reservation set period_start = $5
-                 where job_id = $1 and attempt = $2 and scope = $3 and scope_id = $4",
-                job_id,
-                attempt,
+                "count what is reserved",
+                "update budget_period set reserved = $4 where scope = $1 and scope_id = $2 and period_start = $3",
                 scope.name(),
                 scope.id(),
-                to
+                start,
+                reserved
             )?;
         }
         Ok(())
@@ -492,7 +485,7 @@ impl Tx {
         }
         self.note_alerts(scope, start, spent, budget.limit, &budget.alert_thresholds, now)
             .await?;
-        self.free_from_budget(scope).await
+        self.free_from_budget(scope, now).await
     }
 
     /// What the ledger says was spent since this time: attempts count from when they began.

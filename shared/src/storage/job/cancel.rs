@@ -141,6 +141,7 @@ impl Tx {
             now,
         )
         .await?;
+        self.direct(job_id);
         Ok(Some(CancelOutcome::Requested))
     }
 }

@@ -46,7 +46,7 @@ impl Tx {
             "end a waiting job",
             fetch_optional => Job,
             concat!("update job set status = $2, cancel_reason = $3, error_code = $4, error = $5, completed_at = $6,
-               version = version + 1
+               version = version + 1, last_event_seq = last_event_seq + 1
              where job_id = $1 and status = 'queued' returning ", columns!(Job)),
             job_id,
             status,
@@ -56,20 +56,16 @@ impl Tx {
             now
         )?;
         let Some(job) = ended else { return Ok(false) };
-        self.conclude(&job, &[event], now).await?;
+        self.append_events(job_id, job.last_event_seq - 1, &[event], now)
+            .await?;
+        self.conclude(&job, now).await?;
         Ok(true)
     }
 
-    /// What follows when a job becomes final, whichever way it ended: its last event, and the next job of its group may
-    /// start. Whatever else the end of a job brings about belongs here. The caller has written the final status, and
-    /// `job` is the row as it was while it waited or ran.
-    pub(in crate::storage) async fn conclude(
-        &mut self,
-        job: &Job,
-        events: &[NewEvent],
-        now: Timestamp,
-    ) -> Result<()> {
-        self.finish_events(job, events, now).await?;
+    /// What follows when a job becomes final, whichever way it ended: the next job of its group may start. Whatever else
+    /// the end of a job brings about belongs here. The caller has written the final status and the last event, and holds
+    /// the lane; `job` is the row as it was while it waited or ran.
+    pub(in crate::storage) async fn conclude(&mut self, job: &Job, now: Timestamp) -> Result<()> {
         // A job that waits for earlier ones of its group holds back none.
         if job.hold != Hold::Order.as_str() {
             self.free_group(job, now).await?;

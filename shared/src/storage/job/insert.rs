@@ -3,7 +3,6 @@
 use crate::event::{EventType, NewEvent};
 use crate::job::{Hold, Job, JobStatus, NewJob};
 use crate::storage::columns::columns;
-use crate::storage::macros::lock;
 use crate::storage::{Error, Result, Tx, execute, fetch, in_future};
 use serde_json::json;
 
@@ -16,6 +15,7 @@ impl Tx {
             (None, Some(key)) => Some(format!("k:{key}")),
             (None, None) => None,
         };
+        self.announce_submission(&job.key_id).await?;
         self.lock_group(&job.key_id, group_key.as_deref()).await?;
         let ahead = match &group_key {
             Some(group) => self.has_earlier_in_group(&job.key_id, group).await?,
@@ -26,16 +26,6 @@ impl Tx {
             (false, true) => Hold::Delay.as_str(),
             (false, false) => "",
         };
-        // Whoever reads jobs in the order of their numbers sees here that numbers after this one are being used.
-        self.postgres_lock(
-            lock!(
-                "_shared",
-                "(select cast(last_value % 2147483647 as integer) from job_job_number_seq)",
-                of = numbers
-            ),
-            None,
-        )
-        .await?;
         let stored = fetch!(
             self,
             "store a job",

@@ -109,6 +109,7 @@ impl Store {
                     .await
             }};
         }
+        self.work.statement();
         match &*self.db {
             Db::Sqlite { reader, .. } => rows!(Sqlite, reader),
             Db::Postgres(pool) => self.liveness.in_time(async { rows!(Postgres, pool) }).await,

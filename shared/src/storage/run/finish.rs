@@ -1,48 +1,70 @@
 //! The end of a run: what becomes of its job, written once.
 
-use super::{Finish, storable, usage_text};
+use super::{Finish, storable, usage_of, usage_text};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
-use crate::job::{CancelReason, Ending, Hold, Job, JobStatus, Lease, Report};
-use crate::storage::{Result, Store, Tx, execute};
+use crate::job::{CancelReason, Ending, Hold, Job, JobStatus, Lease, Report, TokenUsage};
+use crate::money::MicroUsd;
+use crate::storage::{Result, Store, Tx, execute, fetch};
 use serde_json::{Value, json};
 
 impl Store {
     /// Ends a run: the result, the cost, the status, all in one transaction.
     pub async fn finish(&self, lease: &Lease, report: &Report, now: Timestamp) -> Result<Finish> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_end_of_run().await?;
         let job = &lease.job;
         tx.lock_session(job.session_id).await?;
         tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
-        let Some(job) = tx.lock_running(job.job_id, job.attempt).await? else {
+        // The lease keeps the row as it was claimed, but for a cancel, which decides about another attempt.
+        let again = matches!(report.ending, Ending::Retry { .. } | Ending::Released);
+        let ended = if again {
+            match tx.lock_running(job.job_id, job.attempt).await? {
+                Some(now_is) => {
+                    let before = tx.settled(job.job_id).await?;
+                    tx.end_run(&now_is, before, report, EndedBy::Worker, now).await?
+                }
+                None => None,
+            }
+        } else {
+            let before = (job.cost, usage_of(job));
+            tx.end_run(job, before, report, EndedBy::Worker, now).await?
+        };
+        let Some(status) = ended else {
             tx.rollback().await?;
             return Ok(Finish::Lost);
         };
-        let status = tx.end_run(&job, report, EndedBy::Worker, now).await?;
         tx.commit().await?;
         Ok(Finish::Became(status))
     }
 }
 
 impl Tx {
-    /// Ends the run of a job whose row and group are locked.
+    /// Ends the run of a job, whose group is locked, with this cost and usage `before` it; `None` when the run isn't this
+    /// job's any more. What many runs write, the lane and the budgets, comes last, so that it is locked for a short time.
     pub(super) async fn end_run(
         &mut self,
         job: &Job,
+        before: (MicroUsd, TokenUsage),
         report: &Report,
         by: EndedBy,
         now: Timestamp,
-    ) -> Result<JobStatus> {
-        let next = Next::of(job, report, now);
-        let duration_ms = i64::try_from(report.duration.as_millis()).unwrap_or(i64::MAX);
-        let completed_at = next.status.is_final().then_some(now);
-        execute!(
+    ) -> Result<Option<JobStatus>> {
+        let mut next = Next::of(job, report, now);
+        let spend = report.spend.distinct();
+        let (spent, mut usage) = (spend.total(), before.1);
+        usage += spend.usage();
+        let count = report.events.len() + next.events(job, report, now).len();
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        let row = fetch!(
             self,
             "end a run",
+            fetch_optional => (i64, Option<CancelReason>),
             "update job set status = $2, hold = $3, run_after = $4, failures = $5, error = $6, error_code = $7,
-               cancel_reason = $8, completed_at = $9, duration_ms = duration_ms + $10, lease_owner = null,
-               wait_since = $12, wait_reason = $13, version = version + 1
-             where job_id = $1 and attempt = $11 and status = 'running'",
+               cancel_reason = case when $2 = 'cancelled' then coalesce(cancel_reason, $8) else null end,
+               completed_at = $9, duration_ms = duration_ms + $10, lease_owner = null, spend = null, wait_since = $12,
+               wait_reason = $13, cost = $14, usage = $15, last_event_seq = last_event_seq + $16, version = version + 1
+             where job_id = $1 and attempt = $11 and status = 'running'
+             returning last_event_seq, cancel_reason",
             job.job_id,
             next.status,
             next.hold,
@@ -51,29 +73,26 @@ impl Tx {
             &next.error,
             &next.error_code,
             next.cancel_reason,
-            completed_at,
-            duration_ms,
+            next.status.is_final().then_some(now),
+            i64::try_from(report.duration.as_millis()).unwrap_or(i64::MAX),
             job.attempt,
             next.wait.as_ref().map(|wait| wait.0),
-            next.wait.as_ref().map(|wait| storable(&wait.1))
+            next.wait.as_ref().map(|wait| storable(&wait.1)),
+            before.0 + spent,
+            usage_text(usage),
+            count
         )?;
-        self.free_slot(&job.key_id).await?;
-        let spent = self.settle(job, &report.spend, now).await?;
-        let (cost, usage) = self.settled(job.job_id).await?;
-        execute!(
-            self,
-            "add up a job's cost",
-            "update job set cost = $2, usage = $3 where job_id = $1",
-            job.job_id,
-            cost,
-            usage_text(usage)
-        )?;
-        execute!(
+        let Some((seq, cancel_reason)) = row else {
+            return Ok(None);
+        };
+        next.cancel_reason = cancel_reason;
+        let reserved = fetch!(
             self,
             "end an attempt",
+            fetch_one => (MicroUsd, Timestamp),
             "update attempt set ended_at = $3, ending = $4, error_code = $5, cost = $6, turns = $7, exit = $8,
-               stderr_tail = $9, reported_cost = $10, spend = null
-             where job_id = $1 and attempt = $2",
+               stderr_tail = $9, reported_cost = $10
+             where job_id = $1 and attempt = $2 returning reserved, started_at",
             job.job_id,
             job.attempt,
             now,
@@ -112,16 +131,21 @@ impl Tx {
                 report.claude_session_id.as_ref().filter(|_| next.status.is_final())
             )?;
         }
-        let events = next.events(job, report, now);
-        if next.status.is_final() {
-            self.conclude(job, &events, now).await?;
-        } else {
-            self.finish_events(job, &events, now).await?;
-            if next.hold.is_empty() {
-                self.became_ready(&job.key_id, job.priority);
-            }
+        self.write_ledger(job, &spend, false, now).await?;
+        let mut events = report.events.clone();
+        events.extend(next.events(job, report, now));
+        self.append_events(job.job_id, seq - count, &events, now).await?;
+        if by == EndedBy::LostLease {
+            self.direct(job.job_id);
         }
-        Ok(next.status)
+        self.free_slot(&job.key_id).await?;
+        if next.status.is_final() {
+            self.conclude(job, now).await?;
+        } else if next.hold.is_empty() {
+            self.became_ready(&job.key_id, job.priority);
+        }
+        self.settle(&job.key_id, spent, reserved, now).await?;
+        Ok(Some(next.status))
     }
 }
 

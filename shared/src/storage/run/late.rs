@@ -10,7 +10,7 @@ impl Store {
     /// Books what the run of a lost lease has cost, less what was settled for it already; gives that rest. Once, however
     /// often it is tried.
     pub async fn book_late(&self, lease: &Lease, spend: &Spend, now: Timestamp) -> Result<MicroUsd> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_end_of_run().await?;
         let (job_id, attempt) = (lease.job.job_id, lease.job.attempt);
         tx.lock_session(lease.job.session_id).await?;
         fetch_locked!(
@@ -47,7 +47,7 @@ impl Store {
             tx.rollback().await?;
             return Ok(MicroUsd::ZERO);
         }
-        let cost = tx.settle_part(&lease.job, &rest, true, now).await?;
+        let cost = tx.write_ledger(&lease.job, &rest, true, now).await?;
         execute!(
             tx,
             "add to a job's cost",
@@ -55,10 +55,11 @@ impl Store {
             job_id,
             cost
         )?;
-        execute!(
+        let (began,) = fetch!(
             tx,
             "add to an attempt's cost",
-            "update attempt set cost = cost + $3 where job_id = $1 and attempt = $2",
+            fetch_one => (Timestamp,),
+            "update attempt set cost = cost + $3 where job_id = $1 and attempt = $2 returning started_at",
             job_id,
             attempt,
             cost
@@ -72,6 +73,9 @@ impl Store {
                 cost
             )?;
         }
+        // What the attempt had reserved was given back when it was settled.
+        tx.settle(&lease.job.key_id, cost, (MicroUsd::ZERO, began), now)
+            .await?;
         tx.commit().await?;
         Ok(cost)
     }

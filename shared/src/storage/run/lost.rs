@@ -19,9 +19,8 @@ impl Store {
         known: &HashSet<(JobId, i64)>,
         now: Timestamp,
     ) -> Result<u64> {
-        let mut tx = self.begin().await?;
-        // Whoever commits still holds it.
-        tx.lock_claims().await?;
+        // Whoever commits a claim still holds this lock.
+        let mut tx = self.begin_claim().await?;
         let claimed = fetch!(
             tx,
             "look for unknown claims",
@@ -35,22 +34,39 @@ impl Store {
             .filter(|job| !known.contains(&(job.job_id, job.attempt)));
         let mut released = 0;
         for job in unknown {
-            let mut tx = self.begin().await?;
-            tx.lock_session(job.session_id).await?;
-            tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
-            if let Some(job) = tx.lock_running(job.job_id, job.attempt).await? {
-                tx.end_run(&job, &never_began(), EndedBy::Worker, now).await?;
-                released += 1;
-            }
-            tx.commit().await?;
+            released += u64::from(self.release_run(job.job_id, job.attempt, now).await?);
         }
         Ok(released)
+    }
+
+    /// Hands back a job that this worker has claimed and not begun; whether it still held it.
+    pub(in crate::storage) async fn release_run(
+        &self,
+        job_id: JobId,
+        attempt: i64,
+        now: Timestamp,
+    ) -> Result<bool> {
+        let Some(job) = self.job(job_id).await? else {
+            return Ok(false);
+        };
+        let mut tx = self.begin_end_of_run().await?;
+        tx.lock_session(job.session_id).await?;
+        tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
+        let Some(job) = tx.lock_running(job_id, attempt).await? else {
+            tx.rollback().await?;
+            return Ok(false);
+        };
+        let before = tx.settled(job_id).await?;
+        tx.end_run(&job, before, &never_began(), EndedBy::Worker, now)
+            .await?;
+        tx.commit().await?;
+        Ok(true)
     }
 
     /// Takes the lease of a run that hasn't been renewed since `renewals` was read, and decides what becomes of the
     /// job. `false` when it was renewed or ended meanwhile.
     pub async fn take_lost(&self, job: &Job, attempt: i64, renewals: i64, now: Timestamp) -> Result<bool> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_end_of_run().await?;
         tx.lock_session(job.session_id).await?;
         tx.lock_group(&job.key_id, job.group_key.as_deref()).await?;
         let current = tx.lock_running(job.job_id, attempt).await?;
@@ -63,7 +79,8 @@ impl Store {
             return Ok(false);
         };
         let report = tx.report_of_lost(&job, now).await?;
-        tx.end_run(&job, &report, EndedBy::LostLease, now).await?;
+        let before = tx.settled(job.job_id).await?;
+        tx.end_run(&job, before, &report, EndedBy::LostLease, now).await?;
         tx.commit().await?;
         Ok(true)
     }
@@ -87,7 +104,9 @@ impl Tx {
             self,
             "read an attempt",
             fetch_one => (Option<String>, Timestamp),
-            "select spend, started_at from attempt where job_id = $1 and attempt = $2",
+            "select job.spend, attempt.started_at from job
+             join attempt on attempt.job_id = job.job_id and attempt.attempt = job.attempt
+             where job.job_id = $1 and job.attempt = $2",
             job.job_id,
             job.attempt
         )?;
@@ -116,6 +135,7 @@ impl Tx {
             claude_session_id: None,
             stderr_tail: String::new(),
             exit: "its worker was lost".to_owned(),
+            events: Vec::new(),
         })
     }
 }
@@ -130,6 +150,7 @@ fn never_began() -> Report {
         claude_session_id: None,
         stderr_tail: String::new(),
         exit: "not started".to_owned(),
+        events: Vec::new(),
     }
 }
 

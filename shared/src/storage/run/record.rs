@@ -4,7 +4,7 @@ use super::{RunDirective, usage_so_far};
 use crate::clock::Timestamp;
 use crate::event::{EventType, NewEvent};
 use crate::job::{CancelReason, Lease, Spend};
-use crate::storage::{Error, Result, Store, Tx, execute, fetch, read};
+use crate::storage::{Error, Result, Store, Tx, fetch, read};
 use serde_json::json;
 
 impl Store {
@@ -107,12 +107,17 @@ impl Tx {
         let count = i64::try_from(events.len()).unwrap_or(i64::MAX);
         let cost = spend.map(|spend| job.cost + spend.total());
         let usage = spend.map(|spend| usage_so_far(job, spend));
+        let text = spend
+            .map(serde_json::to_string)
+            .transpose()
+            .map_err(|error| Error::during("keep the cost so far")(error.to_string()))?;
         let row = fetch!(
             self,
             "renew a lease",
             fetch_optional => (i64, Option<CancelReason>),
             "update job set renewals = renewals + 1, last_event_seq = last_event_seq + $3,
-               version = version + $6, cost = coalesce($4, cost), usage = coalesce($5, usage)
+               version = version + $6, cost = coalesce($4, cost), usage = coalesce($5, usage),
+               spend = coalesce($8, spend)
              where job_id = $1 and attempt = $2 and status = 'running' and renewals = coalesce($7, renewals)
              returning last_event_seq, case when cancel_requested_at is null then null else cancel_reason end",
             job.job_id,
@@ -121,24 +126,13 @@ impl Tx {
             cost,
             usage,
             i64::from(count > 0 || spend.is_some()),
-            renewals
+            renewals,
+            text
         )?;
         let Some((seq, cancel)) = row else {
             return Ok(None);
         };
         self.append_events(job.job_id, seq - count, events, now).await?;
-        if let Some(spend) = spend {
-            execute!(
-                self,
-                "keep the cost so far",
-                "update attempt set spend = $3, cost = $4 where job_id = $1 and attempt = $2",
-                job.job_id,
-                job.attempt,
-                serde_json::to_string(spend)
-                    .map_err(|error| Error::during("keep the cost so far")(error.to_string()))?,
-                spend.total()
-            )?;
-        }
         Ok(Some(cancel.map_or(RunDirective::Continue, RunDirective::Cancel)))
     }
 }
