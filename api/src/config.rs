@@ -2,6 +2,7 @@
 
 use shared::env::{Error, Vars};
 use shared::key::SecretKey;
+use shared::model::Aliases;
 use shared::money::MicroUsd;
 use shared::storage::Rate;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -59,6 +60,8 @@ pub struct Config {
     pub retention: Duration,
     /// How long open requests get at shutdown. `DRAIN_SECONDS`, 30.
     pub drain: Duration,
+    /// What short names of models stand for: those of `PRICES_FILE`, which the workers count with.
+    pub aliases: Aliases,
 }
 
 impl Default for Config {
@@ -84,6 +87,7 @@ impl Default for Config {
             idempotency_ttl: Duration::from_hours(24),
             retention: Duration::from_hours(30 * 24),
             drain: Duration::from_secs(30),
+            aliases: Aliases::default(),
         }
     }
 }
@@ -124,6 +128,7 @@ impl Config {
             idempotency_ttl: vars.idempotency_ttl()?,
             retention: vars.retention()?,
             drain: vars.drain()?,
+            aliases: Aliases::from_vars(vars)?,
         })
     }
 

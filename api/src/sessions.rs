@@ -80,7 +80,7 @@ pub async fn find(context: &Context, caller: &Caller, name: &str) -> Result<Sess
 async fn create(context: &Context, request: &Request, caller: &Caller) -> Result<Response, Problem> {
     let body = request.json().await?.fields()?;
     let wanted = SessionRequest::read(body, &context.config)?;
-    wanted.allowed_to(caller)?;
+    wanted.allowed_to(caller, &context.config)?;
     let settings = serde_json::to_string(&wanted.stored).map_err(Problem::internal)?;
     let mut tx = context.store.begin().await?;
     let (session, new) = tx
@@ -264,12 +264,12 @@ impl SessionRequest {
     }
 
     /// Refuses what the caller may not ask for.
-    fn allowed_to(&self, caller: &Caller) -> Result<(), Problem> {
+    fn allowed_to(&self, caller: &Caller, config: &Config) -> Result<(), Problem> {
         let own = |user: &String| user == "default" || user.as_str() == caller.key_id.as_str();
         if !self.user_id.as_ref().is_none_or(own) {
             return Err(Problem::AdminOnly("make sessions for others"));
         }
-        self.stored.settings.allowed_to(caller)
+        self.stored.settings.allowed_to(caller, &config.aliases)
     }
 }
 

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use shared::job::{EFFORTS, PERMISSION_MODES};
 use shared::key::Scope;
+use shared::model::{Aliases, AllowedModels};
 use shared::money::MicroUsd;
 
 use crate::config::Config;
@@ -68,18 +69,16 @@ impl Settings {
     }
 
     /// Refuses what the caller may not ask for.
-    pub fn allowed_to(&self, caller: &Caller) -> Result<(), Problem> {
+    pub fn allowed_to(&self, caller: &Caller, aliases: &Aliases) -> Result<(), Problem> {
         match &self.permission_mode {
             Some(mode) if mode == BYPASS && !caller.may(Scope::PermissionsBypass) => {
                 return Err(Problem::PermissionModeNotAllowed(mode.clone()));
             }
             _ => {}
         }
-        let allowed = &caller.rights.allowed_models.0;
+        let allowed = AllowedModels::new(&caller.rights.allowed_models.0, aliases);
         match &self.model {
-            Some(model) if !allowed.is_empty() && !allowed.contains(model) => {
-                Err(Problem::ModelNotAllowed(model.clone()))
-            }
+            Some(model) if !allowed.allow(model, aliases) => Err(Problem::ModelNotAllowed(model.clone())),
             _ => Ok(()),
         }
     }
@@ -144,11 +143,14 @@ mod tests {
         let settings = read(json!({"permission_mode": "bypassPermissions"})).unwrap();
         let ordinary = Caller::ordinary(KeyId::anonymous());
         assert_eq!(
-            settings.allowed_to(&ordinary).unwrap_err().code(),
+            settings
+                .allowed_to(&ordinary, &Aliases::default())
+                .unwrap_err()
+                .code(),
             "permission-mode-not-allowed"
         );
         let admin = Caller::administrator(KeyId::anonymous());
-        assert!(settings.allowed_to(&admin).is_ok());
+        assert!(settings.allowed_to(&admin, &Aliases::default()).is_ok());
     }
 
     #[test]
@@ -158,11 +160,21 @@ mod tests {
         let caller = Caller::of(KeyId::anonymous(), rights);
         let allowed = |model: Value| {
             let settings = read(json!({ "model": model })).unwrap();
-            settings.allowed_to(&caller).map_err(|problem| problem.code())
+            let allowed = settings.allowed_to(&caller, &Aliases::default());
+            allowed.map_err(|problem| problem.code())
         };
-        assert_eq!(allowed(json!("sonnet")), Ok(()));
+        for model in [
+            "sonnet",
+            "sonnet[1m]",
+            "claude-sonnet-5-5",
+            "us.anthropic.claude-sonnet-5-5-v1:0",
+        ] {
+            assert_eq!(allowed(json!(model)), Ok(()), "{model}");
+        }
         assert_eq!(allowed(json!(null)), Ok(()));
-        assert_eq!(allowed(json!("opus")), Err("model-not-allowed"));
+        for model in ["opus", "claude-sonnet-4-5", "opusplan"] {
+            assert_eq!(allowed(json!(model)), Err("model-not-allowed"), "{model}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What API and worker have in common, and the only way to the database.
 //!
-//! * Values that are valid by construction: [`job`], [`event`], [`session`], [`key`], [`budget`], [`money`], [`id`],
-//!   [`clock`].
+//! * Values that are valid by construction: [`job`], [`event`], [`session`], [`key`], [`budget`], [`model`], [`money`],
+//!   [`id`], [`clock`].
 //! * The database, SQLite or PostgreSQL: [`storage`]. Reads are methods of `Store`, and so are writes that are a
 //!   whole transaction; parts of a caller's transaction are methods of `Tx`.
 //! * What every process needs when it starts and stops: [`mod@env`], [`telemetry`], [`shutdown`]; and on its disk:
@@ -17,6 +17,7 @@ pub mod event;
 pub mod id;
 pub mod job;
 pub mod key;
+pub mod model;
 pub mod money;
 pub mod permissions;
 pub mod rule;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::scenario::Usage;
 
 static PRICES: LazyLock<Value> = LazyLock::new(|| {
-    serde_json::from_str(include_str!("../../worker/prices.json")).expect("a test reads the prices")
+    serde_json::from_str(include_str!("../../shared/prices.json")).expect("a test reads the prices")
 });
 
 /// The sum of all answers.

@@ -7,6 +7,7 @@ pub mod provider;
 use crate::spend::price::Prices;
 use shared::env::{Error, Vars};
 use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
+use shared::model::ACCEPTED_PRICES;
 use shared::money::MicroUsd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -259,8 +260,7 @@ pub fn prices(vars: &Vars) -> Result<Prices, Error> {
     let Some(file) = vars.path("PRICES_FILE")? else {
         return Ok(Prices::default());
     };
-    let accepted = "a file like worker/prices.json in the source, or nothing for that one";
-    Prices::read(&file).map_err(|problem| Error::new("PRICES_FILE", problem, accepted))
+    Prices::read(&file).map_err(|problem| Error::new("PRICES_FILE", problem, ACCEPTED_PRICES))
 }
 
 fn money(vars: &Vars, name: &'static str, default: f64, low: f64, high: f64) -> Result<MicroUsd, Error> {

@@ -5,6 +5,7 @@
 
 pub mod credentials;
 pub mod failure;
+mod media;
 mod provider;
 pub mod question;
 mod relay;
@@ -97,8 +98,12 @@ struct Run {
     last_failure: Mutex<Option<ApiFailure>>,
     /// The last request that was refused here, unless a later one was sent.
     last_refusal: Mutex<Option<Refusal>>,
-    tally: Mutex<BTreeMap<&'static str, Noted>>,
+    /// What was refused here, and what could not be served, by reason.
+    refused: Mutex<Tally>,
+    failed: Mutex<Tally>,
 }
+
+type Tally = BTreeMap<&'static str, Noted>;
 
 /// An attempt whose requests are served.
 #[derive(Debug)]
@@ -117,7 +122,7 @@ struct Counts {
     at: Instant,
 }
 
-/// What the gateway refused for one reason.
+/// What happened to requests for one reason.
 #[derive(Debug)]
 struct Noted {
     count: u64,
@@ -157,7 +162,8 @@ impl Gateway {
             }),
             last_failure: Mutex::default(),
             last_refusal: Mutex::default(),
-            tally: Mutex::default(),
+            refused: Mutex::default(),
+            failed: Mutex::default(),
         });
         let server = tokio::spawn(serve(listener, Arc::clone(&run)));
         Ok(Self { run, server })
@@ -222,7 +228,7 @@ async fn serve(listener: UnixListener, run: Arc<Run>) {
                 }
                 // Out of file descriptors, most likely: it passes.
                 Err(error) => {
-                    run.note("connection lost", || error.to_string());
+                    note(&run.failed, "no connection", || error.to_string());
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             },
@@ -296,7 +302,9 @@ impl Run {
         let (upstream, is_stream) = (self.upstream.clone(), asked.is_stream);
         let send = async move {
             // The body's part of the memory is given back when it was sent.
-            upstream.post(&parts.uri, headers, asked.body.clone()).await
+            upstream
+                .post(&passed_uri(&parts.uri), headers, asked.body.clone())
+                .await
         };
         let (head, came) = oneshot::channel();
         let relay = relay::relay(send, is_stream, metered, head, attempt.ending.clone());
@@ -378,7 +386,7 @@ impl Run {
 
     /// Takes note of a failure of the gateway's own and tells the CLI in the API's words.
     fn failed(&self, status: StatusCode, observed: &'static str, kind: &str, message: &str) -> Answer {
-        if self.note(observed, || message.to_owned()) {
+        if note(&self.failed, observed, || message.to_owned()) {
             tracing::warn!(
                 status = status.as_u16(),
                 "the gateway can't serve a request: {message}"
@@ -394,7 +402,7 @@ impl Run {
     }
 
     fn refuse(&self, refusal: &Refusal) -> Answer {
-        self.note(refusal.reason(), || refusal.to_string());
+        note(&self.refused, refusal.reason(), || refusal.to_string());
         *lock(&self.last_refusal) = Some(refusal.clone());
         let (status, kind) = refusal.answer();
         let mut answer = error_answer(status, kind, &refusal.to_string());
@@ -407,28 +415,50 @@ impl Run {
         answer
     }
 
-    /// Counts what a run was refused; whether it is the first for this reason.
-    fn note(&self, reason: &'static str, message: impl FnOnce() -> String) -> bool {
-        let mut tally = lock(&self.tally);
-        let noted = tally.entry(reason).or_insert_with(|| Noted {
-            count: 0,
-            first: message(),
-        });
-        noted.count += 1;
-        noted.count == 1
-    }
-
-    /// Tells the log what was refused, a line for each reason: a run may be refused a thousand times a second.
+    /// Tells the log what was refused and what failed, a line for each reason: a run may cause a thousand a second.
     fn tell(&self) {
-        for (reason, Noted { count, first }) in std::mem::take(&mut *lock(&self.tally)) {
+        for (reason, Noted { count, first }) in std::mem::take(&mut *lock(&self.refused)) {
             tracing::warn!(count, reason, "the gateway refused requests of the run: {first}");
         }
+        for (reason, Noted { count, first }) in std::mem::take(&mut *lock(&self.failed)) {
+            // The first one was told when it happened.
+            if count > 1 {
+                tracing::warn!(
+                    count,
+                    reason,
+                    "the gateway could not serve requests of the run: {first}"
+                );
+            }
+        }
     }
+}
+
+/// Counts a request; whether it is the first for this reason.
+fn note(tally: &Mutex<Tally>, reason: &'static str, message: impl FnOnce() -> String) -> bool {
+    let mut tally = lock(tally);
+    let noted = tally.entry(reason).or_insert_with(|| Noted {
+        count: 0,
+        first: message(),
+    });
+    noted.count += 1;
+    noted.count == 1
 }
 
 /// An account's key can do far more than ask a model; nothing else of it is open to a run.
 fn is_served(method: &Method, uri: &Uri) -> bool {
     method == Method::POST && matches!(uri.path(), "/v1/messages" | "/v1/messages/count_tokens")
+}
+
+/// The path, with the only parameter that the CLI sends.
+fn passed_uri(uri: &Uri) -> Uri {
+    let is_beta = uri
+        .query()
+        .is_some_and(|query| query.split('&').any(|part| part == "beta=true"));
+    let passed = match (uri.path(), is_beta) {
+        (path, false) => path.to_owned(),
+        (path, true) => format!("{path}?beta=true"),
+    };
+    passed.parse().expect("it is a part of an address")
 }
 
 /// The headers without those of the connection, named in the standard or by the message itself.
@@ -480,6 +510,22 @@ mod tests {
             assert!(!served(Method::POST, path), "{path}");
         }
         assert!(!served(Method::GET, "/v1/messages"));
+    }
+
+    #[test]
+    fn only_one_parameter_travels_on() {
+        for (uri, passed) in [
+            ("/v1/messages", "/v1/messages"),
+            ("/v1/messages?beta=true", "/v1/messages?beta=true"),
+            ("/v1/messages?key=1&beta=true&x", "/v1/messages?beta=true"),
+            ("/v1/messages?alpha=true", "/v1/messages"),
+            (
+                "http://gw/v1/messages/count_tokens?a",
+                "/v1/messages/count_tokens",
+            ),
+        ] {
+            assert_eq!(passed_uri(&uri.parse().unwrap()), passed, "{uri}");
+        }
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 pub mod answer;
 pub mod meter;
-pub mod model;
 pub mod price;
 mod reported;
 mod usage;

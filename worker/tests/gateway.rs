@@ -342,6 +342,42 @@ async fn a_run_that_hangs_up_before_the_answer_begins_pays_for_its_prompt() {
 }
 
 #[tokio::test]
+async fn a_run_that_doesnt_read_pays_for_what_the_api_has_sent() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key());
+    let mut stream = client.send(&request(&format!("x-api-key: {TOKEN}"), BODY)).await;
+    api.received_until(BODY).await;
+    let text = "x".repeat(1024);
+    let delta = format!(
+        "data: {{\"type\":\"content_block_delta\",\"index\":0,\"delta\":{{\"type\":\"text_delta\",\"text\":\"{text}\"}}}}\n\n"
+    );
+    let end = "data: {\"type\":\"message_delta\",\"delta\":{},\"usage\":{\"output_tokens\":10000}}\n\n";
+    let events = format!("{}{end}", delta.repeat(800));
+    // More than fits between the gateway and a run that doesn't read.
+    let chunk = format!("{:x}\r\n{events}\r\n", events.len());
+    api.answer(START);
+    api.answer(chunk.leak());
+    read_until(&mut stream, "message_start").await;
+    let mut changes = client.meter.changes();
+    while client.meter.spend().total() < MicroUsd(1_000_000) {
+        let stalled = tokio::time::timeout(Duration::from_millis(300), changes.changed()).await;
+        if stalled.is_err() {
+            break;
+        }
+    }
+    assert!(client.meter.spend().estimated, "the end has passed already");
+
+    drop(stream);
+    client.gateway.disarm().await;
+
+    let spend = client.meter.spend();
+    assert_eq!(
+        (spend.total(), spend.estimated),
+        (MicroUsd(100 * 4 + 10_000 * 20), false)
+    );
+}
+
+#[tokio::test]
 async fn a_request_whose_answer_nobody_saw_costs_its_worst_prompt() {
     let mut api = Api::start().await;
     let client = Client::start(&api.address, api_key());
@@ -434,6 +470,40 @@ async fn bad_requests_are_refused_and_go_nowhere() {
     }
     assert!(api.received.try_recv().is_err());
     assert_eq!(client.meter.spend().total(), MicroUsd(0));
+}
+
+#[tokio::test]
+async fn a_body_of_33_megabytes_is_refused_whatever_it_says_of_its_length() {
+    let mut api = Api::start().await;
+    let client = Client::start(&api.address, api_key());
+    let mut stream = client
+        .send(&format!(
+            "POST /v1/messages HTTP/1.1\r\nHost: gw\r\nx-api-key: {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        ))
+        .await;
+    let chunk = format!("100000\r\n{}\r\n", "x".repeat(1024 * 1024));
+    let (mut from, mut to) = stream.split();
+    let send = async {
+        for _ in 0..33 {
+            // It is refused in the middle, and then not read any more.
+            if to.write_all(chunk.as_bytes()).await.is_err() {
+                break;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    let mut answer = vec![0; 64];
+    let read = async { from.read_exact(&mut answer).await.unwrap() };
+
+    tokio::select! {
+        _ = read => {}
+        () = send => {}
+        () = tokio::time::sleep(Duration::from_secs(60)) => panic!("no answer"),
+    }
+
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    assert!(api.received.try_recv().is_err());
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
 //! Our table of prices against the catalogue in the pinned CLI's binary. When they differ, the CLI was updated or the
-//! table was changed: look at the price list, then correct `worker/prices.json` and its version.
+//! table was changed: look at the price list, then correct `shared/prices.json` and its version.
 
 use serde_json::Value;
 use shared::clock::Timestamp;

@@ -152,7 +152,7 @@ fn new_job(
         Some(session) => create.settings.or(sessions::settings(session)?),
         None => create.settings,
     };
-    settings.allowed_to(caller)?;
+    settings.allowed_to(caller, &config.aliases)?;
     let limit = config.max_cost_per_request;
     Ok(NewJob {
         job_id: JobId::new(),

@@ -11,8 +11,8 @@
 
 use super::message::Init;
 use crate::guard::orphans::RUN_VARIABLE;
-use crate::spend::model::{self, Aliases};
 use serde_json::{Value, json};
+use shared::model::{self, Aliases};
 use shared::money::MicroUsd;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;

@@ -30,6 +30,20 @@ pub const NO_CREDENTIAL: &str = "gateway_no_credential";
 /// The type named in [`ApiFailure::error_type`] when a success isn't the Messages API's: a page, most likely.
 pub const NOT_THE_API: &str = "gateway_not_the_api";
 
+/// How the API begins to say that it refuses a credential, rather than what is asked with it.
+const REFUSALS: [&str; 10] = [
+    "oauth",
+    "token",
+    "this token",
+    "this credential",
+    "api key",
+    "invalid api key",
+    "your api key",
+    "organization",
+    "this organization",
+    "your organization",
+];
+
 /// The last failed request of a run, as the gateway saw it. A later request that succeeds forgets it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiFailure {
@@ -115,9 +129,10 @@ impl ApiFailure {
     /// What it means for the account; `None` when it says something about this request alone.
     pub fn cause(&self) -> Option<Cause> {
         let kind = self.error_type.as_deref().unwrap_or_default();
-        let says = |words: &[&str]| {
+        // An error repeats parts of its request, which a run has made up, but never at its beginning.
+        let begins = |words: &[&str]| {
             let message = self.message.to_lowercase();
-            words.iter().any(|word| message.contains(word))
+            words.iter().any(|word| message.starts_with(word))
         };
         match kind {
             UNREACHABLE => return Some(Cause::Unreachable),
@@ -135,9 +150,17 @@ impl ApiFailure {
             402 => Some(Cause::Billing),
             // A permission that this request lacks, for instance to a model, is no fault of the credential.
             403 if kind.is_empty() || kind == "authentication_error" => Some(Cause::Refused),
-            403 if says(&["oauth", "token", "credential", "api key", "organization"]) => Some(Cause::Refused),
-            400 if says(&["credit balance is too low"]) => Some(Cause::Billing),
-            400 if says(&["organization has been disabled"]) => Some(Cause::Refused),
+            403 if begins(&REFUSALS) => Some(Cause::Refused),
+            400 if begins(&["your credit balance is too low", "credit balance is too low"]) => {
+                Some(Cause::Billing)
+            }
+            400 if begins(&[
+                "this organization has been disabled",
+                "your organization has been disabled",
+            ]) =>
+            {
+                Some(Cause::Refused)
+            }
             404 if self.is_about_the_model() => None,
             300..=399 | 404 | 405 => Some(Cause::NoRoute),
             408 | 409 | 500.. => Some(Cause::Unavailable),
@@ -190,9 +213,11 @@ impl ApiFailure {
         format!("{problem} ({said}). {advice}")
     }
 
-    /// Whether a 404 is the API's word on the model that was asked for; any other 404 comes from a wrong address.
+    /// Whether a 404 is the API's word on the model that was asked for, which a provider may call a deployment; any
+    /// other 404 comes from a wrong address.
     fn is_about_the_model(&self) -> bool {
-        self.error_type.as_deref() == Some("not_found_error") && self.message.to_lowercase().contains("model")
+        let message = self.message.to_lowercase();
+        message.contains("model") || message.contains("deployment")
     }
 }
 
@@ -413,7 +438,49 @@ mod tests {
                 None,
                 "the request's own fault",
             ),
+            (
+                400,
+                "invalid_request_error",
+                "messages.0.content.0: Input tag 'your credit balance is too low' found using 'type' does not match",
+                None,
+                "the run made up the words",
+            ),
+            (
+                400,
+                "invalid_request_error",
+                "tools.0: this organization has been disabled",
+                None,
+                "the same",
+            ),
+            (
+                403,
+                "permission_error",
+                "This account may not use oauth-token-organization.",
+                None,
+                "the model's name is the run's",
+            ),
+            (
+                403,
+                "permission_error",
+                "OAuth authentication is currently not allowed for this organization.",
+                Some(Cause::Refused),
+                "an account without logins",
+            ),
             (413, "request_too_large", "", None, "the request's own fault"),
+            (
+                404,
+                "DeploymentNotFound",
+                "The API deployment for this resource does not exist.",
+                None,
+                "Foundry's word for a model",
+            ),
+            (
+                404,
+                "",
+                "Publisher Model `projects/p/models/x` was not found.",
+                None,
+                "Vertex gives no type",
+            ),
             (
                 404,
                 "not_found_error",

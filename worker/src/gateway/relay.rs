@@ -20,8 +20,16 @@ use super::MAX_ERROR_BODY;
 use crate::spend::answer::AnswerReader;
 use crate::spend::meter::Metered;
 
-/// How long the API may take for the beginning of an answer.
+/// How long the API may take for the beginning of a stream.
 const HEAD_WITHIN: Duration = Duration::from_mins(2);
+
+/// How long it may take for an answer that comes whole: the API's own limit.
+const ANSWER_WITHIN: Duration = Duration::from_mins(10);
+
+/// What has come by the moment in which a run hangs up is read within the first time, and each piece of it within the
+/// second: a run that didn't read what the API had sent pays for it all the same.
+const CATCH_UP_WITHIN: Duration = Duration::from_millis(500);
+const NEXT_WITHIN: Duration = Duration::from_millis(20);
 
 /// How long the answer to a run that has hung up is read for what it cost: a stream until its prompt is counted,
 /// anything else to its end.
@@ -58,6 +66,17 @@ impl Body for Passing {
     }
 }
 
+/// How the body of an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// As it should.
+    Whole,
+    /// It was cut off.
+    Cut,
+    /// Nobody wants it any more, or waits for it.
+    Unwanted,
+}
+
 /// Sends a request and passes its answer on. `metered` is none for what costs nothing; `ending` tells the end of the
 /// attempt.
 pub(super) async fn relay(
@@ -67,7 +86,8 @@ pub(super) async fn relay(
     mut head: oneshot::Sender<Head>,
     ending: CancellationToken,
 ) {
-    let sent = tokio::time::timeout(HEAD_WITHIN, send);
+    let within = if is_stream { HEAD_WITHIN } else { ANSWER_WITHIN };
+    let sent = tokio::time::timeout(within, send);
     tokio::pin!(sent);
     let mut patience = Patience::new(ending);
     let sent = loop {
@@ -87,7 +107,10 @@ pub(super) async fn relay(
         Ok(Ok(response)) => response,
         Ok(Err(error)) => return drop(head.send(Head::Unreachable(error))),
         Err(_) => {
-            let seconds = HEAD_WITHIN.as_secs();
+            if let Some(metered) = &mut metered {
+                metered.presume(!is_stream);
+            }
+            let seconds = within.as_secs();
             let error = format!("The Messages API gave no answer for {seconds} s.");
             return drop(head.send(Head::Unreachable(error)));
         }
@@ -97,7 +120,7 @@ pub(super) async fn relay(
         drop(metered);
         return drop(head.send(Head::Failure(whole(response).await)));
     }
-    let (parts, body) = Response::<reqwest::Body>::from(response).into_parts();
+    let (parts, mut body) = Response::<reqwest::Body>::from(response).into_parts();
     let is_readable = parts
         .headers
         .get(header::CONTENT_ENCODING)
@@ -106,12 +129,13 @@ pub(super) async fn relay(
         .headers
         .get(header::CONTENT_TYPE)
         .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+    let since = Instant::now();
     let (pieces, passing) = mpsc::channel(1);
     // A run that has gone by now changes nothing here.
     let _ = head.send(Head::Answer(Response::from_parts(parts, ()), Passing(passing)));
     let mut reader = AnswerReader::new(is_events);
-    let is_whole = pass(
-        body,
+    let end = pass(
+        &mut body,
         &pieces,
         &mut patience,
         &mut reader,
@@ -120,6 +144,11 @@ pub(super) async fn relay(
     )
     .await;
     let Some(metered) = &mut metered else { return };
+    let is_whole = match end {
+        End::Whole => true,
+        End::Cut => false,
+        End::Unwanted => is_events && catch_up(&mut body, &mut reader, metered).await,
+    };
     if is_whole {
         reader.end();
         metered.observe(reader.reading());
@@ -130,24 +159,41 @@ pub(super) async fn relay(
         );
     }
     let says_nothing = !reader.reading().is_final && !reader.has_started();
-    if !is_readable || (says_nothing && (!is_whole || is_events)) {
+    if !is_readable || (says_nothing && (!is_whole || is_events || reader.is_lost())) {
         metered.presume(!is_readable || !is_events);
+    } else if reader.has_hidden_thoughts() {
+        metered.presume_thoughts(since.elapsed());
     }
 }
 
-/// Passes an answer's body on; whether it ended as it should.
+/// Reads what has come of an answer that isn't passed on any more; whether that was its end.
+async fn catch_up(body: &mut reqwest::Body, reader: &mut AnswerReader, metered: &mut Metered) -> bool {
+    let until = Instant::now() + CATCH_UP_WITHIN;
+    while Instant::now() < until {
+        let frame = match tokio::time::timeout(NEXT_WITHIN, body.frame()).await {
+            Ok(Some(Ok(frame))) => frame,
+            Ok(None) => return true,
+            Ok(Some(Err(_))) | Err(_) => return false,
+        };
+        reader.read(&frame.into_data().unwrap_or_default());
+        metered.observe(reader.reading());
+    }
+    false
+}
+
+/// Passes an answer's body on to its end.
 async fn pass(
-    mut body: reqwest::Body,
+    body: &mut reqwest::Body,
     pieces: &mpsc::Sender<io::Result<Bytes>>,
     patience: &mut Patience,
     reader: &mut AnswerReader,
     mut metered: Option<&mut Metered>,
     is_events: bool,
-) -> bool {
+) -> End {
     let ending = patience.ending.clone();
     loop {
         if patience.is_short() && is_events && (reader.has_started() || metered.is_none()) {
-            return false;
+            return End::Unwanted;
         }
         let frame = tokio::select! {
             frame = body.frame() => frame,
@@ -155,14 +201,14 @@ async fn pass(
                 patience.shorten(LINGER);
                 continue;
             }
-            () = patience.ends() => return false,
+            () = patience.ends() => return End::Unwanted,
         };
         let data = match frame {
-            None => return true,
+            None => return End::Whole,
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
             Some(Err(error)) => {
                 let _ = pieces.send(Err(io::Error::other(error))).await;
-                return false;
+                return End::Cut;
             }
         };
         if let Some(metered) = &mut metered {

@@ -1,6 +1,5 @@
 //! A request of a run: its body is read whole, and what decides its price and whether it is permitted is parsed.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,9 +13,10 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::media::Media;
 use crate::spend::answer::tokens_of;
 use crate::spend::meter::Planned;
-use crate::spend::model::{self, Aliases};
+use shared::model::{self, Aliases, AllowedModels};
 
 /// The API's own limit of a request.
 const MAX_BODY: usize = 32 * 1024 * 1024;
@@ -35,6 +35,13 @@ const LONGEST_ANSWER: u64 = 128_000;
 
 /// The searches of a request that may make them and doesn't say how many.
 const MOST_SEARCHES: u64 = 20;
+
+/// No image has more tokens.
+const IMAGE_TOKENS: u64 = 6_000;
+
+/// No prompt has more tokens: the largest context window. What the API fetches or unpacks itself (a document, what a
+/// search finds) may fill it, however small the request is.
+const LONGEST_PROMPT: u64 = 1_000_000;
 
 /// A larger body is parsed where that holds up nobody.
 const PARSED_IN_PLACE: usize = 256 * 1024;
@@ -102,31 +109,10 @@ const BETAS: [&str; 39] = [
 /// What the requests of an attempt may ask for.
 #[derive(Clone, Debug, Default)]
 pub struct Permissions {
-    /// The models, by plain name; none for any.
-    models: Option<BTreeSet<String>>,
+    /// The models.
+    pub models: AllowedModels,
     /// Whether the API may search the web.
-    web_search: bool,
-}
-
-impl Permissions {
-    /// Of a key that may use these models (all, if there are none), in whatever spelling.
-    pub fn new(allowed_models: &[String], aliases: &Aliases, web_search: bool) -> Self {
-        Self {
-            models: (!allowed_models.is_empty()).then(|| aliases.all_of(allowed_models)),
-            web_search,
-        }
-    }
-
-    /// Whether this model is one of them, in whatever spelling.
-    pub fn allow(&self, model: &str, aliases: &Aliases) -> bool {
-        let Some(models) = &self.models else {
-            return true;
-        };
-        aliases
-            .of(&model::plain(model))
-            .iter()
-            .all(|model| models.contains(model))
-    }
+    pub web_search: bool,
 }
 
 /// Why the gateway refuses a request of a run itself.
@@ -229,8 +215,13 @@ struct Members {
     mcp_servers: Option<IgnoredAny>,
     container: Option<IgnoredAny>,
     fallbacks: Option<IgnoredAny>,
+    /// Some clouds take betas here.
+    anthropic_beta: Option<IgnoredAny>,
+    betas: Option<IgnoredAny>,
     speed: Option<String>,
     inference_geo: Option<String>,
+    #[serde(default)]
+    messages: Media,
 }
 
 #[derive(Deserialize)]
@@ -305,13 +296,15 @@ fn parse(body: &[u8]) -> Result<Members, Refusal> {
 }
 
 fn check(members: &Members, permissions: &Permissions, aliases: &Aliases) -> Result<(), Refusal> {
-    if !permissions.allow(&members.model, aliases) {
+    if !permissions.models.allow(&members.model, aliases) {
         return Err(Refusal::Model(model::shown(&members.model)));
     }
     for (is_there, name) in [
         (members.mcp_servers.is_some(), "mcp_servers"),
         (members.container.is_some(), "container"),
         (members.fallbacks.is_some(), "fallbacks"),
+        (members.anthropic_beta.is_some(), "anthropic_beta"),
+        (members.betas.is_some(), "betas"),
     ] {
         if is_there {
             return Err(Refusal::Feature(name.to_owned()));
@@ -338,11 +331,18 @@ fn planned(members: &Members, bytes: usize) -> Planned {
         .filter(|tool| tool.kind.as_deref().is_some_and(|kind| kind != "custom"))
         .map(|tool| tool.max_uses.unwrap_or(MOST_SEARCHES))
         .fold(0, u64::saturating_add);
+    let media = members.messages;
+    let unseen = if searches > 0 || media.documents > 0 {
+        LONGEST_PROMPT
+    } else {
+        media.images.saturating_mul(IMAGE_TOKENS)
+    };
     Planned {
         model: members.model.clone(),
         fast: members.speed.as_deref().is_some_and(|speed| speed != "standard"),
         region: members.inference_geo.clone(),
         prompt: tokens_of(bytes as u64),
+        unseen,
         output: members.max_tokens.unwrap_or(LONGEST_ANSWER),
         searches,
     }
@@ -380,35 +380,22 @@ mod tests {
     fn read(body: &str, allowed: &[&str], web_search: bool) -> Result<Planned, Refusal> {
         let prices = Prices::default();
         let allowed: Vec<String> = allowed.iter().map(|&model| model.to_owned()).collect();
-        let permissions = Permissions::new(&allowed, prices.aliases(), web_search);
+        let permissions = Permissions {
+            models: AllowedModels::new(&allowed, prices.aliases()),
+            web_search,
+        };
         let members = parse(body.as_bytes())?;
         check(&members, &permissions, prices.aliases())?;
         Ok(planned(&members, body.len()))
     }
 
     #[test]
-    fn a_model_is_allowed_or_refused_in_every_spelling() {
-        for (model, allowed) in [
-            ("claude-haiku-5-5", true),
-            ("haiku", true),
-            ("claude-haiku-5-5[1m]", true),
-            ("us.anthropic.claude-haiku-5-5", true),
-            ("claude-opus-5-5", false),
-            ("opus", false),
-            ("claude-opus-5-5[1m]", false),
-            ("claude-haiku-5-5-fast", false),
-            ("anthropic.claude-opus-5-5-20260601-v1:0", false),
-            ("claude-haiku-4-5", false),
-            ("somebody/else", false),
-            ("", false),
-        ] {
-            let body = format!(r#"{{"model": "{model}"}}"#);
-            assert_eq!(read(&body, &["haiku"], false).is_ok(), allowed, "{model}");
-            assert!(
-                read(&body, &[], false).is_ok(),
-                "{model} for a key that may use all"
-            );
-        }
+    fn a_model_that_the_key_may_not_use_is_refused() {
+        let opus = r#"{"model": "us.anthropic.claude-opus-5-5[1m]"}"#;
+        assert!(
+            matches!(read(opus, &["haiku"], false), Err(Refusal::Model(model)) if model.contains("opus"))
+        );
+        assert!(read(opus, &["opus"], false).is_ok() && read(opus, &[], false).is_ok());
     }
 
     #[test]
@@ -426,6 +413,8 @@ mod tests {
                 "advisor",
             ),
             (r#""tools": [{"type": "web_search_20250305"}]"#, "web_search"),
+            (r#""anthropic_beta": ["files-api-2025-04-14"]"#, "anthropic_beta"),
+            (r#""betas": ["files-api-2025-04-14"]"#, "betas"),
         ] {
             let body = format!(r#"{{"model": "opus", {members}}}"#);
             let refusal = read(&body, &[], false).unwrap_err();
@@ -480,6 +469,30 @@ mod tests {
             read(r#"{"model": "opus"}"#, &[], false).unwrap().output,
             LONGEST_ANSWER
         );
+    }
+
+    #[test]
+    fn what_the_api_fetches_or_unpacks_may_fill_a_prompt() {
+        let unseen = |content: &str| {
+            let body =
+                format!(r#"{{"model": "opus", "messages": [{{"role": "user", "content": {content}}}]}}"#);
+            read(&body, &[], true).unwrap().unseen
+        };
+        assert_eq!(unseen(r#""a text""#), 0);
+        assert_eq!(
+            unseen(r#"[{"type": "text", "text": "\"type\": \"document\""}]"#),
+            0
+        );
+        assert_eq!(
+            unseen(r#"[{"type": "image", "source": {"type": "url", "url": "x"}}]"#),
+            IMAGE_TOKENS
+        );
+        let document = r#"{"source": {"type": "url", "url": "x"}, "type": "docu\u006dent"}"#;
+        assert_eq!(unseen(&format!("[{document}]")), LONGEST_PROMPT);
+        let result = format!(r#"[{{"type": "tool_result", "tool_use_id": "t", "content": [{document}]}}]"#);
+        assert_eq!(unseen(&result), LONGEST_PROMPT);
+        let search = r#"{"model": "opus", "tools": [{"type": "web_search_20250305"}]}"#;
+        assert_eq!(read(search, &[], true).unwrap().unseen, LONGEST_PROMPT);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::spend::{Meter, Reported};
 use crate::workspace::{Folders, RunDir};
 use shared::clock::{self, Timestamp};
 use shared::job::{Ending, Hold, Lease, Report, Spend};
+use shared::model::AllowedModels;
 use shared::storage::RunDirective;
 use std::io;
 use std::sync::Arc;
@@ -125,7 +126,11 @@ impl<'a> Run<'a> {
         )?;
         let meter = Arc::new(Meter::new(Arc::clone(&ctx.config.prices), lease.reserved));
         let web_search = !spec.disallowed_tools.iter().any(|tool| tool == WEB_SEARCH);
-        let permissions = Permissions::new(&lease.allowed_models, ctx.config.prices.aliases(), web_search);
+        let aliases = ctx.config.prices.aliases();
+        let permissions = Permissions {
+            models: AllowedModels::new(&lease.allowed_models, aliases),
+            web_search,
+        };
         gateway.arm(Arc::clone(&meter), permissions.clone());
 
         let mut output = RunOutput::new(spec.json_schema.is_some(), clock::now());
@@ -136,11 +141,9 @@ impl<'a> Run<'a> {
             .map_or(ctx.config.timeout, Duration::from_secs);
         let command = ctx.isolation.command(&places, command::arguments(&spec));
         let mut env = command::environment(&ctx.isolation.paths(&places), (name, &token), &marker);
-        env.extend(command::model_variables(
-            &spec.model,
-            ctx.config.prices.aliases(),
-            |model| permissions.allow(model, ctx.config.prices.aliases()),
-        ));
+        env.extend(command::model_variables(&spec.model, aliases, |model| {
+            permissions.models.allow(model, aliases)
+        }));
         let launch = Launch {
             program: command.program,
             args: command.args,

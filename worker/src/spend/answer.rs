@@ -28,10 +28,26 @@ pub struct AnswerReader {
     lost: bool,
     /// Bytes of text that the answer has had.
     text: u64,
+    /// Searches that the answer has begun, and bytes of what they found, which the API reads.
+    searches: u64,
+    found: u64,
+    /// Whether a block of thoughts is open that has shown none, or was.
+    thoughts: Thoughts,
     /// What it has said of its usage.
     said: Usage,
     started: bool,
     reading: Reading,
+}
+
+/// Whether the answer shows what it thinks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Thoughts {
+    /// It hasn't thought, or has shown it all.
+    Shown,
+    /// It has begun to think and shown nothing of it yet.
+    Begun,
+    /// It has thought without showing it.
+    Hidden,
 }
 
 /// An event of a stream, as far as it is read.
@@ -43,6 +59,17 @@ struct Event<'a> {
     usage: Option<Value>,
     #[serde(borrow)]
     delta: Option<Delta<'a>>,
+    #[serde(borrow)]
+    content_block: Option<Block<'a>>,
+}
+
+/// The beginning of a block.
+#[derive(Deserialize)]
+struct Block<'a> {
+    #[serde(borrow, rename = "type")]
+    kind: Cow<'a, str>,
+    #[serde(borrow)]
+    name: Option<Cow<'a, str>>,
 }
 
 #[derive(Deserialize)]
@@ -65,6 +92,9 @@ impl AnswerReader {
             held: Vec::new(),
             lost: false,
             text: 0,
+            searches: 0,
+            found: 0,
+            thoughts: Thoughts::Shown,
             said: Usage::default(),
             started: false,
             reading: Reading::default(),
@@ -108,6 +138,16 @@ impl AnswerReader {
         self.started
     }
 
+    /// Whether a part of the answer so far can't be counted by its text: thoughts that it doesn't show.
+    pub fn has_hidden_thoughts(&self) -> bool {
+        self.thoughts != Thoughts::Shown && !self.reading.is_final
+    }
+
+    /// Whether the answer was too long to be read.
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
     /// What is known so far. Output that the answer hasn't counted yet is counted by its text.
     pub fn reading(&self) -> &Reading {
         &self.reading
@@ -137,8 +177,20 @@ impl AnswerReader {
                 self.count(&usage);
                 self.reading.is_final = self.started && usage["output_tokens"].is_u64();
             }
+            "content_block_start" => match event.content_block {
+                Some(block) => self.block(&block, line.len()),
+                None => return,
+            },
             "content_block_delta" => {
                 let delta = event.delta.map_or(0, |delta| {
+                    if delta
+                        .thinking
+                        .as_ref()
+                        .is_some_and(|thinking| !thinking.is_empty())
+                        && self.thoughts == Thoughts::Begun
+                    {
+                        self.thoughts = Thoughts::Shown;
+                    }
                     [delta.text, delta.thinking, delta.partial_json, delta.signature]
                         .iter()
                         .flatten()
@@ -147,11 +199,32 @@ impl AnswerReader {
                 });
                 self.text = self.text.saturating_add(delta as u64);
             }
+            "content_block_stop" => {
+                if self.thoughts == Thoughts::Begun {
+                    self.thoughts = Thoughts::Hidden;
+                }
+                return;
+            }
             _ => return,
         }
         self.reading.usage = self.said;
         if !self.reading.is_final {
-            self.reading.usage.output = self.said.output.max(tokens_of(self.text));
+            let usage = &mut self.reading.usage;
+            usage.output = usage.output.max(tokens_of(self.text));
+            usage.web_searches = usage.web_searches.max(self.searches);
+            usage.input = usage.input.saturating_add(tokens_of(self.found));
+        }
+    }
+
+    /// A block begins, in a line of so many bytes.
+    fn block(&mut self, block: &Block<'_>, bytes: usize) {
+        match block.kind.as_ref() {
+            "thinking" | "redacted_thinking" if self.thoughts == Thoughts::Shown => {
+                self.thoughts = Thoughts::Begun;
+            }
+            "server_tool_use" if block.name.as_deref() == Some("web_search") => self.searches += 1,
+            "web_search_tool_result" => self.found = self.found.saturating_add(bytes as u64),
+            _ => {}
         }
     }
 
@@ -239,6 +312,59 @@ mod tests {
             5,
             "ten bytes are no more than five tokens"
         );
+    }
+
+    #[test]
+    fn what_a_cut_answer_has_searched_counts() {
+        let mut reader = AnswerReader::new(true);
+        reader.read(STREAM[..STREAM.find("event: content_block_delta").unwrap()].as_bytes());
+        let result = r#"data: {"type":"content_block_start","index":1,"content_block":{"type":"web_search_tool_result","content":[]}}"#;
+        for line in [
+            r#"data: {"type":"content_block_start","index":0,"content_block":{"type":"server_tool_use","id":"s","name":"web_search","input":{}}}"#,
+            result,
+        ] {
+            reader.read(format!("{line}\n\n").as_bytes());
+        }
+        let usage = reader.reading().usage;
+        assert_eq!(
+            (usage.web_searches, usage.input),
+            (1, 100 + tokens_of(result.len() as u64))
+        );
+
+        reader.read(STREAM[STREAM.find("event: message_delta").unwrap()..].as_bytes());
+        assert_eq!(
+            reader.reading().usage,
+            whole(),
+            "the API's own figures count in the end"
+        );
+    }
+
+    #[test]
+    fn thoughts_that_arent_shown_are_known() {
+        let hidden = |events: &[&str]| {
+            let mut reader = AnswerReader::new(true);
+            for event in events {
+                reader.read(format!("data: {event}\n").as_bytes());
+            }
+            reader.has_hidden_thoughts()
+        };
+        let begin =
+            r#"{"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":""}}"#;
+        let shown =
+            r#"{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"Hm."}}"#;
+        let signed =
+            r#"{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"x"}}"#;
+        let stop = r#"{"type":"content_block_stop","index":0}"#;
+        let text = r#"{"type":"content_block_start","index":1,"content_block":{"type":"text","text":""}}"#;
+        for (events, expected, reason) in [
+            (&[text][..], false, "no thoughts"),
+            (&[begin], true, "they have just begun"),
+            (&[begin, shown], false, "they are shown"),
+            (&[begin, signed, stop, text], true, "they never were"),
+            (&[begin, shown, signed, stop, text], false, "they were"),
+        ] {
+            assert_eq!(hidden(events), expected, "{reason}");
+        }
     }
 
     #[test]

@@ -4,18 +4,22 @@
 //! keeps the attempt's reservation: a request is admitted only while something of it is left, and beside others only
 //! if its worst case fits.
 
-use super::model;
 use super::price::{NanoUsd, Prices, Terms};
 use super::usage::Usage;
 use shared::clock;
 use shared::job::{ModelCost, Spend};
+use shared::model;
 use shared::money::MicroUsd;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
 /// More models than this are one row of the ledger.
 const MAX_MODELS: usize = 50;
+
+/// No model writes more tokens in a second, fast mode included.
+const FASTEST: u64 = 400;
 
 /// The row of models that are too many.
 const OTHERS: &str = "others";
@@ -29,8 +33,11 @@ pub struct Planned {
     pub fast: bool,
     /// Where it has to run, if it has to.
     pub region: Option<String>,
-    /// No fewer than the tokens of its prompt.
+    /// No fewer than the tokens of its prompt, as far as the request itself shows it.
     pub prompt: u64,
+    /// No fewer than the tokens of what the API adds to it: documents that it fetches or unpacks, what its searches
+    /// find.
+    pub unseen: u64,
     /// No fewer than the tokens of its answer.
     pub output: u64,
     /// No fewer than the searches that it makes.
@@ -211,7 +218,7 @@ impl Meter {
     /// The most that a request may cost: all of its prompt written to a cache, which is the dearest way to read it.
     fn worst(&self, planned: &Planned) -> NanoUsd {
         let usage = Usage {
-            cache_write_1h: planned.prompt,
+            cache_write_1h: planned.prompt.saturating_add(planned.unseen),
             output: planned.output,
             web_searches: planned.searches,
             ..Usage::default()
@@ -300,6 +307,16 @@ impl Metered {
             is_final: false,
             ..self.reading.clone()
         });
+    }
+
+    /// The answer was cut off after it has thought for so long without showing its thoughts, which are paid for: it
+    /// may have written that many tokens.
+    pub fn presume_thoughts(&mut self, time: Duration) {
+        let seconds = time.as_secs().saturating_add(1);
+        let thought = seconds.saturating_mul(FASTEST).min(self.planned.output);
+        let mut reading = self.reading.clone();
+        reading.usage.output = reading.usage.output.max(thought);
+        self.observe(&reading);
     }
 
     fn cost(&self, usage: Usage) -> NanoUsd {

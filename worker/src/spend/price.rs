@@ -1,18 +1,15 @@
-//! List prices. They are data: `worker/prices.json`, or the file that `PRICES_FILE` names. Integer arithmetic, in
+//! List prices. They are data: `shared/prices.json`, or the file that `PRICES_FILE` names. Integer arithmetic, in
 //! billionths of a dollar, so that sums over many requests are exact.
 
-use super::model::{self, Aliases};
 use super::usage::Usage;
 use serde::Deserialize;
 use shared::clock::Timestamp;
+use shared::model::{self, Aliases};
 use shared::money::MicroUsd;
 use std::collections::{BTreeMap, HashSet};
 use std::ops::{Add, AddAssign};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-
-/// The table that the program brings along.
-const BUILT_IN: &str = include_str!("../../prices.json");
 
 /// The largest price that is believed, in dollars: of a million tokens, or of a search.
 const DEAREST: f64 = 100_000.0;
@@ -186,7 +183,7 @@ fn billionths(dollars: f64, factor: f64) -> Result<u64, String> {
 
 impl Default for Prices {
     fn default() -> Self {
-        Self::parse(BUILT_IN).expect("a test reads the table that the program brings along")
+        Self::parse(model::BUILT_IN_PRICES).expect("a test reads the table that the program brings along")
     }
 }
 

@@ -106,6 +106,40 @@ async fn a_request_that_was_never_answered_costs_nothing_unless_it_was_presumed(
 }
 
 #[tokio::test]
+async fn thoughts_that_a_cut_answer_didnt_show_count_by_their_time() {
+    let meter = meter(1.0);
+    for (output, tokens) in [(128_000, 4 * 400), (1_000, 1_000)] {
+        let before = meter.spend().total();
+        let mut metered = meter.admit(planned(output)).await.unwrap();
+        metered.observe(&Reading {
+            is_final: false,
+            ..answered(10)
+        });
+        metered.presume_thoughts(Duration::from_millis(3_500));
+        drop(metered);
+        let cost = meter.spend().total().0 - before.0;
+        assert_eq!(cost, tokens * 20, "of at most {output}");
+    }
+    assert!(meter.spend().estimated);
+}
+
+#[tokio::test]
+async fn a_request_whose_prompt_the_api_makes_longer_is_sent_alone() {
+    let meter = meter(1.0);
+    let fetches = || Planned {
+        unseen: 1_000_000,
+        ..planned(10)
+    };
+    let small = meter.admit(planned(10)).await.unwrap();
+    let mut big = Box::pin(meter.admit(fetches()));
+    assert!(waits(&mut big).await, "its document may cost eight dollars");
+    drop(small);
+    let big = big.await.expect("alone it may");
+    drop(big);
+    assert_eq!(meter.spend(), Spend::default());
+}
+
+#[tokio::test]
 async fn a_lone_request_is_admitted_while_anything_is_left_and_none_after() {
     let meter = meter(0.01);
     let mut metered = meter.admit(planned(128_000)).await.unwrap();

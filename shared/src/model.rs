@@ -2,8 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::env::{Error, Vars};
+use serde::Deserialize;
+
+/// The table of prices and short names that the programs bring along.
+pub const BUILT_IN_PRICES: &str = include_str!("../prices.json");
+
 /// How much of a name is shown.
 const SHOWN: usize = 100;
+
+/// What `PRICES_FILE` may be.
+pub const ACCEPTED_PRICES: &str = "a file like shared/prices.json in the source, or nothing for that one";
 
 /// The plain name: lower case, without provider, version of the provider, date and context size.
 ///
@@ -65,13 +74,43 @@ pub fn shown(model: &str) -> String {
 }
 
 /// What short names stand for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Aliases(BTreeMap<String, Vec<String>>);
+
+/// The part of a table of prices that has the short names.
+#[derive(Deserialize)]
+struct Table {
+    #[serde(default)]
+    aliases: BTreeMap<String, Vec<String>>,
+}
+
+impl Default for Aliases {
+    /// Those that the programs bring along.
+    fn default() -> Self {
+        Self::parse(BUILT_IN_PRICES).expect("a test reads the table that the programs bring along")
+    }
+}
 
 impl Aliases {
     /// By plain name.
     pub fn new(aliases: BTreeMap<String, Vec<String>>) -> Self {
         Self(aliases)
+    }
+
+    /// Those of a table of prices. The error is a sentence's end.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let table: Table = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        Ok(Self(table.aliases))
+    }
+
+    /// Those that are in force: of `PRICES_FILE`, if it is set.
+    pub fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        let Some(file) = vars.path("PRICES_FILE")? else {
+            return Ok(Self::default());
+        };
+        let text = std::fs::read_to_string(&file).map_err(|error| format!("can't be read: {error}"));
+        text.and_then(|text| Self::parse(&text).map_err(|error| format!("is no table of prices: {error}")))
+            .map_err(|problem| Error::new("PRICES_FILE", problem, ACCEPTED_PRICES))
     }
 
     /// All of them.
@@ -95,9 +134,74 @@ impl Aliases {
     }
 }
 
+/// The models that a key may use, in whatever spelling they are asked for: the one rule for the submission of a job and
+/// for each request of its runs.
+#[derive(Clone, Debug, Default)]
+pub struct AllowedModels(Option<BTreeSet<String>>);
+
+impl AllowedModels {
+    /// These models; all, if there are none.
+    pub fn new(models: &[String], aliases: &Aliases) -> Self {
+        Self((!models.is_empty()).then(|| aliases.all_of(models)))
+    }
+
+    /// Whether this model is one of them. A short name that stands for more than one has to be allowed them all.
+    pub fn allow(&self, model: &str, aliases: &Aliases) -> bool {
+        let Some(models) = &self.0 else {
+            return true;
+        };
+        let asked = aliases.of(&plain(model));
+        asked.iter().all(|model| models.contains(model))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_is_allowed_or_not_in_every_spelling() {
+        let aliases = Aliases::default();
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        for (allowed, model, expected) in [
+            (&["haiku"][..], "claude-haiku-5-5", true),
+            (&["haiku"], "haiku", true),
+            (&["haiku"], "claude-haiku-5-5[1m]", true),
+            (&["haiku"], "us.anthropic.claude-haiku-5-5", true),
+            (&["haiku"], "claude-haiku-5-5@20261001", true),
+            (&["claude-opus-5-5-20260601"], "opus[1m]", true),
+            (&["eu.anthropic.claude-opus-5-5-v1:0"], "Claude-Opus-5.5", true),
+            (&["haiku"], "claude-haiku-4-5", false),
+            (&["haiku"], "opus", false),
+            (&["haiku"], "claude-haiku-5-5-fast", false),
+            (&["haiku"], "somebody/else", false),
+            (&["haiku"], "", false),
+            (&["opus"], "opusplan", false),
+            (&["opus", "sonnet"], "opusplan", true),
+            (&["in-house"], "in-house", true),
+            (&[], "anything", true),
+        ] {
+            let models = AllowedModels::new(&names(allowed), &aliases);
+            assert_eq!(models.allow(model, &aliases), expected, "{model} by {allowed:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_replaces_the_short_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("prices.json");
+        let of = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            Aliases::from_vars(&Vars::of([("PRICES_FILE", file.to_str().unwrap())]))
+        };
+        let own = of(r#"{"version": "v", "aliases": {"opus": ["claude-opus-9"]}, "models": []}"#).unwrap();
+        assert_eq!(own.of("opus"), ["claude-opus-9"]);
+        assert_eq!(of("prices").unwrap_err().variable, "PRICES_FILE");
+        assert_eq!(
+            Aliases::from_vars(&Vars::of([])).unwrap().of("opus"),
+            ["claude-opus-5-5"]
+        );
+    }
 
     #[test]
     fn one_model_has_one_plain_name() {
