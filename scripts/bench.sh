@@ -17,6 +17,7 @@ if [ -n "${FORMER:-}" ]; then
 fi
 target/release/examples/bench-http "$@"
 target/release/examples/bench
+target/release/examples/bench-gateway
 for bench in target/release/examples/bench-claims; do
     [ ! -x "$bench" ] || "$bench"
 done

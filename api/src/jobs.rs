@@ -1,6 +1,7 @@
 //! Jobs over HTTP: which method of which path is answered where. Others than those of the route table don't come here.
 
 pub mod accept;
+pub mod attempts;
 pub mod cancel;
 pub mod read;
 pub mod remove;
@@ -59,6 +60,16 @@ pub async fn cancel(
     id: &Segment,
 ) -> Result<Response, Problem> {
     cancel::cancel(context, request, find(context, caller, id).await?).await
+}
+
+/// `/api/v1/jobs/{id}/attempts`.
+pub async fn attempts(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    id: &Segment,
+) -> Result<Response, Problem> {
+    attempts::list(context, request, caller, &find(context, caller, id).await?).await
 }
 
 /// `/api/v1/jobs/{id}/events`.

@@ -110,6 +110,7 @@ fn table() -> Vec<Route> {
              POST JobsWrite Submit (wait)]),
         route!(keyed "api" / "v1" / "jobs" / Segment, id => jobs::item
             [GET JobsRead Read (view fields wait), DELETE JobsWrite Read ()]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "attempts", id => jobs::attempts [GET JobsRead Read ()]),
         route!(keyed "api" / "v1" / "jobs" / Segment / "events", id => jobs::events
             [GET JobsRead Read (after starting_after limit wait)]),
         route!(keyed "api" / "v1" / "jobs" / Segment / "stream", id => jobs::stream

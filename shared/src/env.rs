@@ -148,6 +148,15 @@ impl Vars {
         self.values.get(name).filter(|value| !value.is_empty()).cloned()
     }
 
+    /// A variable that is set and whose name begins so; for settings of other programs that have no effect here.
+    pub fn named_like(&self, prefix: &str) -> Option<&str> {
+        let set = self
+            .values
+            .iter()
+            .filter(|(name, value)| name.starts_with(prefix) && !value.trim().is_empty());
+        set.map(|(name, _)| name.as_str()).min()
+    }
+
     /// Resolves the relative path that is the value or the default of `name`. A value of the environment counts from
     /// the working directory; all others count from the folder of the `.env` file, so that a service and its commands
     /// use the same files from every folder below it.

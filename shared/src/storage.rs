@@ -59,7 +59,7 @@ pub use claim::{Claim, Claimant};
 pub use error::{Error, Result};
 pub use idempotency::{IdempotencyOutcome, IdempotencyRecord};
 pub use inspect::{Inspection, inspect};
-pub use job::{CancelOutcome, JobFilter, Position};
+pub use job::{Attempt, CancelOutcome, JobFilter, Position};
 pub use key::{KeyFilter, NewSecret};
 pub use ledger::{LedgerEntry, LedgerGroup, LedgerPart, LedgerSum, Usage};
 pub use limit::{Quota, Rate};

@@ -63,7 +63,7 @@ pub(crate) fn to(body: &Value, step: &Step) -> Answer {
         "content": [],
         "stop_reason": null,
         "stop_sequence": null,
-        "usage": Usage { output_tokens: 1, ..step.usage },
+        "usage": Usage { output_tokens: 1, ..step.usage }.as_api(),
     });
     let mut events = vec![json!({"type": "message_start", "message": message})];
     let mut content = Vec::new();
@@ -120,14 +120,14 @@ pub(crate) fn to(body: &Value, step: &Step) -> Answer {
     events.push(json!({
         "type": "message_delta",
         "delta": {"stop_reason": stop_reason, "stop_sequence": null},
-        "usage": step.usage,
+        "usage": step.usage.as_api(),
     }));
     events.push(json!({"type": "message_stop"}));
 
     let mut whole = message;
     whole["content"] = Value::Array(content);
     whole["stop_reason"] = stop_reason.into();
-    whole["usage"] = json!(step.usage);
+    whole["usage"] = step.usage.as_api();
     Answer {
         events,
         message: whole,

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A list of answers and the rule that picks one.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -104,6 +104,57 @@ pub struct Usage {
     pub cache_creation_input_tokens: u64,
     /// Input read from the prompt cache.
     pub cache_read_input_tokens: u64,
+    /// The part of `cache_creation_input_tokens` that is kept for an hour.
+    #[serde(skip_serializing_if = "is_none")]
+    pub cache_creation_1h_input_tokens: u64,
+    /// Searches of the web that the API made.
+    #[serde(skip_serializing_if = "is_none")]
+    pub web_search_requests: u64,
+    /// The answer came in fast mode.
+    #[serde(skip_serializing_if = "is_no")]
+    pub fast: bool,
+    /// The answer came from the United States, as was asked for.
+    #[serde(skip_serializing_if = "is_no")]
+    pub us_only: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_none(count: &u64) -> bool {
+    *count == 0
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_no(is_so: &bool) -> bool {
+    !is_so
+}
+
+impl Usage {
+    /// The same as the API's own object.
+    pub(crate) fn as_api(&self) -> Value {
+        let mut usage = json!({
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "cache_creation_input_tokens": self.cache_creation_input_tokens,
+            "cache_read_input_tokens": self.cache_read_input_tokens,
+        });
+        if self.cache_creation_1h_input_tokens > 0 {
+            let hour = self.cache_creation_1h_input_tokens;
+            usage["cache_creation"] = json!({
+                "ephemeral_5m_input_tokens": self.cache_creation_input_tokens.saturating_sub(hour),
+                "ephemeral_1h_input_tokens": hour,
+            });
+        }
+        if self.web_search_requests > 0 {
+            usage["server_tool_use"] = json!({ "web_search_requests": self.web_search_requests });
+        }
+        if self.fast {
+            usage["speed"] = json!("fast");
+        }
+        if self.us_only {
+            usage["inference_geo"] = json!("us");
+        }
+        usage
+    }
 }
 
 impl Default for Usage {
@@ -113,6 +164,10 @@ impl Default for Usage {
             output_tokens: 20,
             cache_creation_input_tokens: 0,
             cache_read_input_tokens: 0,
+            cache_creation_1h_input_tokens: 0,
+            web_search_requests: 0,
+            fast: false,
+            us_only: false,
         }
     }
 }

@@ -129,12 +129,18 @@ fn price(model: &str, usage: &Usage) -> f64 {
         .is_some_and(|above| prompt > above)
     {
         row = long;
+    } else if usage.fast && row["fast"].is_object() {
+        row = &row["fast"];
     }
     let cost = |tokens: u64, price: &str| tokens as f64 * number(&row[price]) / 1e6;
-    cost(usage.input_tokens, "input")
+    let hour = usage.cache_creation_1h_input_tokens;
+    let tokens = cost(usage.input_tokens, "input")
         + cost(usage.output_tokens, "output")
-        + cost(usage.cache_creation_input_tokens, "cache_write_5m")
-        + cost(usage.cache_read_input_tokens, "cache_read")
+        + cost(usage.cache_creation_input_tokens - hour, "cache_write_5m")
+        + cost(hour, "cache_write_1h")
+        + cost(usage.cache_read_input_tokens, "cache_read");
+    let factor = if usage.us_only { 1.1 } else { 1.0 };
+    tokens * factor + usage.web_search_requests as f64 * 0.01
 }
 
 #[cfg(test)]
@@ -181,5 +187,15 @@ mod tests {
         ] {
             assert!(close(price(model, &usage(tokens)), dollars), "{model}");
         }
+        let dear = Usage {
+            cache_creation_input_tokens: 3_000,
+            cache_creation_1h_input_tokens: 1_000,
+            web_search_requests: 2,
+            fast: true,
+            us_only: true,
+            ..usage(1_000)
+        };
+        let tokens = 1_000.0 * 8e-6 + 2_000.0 * 10e-6 + 1_000.0 * 16e-6;
+        assert!(close(price("claude-opus-5-5", &dear), tokens * 1.1 + 0.02));
     }
 }

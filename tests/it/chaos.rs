@@ -438,6 +438,16 @@ async fn check(system: &System, accepted: &[Accepted], finals: &BTreeMap<String,
         answered >= 0.98 * metered,
         "${answered} answered, ${metered} in the ledger"
     );
+    // No more has come within that time than the two answers of a run, a tenth of a cent each.
+    let lost = database
+        .number("select count(*) from attempt where ending = 'lost'")
+        .await;
+    #[expect(clippy::cast_precision_loss, reason = "a small number")]
+    let hidden = 0.002_2 * lost as f64 + 0.001;
+    assert!(
+        answered - metered <= hidden,
+        "${answered} answered, ${metered} in the ledger: more than {lost} lost runs can hide"
+    );
     // At least what every done job's answer cost.
     let done = finals.values().filter(|job| job["status"] == "done").count();
     assert!(

@@ -95,6 +95,18 @@ async fn many_requests_at_once_stop_at_the_cap(db: Db) {
     assert_eq!(job["error_code"], "max_cost", "{job:#}");
     let spent = the_same_everywhere(&system, &job).await;
     assert!((100_000..=114_000).contains(&spent), "{spent}");
+    // However many were refused, the log has one line for the reason, with their number.
+    let refused = came_back(&system, &id)
+        .iter()
+        .filter(|line| line.starts_with("402 "))
+        .count();
+    let line = system.writes("the gateway refused requests of the run").await;
+    assert_eq!(
+        line.matches("the gateway refused requests of the run").count(),
+        1,
+        "{line}"
+    );
+    assert!(refused > 100, "{refused}");
 }
 
 async fn a_forged_result_of_a_killed_run_costs_what_was_metered(db: Db) {
@@ -142,6 +154,26 @@ async fn a_result_of_a_million_dollars_takes_nothing_from_others(db: Db) {
     let reported: i64 = system.database().texts(reported).await[0].parse().unwrap();
     assert!(reported >= 1_000_000_000_000, "{reported}");
     system.writes("but the CLI reports $1000000").await;
+    let attempts = format!("/api/v1/jobs/{id}/attempts");
+    let shown = client.get(&attempts).await;
+    let shown = &shown.data(200)[0];
+    assert_eq!(shown["reported_cost"], 1_000_000.0, "{shown:#}");
+    assert_eq!(
+        (
+            &shown["attempt"],
+            &shown["ending"],
+            &shown["cost"],
+            &shown["worker_id"]
+        ),
+        (&json!(1), &json!("done"), &job["cost"], &Value::Null),
+        "{shown:#}"
+    );
+    let to_admin = admin.get(&attempts).await;
+    assert!(
+        to_admin.data(200)[0]["worker_id"].is_string(),
+        "{}",
+        to_admin.text
+    );
     let other = client.with_key(KEYS[1]);
     let id = other.play(&answer("as ever")).await;
     assert_eq!(other.finished(&id).await["status"], "done");
@@ -339,6 +371,7 @@ fn the_gateway_meters_what_the_cli_reports() {
                 cache_creation_input_tokens: 30_000,
                 cache_read_input_tokens: 30_003,
                 output_tokens: 777,
+                ..Usage::default()
             },
             ..Turn::default()
         };

@@ -65,6 +65,17 @@ pub enum Step {
         /// How many of them at once.
         at_once: usize,
     },
+    /// The same for so many seconds, however many they are.
+    DirectFor {
+        /// For which model.
+        model: String,
+        /// Tokens of the prompt, and of the answer.
+        tokens: (u64, u64),
+        /// How many of them at once.
+        at_once: usize,
+        /// For how long new ones begin.
+        seconds: u64,
+    },
     /// A call of the Bash tool that really runs, in a session of its own as the real tool does it.
     Shell(String),
     /// A call of the Write tool that really writes, relative to the working directory.

@@ -10,7 +10,7 @@
 
 use serde_json::{Map, Value, json};
 use shared::money::MicroUsd;
-use simulator::{Scenario, Simulator, Step, Tool};
+use simulator::{Scenario, Simulator, Step, Tool, Usage};
 use std::error::Error;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -337,6 +337,126 @@ fn cases() -> Vec<Case> {
             ),
         ),
     ]
+    .into_iter()
+    .chain(costs().into_iter().map(|cost| cost.case))
+    .collect()
+}
+
+/// A transcript that shows what a run costs: an answer for each usage, all but the last with a call of a tool.
+struct Cost {
+    case: Case,
+    usages: Vec<Usage>,
+}
+
+fn cost(name: &'static str, about: &'static str, run: fn(&mut RunSpec), usages: Vec<Usage>) -> Cost {
+    Cost {
+        case: changed(run, case(name, name, about)),
+        usages,
+    }
+}
+
+fn costs() -> Vec<Cost> {
+    let mixed = Usage {
+        input_tokens: 1_234,
+        output_tokens: 567,
+        cache_creation_input_tokens: 4_321,
+        cache_read_input_tokens: 9_876,
+        ..Usage::default()
+    };
+    let hour = Usage {
+        cache_creation_1h_input_tokens: 3_001,
+        ..mixed
+    };
+    let prompt = |input_tokens, cache_creation_input_tokens, cache_read_input_tokens| Usage {
+        input_tokens,
+        output_tokens: 777,
+        cache_creation_input_tokens,
+        cache_read_input_tokens,
+        ..Usage::default()
+    };
+    let searched = Usage {
+        web_search_requests: 3,
+        ..mixed
+    };
+    let fast = Usage { fast: true, ..hour };
+    let us = Usage {
+        us_only: true,
+        ..hour
+    };
+    let opus: fn(&mut RunSpec) = |run| "opus".clone_into(&mut run.model);
+    let haiku: fn(&mut RunSpec) = |run| "haiku".clone_into(&mut run.model);
+    let same: fn(&mut RunSpec) = |_| {};
+    vec![
+        cost("cost-opus", "a cache is written and read", opus, vec![mixed]),
+        cost("cost-opus-hour", "both kinds of cache write", opus, vec![hour]),
+        cost(
+            "cost-haiku-edge",
+            "a prompt that is just not long",
+            haiku,
+            vec![prompt(40_000, 30_000, 30_000)],
+        ),
+        cost(
+            "cost-haiku-long",
+            "a long prompt, of which caches hold the most",
+            haiku,
+            vec![prompt(1, 50_000, 50_000)],
+        ),
+        cost(
+            "cost-haiku-both",
+            "a short, a long and a short prompt",
+            haiku,
+            vec![prompt(5_000, 0, 0), prompt(150_000, 0, 0), prompt(7, 100, 99_000)],
+        ),
+        cost(
+            "cost-fable",
+            "the dearest of today",
+            |run| "fable".clone_into(&mut run.model),
+            vec![hour],
+        ),
+        cost(
+            "cost-opus-4-8",
+            "an older model",
+            |run| "claude-opus-4-8".clone_into(&mut run.model),
+            vec![mixed],
+        ),
+        cost(
+            "cost-sonnet-4-5",
+            "a model by its dated id",
+            |run| "claude-sonnet-4-5-20250929".clone_into(&mut run.model),
+            vec![mixed],
+        ),
+        cost(
+            "cost-haiku-4-5",
+            "a model without a tier for long prompts",
+            |run| "claude-haiku-4-5".clone_into(&mut run.model),
+            vec![prompt(150_000, 0, 0)],
+        ),
+        cost(
+            "cost-sonnet-1m",
+            "a larger context window",
+            |run| "sonnet[1m]".clone_into(&mut run.model),
+            vec![prompt(250_000, 1_000, 0)],
+        ),
+        cost("cost-search", "searches of the web", same, vec![searched]),
+        cost("cost-fast", "fast mode", opus, vec![fast]),
+        cost("cost-us", "in the United States", opus, vec![us]),
+        cost(
+            "cost-fast-us",
+            "fast mode in the United States, with searches",
+            opus,
+            vec![Usage {
+                us_only: true,
+                web_search_requests: 1,
+                ..fast
+            }],
+        ),
+        cost(
+            "cost-many",
+            "five requests that differ",
+            same,
+            vec![mixed, hour, searched, us, prompt(3, 0, 200_000)],
+        ),
+    ]
 }
 
 /// What the simulator doesn't play by itself.
@@ -359,6 +479,22 @@ fn put_scenarios(simulator: &Simulator) {
         ..Scenario::default()
     };
     // Short, because a killed CLI leaves it behind.
+    for cost in costs() {
+        let count = cost.usages.len();
+        let steps = cost.usages.into_iter().enumerate().map(|(number, usage)| Step {
+            usage,
+            ..if number + 1 < count {
+                bash("true").steps.swap_remove(0)
+            } else {
+                Step::default()
+            }
+        });
+        let scenario = Scenario {
+            steps: steps.collect(),
+            ..Scenario::default()
+        };
+        simulator.put_scenario(cost.case.name, scenario);
+    }
     simulator.put_scenario("nap", bash("true; sleep 6"));
     simulator.put_scenario("curl", bash("curl --version"));
     // A reset time that is the same in each recording, so that the tests can name it.

@@ -1,5 +1,6 @@
 //! Jobs, as they are read. How they are accepted, listed, cancelled and concluded is in the files beside.
 
+mod attempts;
 mod cancel;
 mod conclude;
 mod insert;
@@ -10,6 +11,7 @@ use super::{Result, Store, read};
 use crate::id::{JobId, KeyId};
 use crate::job::{Hold, Job};
 
+pub use attempts::Attempt;
 pub use cancel::CancelOutcome;
 pub use list::JobFilter;
 

@@ -49,6 +49,24 @@ fn main() -> ExitCode {
     std::process::exit(code)
 }
 
+/// Makes requests past the CLI, so many at once, and writes down what came back.
+async fn direct(
+    requests: impl Iterator<Item = impl Future<Output = Result<(), gateway::Failure>>>,
+    at_once: usize,
+) -> Flow {
+    let answers: Vec<_> = stream::iter(requests).buffer_unordered(at_once).collect().await;
+    let lines: Vec<String> = answers
+        .into_iter()
+        .map(|answer| match answer {
+            Ok(()) => "200\n".to_owned(),
+            Err(gateway::Failure::Refused { text, .. }) => format!("{text}\n"),
+            Err(gateway::Failure::NoAnswer(text)) => format!("none: {text}\n"),
+        })
+        .collect();
+    fs::write(script::REQUESTS, lines.concat()).expect("a working directory");
+    Flow::GoOn
+}
+
 /// Flags that take one value.
 const ONE: &[&str] = &[
     "--input-format",
@@ -572,17 +590,17 @@ impl Cli {
                 at_once,
             } => {
                 let asked = (0..count).map(|_| gateway::pay(&model, input, output));
-                let answers: Vec<_> = stream::iter(asked).buffer_unordered(at_once).collect().await;
-                let lines: Vec<String> = answers
-                    .into_iter()
-                    .map(|answer| match answer {
-                        Ok(()) => "200\n".to_owned(),
-                        Err(gateway::Failure::Refused { text, .. }) => format!("{text}\n"),
-                        Err(gateway::Failure::NoAnswer(text)) => format!("none: {text}\n"),
-                    })
-                    .collect();
-                fs::write(script::REQUESTS, lines.concat()).expect("a working directory");
-                Flow::GoOn
+                direct(asked, at_once).await
+            }
+            Step::DirectFor {
+                model,
+                tokens: (input, output),
+                at_once,
+                seconds,
+            } => {
+                let until = Instant::now() + Duration::from_secs(seconds);
+                let asked = std::iter::repeat_with(|| gateway::pay(&model, input, output));
+                direct(asked.take_while(|_| Instant::now() < until), at_once).await
             }
             Step::Request(scenario) => self.request(&scenario).await,
             Step::Shell(command) => self.shell(&command).await,

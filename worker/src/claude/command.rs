@@ -159,8 +159,8 @@ pub fn environment(paths: &CliPaths, dummy: (&str, &str), run_marker: &str) -> V
         (dummy.0, dummy.1.to_owned()),
         // Waiting for the API happens in the queue, where it costs no slot.
         ("CLAUDE_CODE_MAX_RETRIES", "2".to_owned()),
-        // The gateway waits no longer than two minutes for the API; it may keep a request for longer until others of the
-        // run have settled.
+        // The gateway waits for the API no longer than two minutes for a stream and 570 s for a whole answer; it may keep
+        // a request for longer until others of the run have settled.
         ("API_TIMEOUT_MS", "600000".to_owned()),
         ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1".to_owned()),
         ("DISABLE_AUTOUPDATER", "1".to_owned()),

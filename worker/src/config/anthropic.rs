@@ -49,6 +49,13 @@ impl Federation {
         let service_account = vars.text("ANTHROPIC_SERVICE_ACCOUNT_ID")?;
         let workspace = vars.text("ANTHROPIC_WORKSPACE_ID")?;
         let Some(token_file) = token_file else {
+            if rule.is_some() || service_account.is_some() {
+                return Err(Error::new(
+                    "ANTHROPIC_IDENTITY_TOKEN_FILE",
+                    "is missing, and ANTHROPIC_FEDERATION_RULE_ID has no effect without it",
+                    "the file in which the platform keeps a token of this machine's identity",
+                ));
+            }
             return Ok(None);
         };
         let needed = |name, value: Option<String>| {

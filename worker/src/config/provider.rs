@@ -35,6 +35,13 @@ pub enum Kind {
     },
 }
 
+impl Kind {
+    /// Whether it serves what Anthropic calls experimental: some clouds refuse a request that names an unknown beta.
+    pub fn takes_all_betas(&self) -> bool {
+        matches!(self, Self::Anthropic | Self::Foundry)
+    }
+}
+
 /// A provider that was chosen, its address, and the credential that it takes.
 #[derive(Debug)]
 pub(super) struct Chosen {
@@ -68,12 +75,109 @@ const CHOICES: [&str; 4] = [
     "CLAUDE_CODE_USE_VERTEX",
 ];
 
+/// Variables of the CLI for what the gateway can't do: with each the worker doesn't start, rather than leave it without
+/// effect. In brackets the choices with which it counts; none for always.
+const UNSUPPORTED: [(&str, &[usize], &str); 18] = [
+    ("CLAUDE_CODE_USE_ANTHROPIC_AWS", &[], OTHERS),
+    ("CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD", &[], OTHERS),
+    (
+        "CLAUDE_CODE_USE_GATEWAY",
+        &[],
+        "ANTHROPIC_BASE_URL and ANTHROPIC_AUTH_TOKEN for a gateway",
+    ),
+    ("ANTHROPIC_CUSTOM_HEADERS", &[], NOTHING),
+    ("ANTHROPIC_BETAS", &[], NOTHING),
+    (
+        "ANTHROPIC_IDENTITY_TOKEN",
+        &[],
+        "ANTHROPIC_IDENTITY_TOKEN_FILE, a file that the platform keeps fresh",
+    ),
+    (
+        "ANTHROPIC_FOUNDRY_AUTH_TOKEN",
+        &[0],
+        "ANTHROPIC_FOUNDRY_API_KEY; Entra ID isn't supported",
+    ),
+    ("CLAUDE_CODE_SKIP_FOUNDRY_AUTH", &[0], NOTHING),
+    ("CLAUDE_CODE_SKIP_BEDROCK_AUTH", &[1, 2], NOTHING),
+    ("CLAUDE_CODE_SKIP_MANTLE_AUTH", &[1, 2], NOTHING),
+    ("ANTHROPIC_BEDROCK_SERVICE_TIER", &[1, 2], NOTHING),
+    (
+        "ANTHROPIC_BEDROCK_REGION_PREFIX",
+        &[1, 2],
+        "PROVIDER_MODEL_IDS, the id of each model",
+    ),
+    (
+        "ANTHROPIC_SMALL_FAST_MODEL_AWS_REGION",
+        &[1, 2],
+        "one region for all models",
+    ),
+    ("AWS_ENDPOINT_URL", &[1, 2], "ANTHROPIC_BEDROCK_BASE_URL"),
+    (
+        "AWS_ENDPOINT_URL_BEDROCK_RUNTIME",
+        &[1, 2],
+        "ANTHROPIC_BEDROCK_BASE_URL",
+    ),
+    ("AWS_USE_FIPS_ENDPOINT", &[1, 2], "ANTHROPIC_BEDROCK_BASE_URL"),
+    ("CLAUDE_CODE_SKIP_VERTEX_AUTH", &[3], NOTHING),
+    (
+        "VERTEX_REGION_CLAUDE_",
+        &[3],
+        "CLOUD_ML_REGION, one region for all models",
+    ),
+];
+
+const OTHERS: &str =
+    "CLAUDE_CODE_USE_FOUNDRY, CLAUDE_CODE_USE_BEDROCK, CLAUDE_CODE_USE_MANTLE or CLAUDE_CODE_USE_VERTEX";
+const NOTHING: &str = "nothing: leave it out";
+
+/// Variables of the CLI whose place here is another setting. People have them in their shell for their own use of the CLI, so
+/// they are only warned of.
+const ELSEWHERE: [(&str, &str); 6] = [
+    ("ANTHROPIC_MODEL", "CLAUDE_MODEL"),
+    ("ANTHROPIC_SMALL_FAST_MODEL", "allowed_models of a key"),
+    ("ANTHROPIC_DEFAULT_OPUS_MODEL", "PROVIDER_MODEL_IDS"),
+    ("ANTHROPIC_DEFAULT_SONNET_MODEL", "PROVIDER_MODEL_IDS"),
+    ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "PROVIDER_MODEL_IDS"),
+    ("ANTHROPIC_DEFAULT_FABLE_MODEL", "PROVIDER_MODEL_IDS"),
+];
+
+/// Refuses variables that would have no effect.
+fn check_unsupported(vars: &Vars, choice: Option<usize>) -> Result<(), Error> {
+    for (name, choices, accepted) in UNSUPPORTED {
+        let counts = choices.is_empty() || choice.is_some_and(|choice| choices.contains(&choice));
+        let is_set = if name.ends_with('_') {
+            vars.named_like(name).is_some()
+        } else {
+            let value = vars
+                .unlisted(name)
+                .unwrap_or_default()
+                .trim()
+                .to_ascii_lowercase();
+            !matches!(value.as_str(), "" | "0" | "false" | "no" | "off")
+        };
+        if counts && is_set {
+            return Err(Error::new(
+                name,
+                "isn't supported and would have no effect",
+                accepted,
+            ));
+        }
+    }
+    for (name, setting) in ELSEWHERE {
+        if vars.unlisted(name).is_some() {
+            tracing::warn!("{name} has no effect: the setting here is {setting}");
+        }
+    }
+    Ok(())
+}
+
 /// The providers' own variables, and the choices with which they have an effect.
-const OWN: [(&str, &[usize]); 8] = [
+const OWN: [(&str, &[usize]); 9] = [
     ("ANTHROPIC_FOUNDRY_RESOURCE", &[0]),
     ("ANTHROPIC_FOUNDRY_BASE_URL", &[0]),
     ("ANTHROPIC_FOUNDRY_API_KEY", &[0]),
     ("ANTHROPIC_BEDROCK_BASE_URL", &[1, 2]),
+    ("ANTHROPIC_BEDROCK_MANTLE_BASE_URL", &[2]),
     ("AWS_BEARER_TOKEN_BEDROCK", &[1, 2]),
     ("ANTHROPIC_VERTEX_PROJECT_ID", &[3]),
     ("ANTHROPIC_VERTEX_BASE_URL", &[3]),
@@ -92,6 +196,7 @@ pub(super) fn chosen(vars: &Vars) -> Result<Option<Chosen>, Error> {
             return Err(Error::new(name, problem, "one provider at a time"));
         }
     }
+    check_unsupported(vars, choice)?;
     for (name, choices) in OWN {
         if vars.text(name)?.is_some() && choice.is_none_or(|choice| !choices.contains(&choice)) {
             let needed = CHOICES[choices[0]];
@@ -100,7 +205,7 @@ pub(super) fn chosen(vars: &Vars) -> Result<Option<Chosen>, Error> {
     }
     let Some(choice) = choice else {
         // Other programs use them too, so they may be set.
-        for name in ["AWS_REGION", "CLOUD_ML_REGION"] {
+        for name in ["AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_ML_REGION"] {
             vars.text(name)?;
         }
         return Ok(None);
@@ -146,11 +251,16 @@ fn foundry(vars: &Vars) -> Result<(Kind, Address, Given), Error> {
 }
 
 fn bedrock(vars: &Vars, mantle: bool) -> Result<(Kind, Address, Given), Error> {
-    let address = if let Some(address) = vars.text("ANTHROPIC_BEDROCK_BASE_URL")? {
+    let own = vars.text("ANTHROPIC_BEDROCK_MANTLE_BASE_URL")?.filter(|_| mantle);
+    let address = if let Some(address) = own.or(vars.text("ANTHROPIC_BEDROCK_BASE_URL")?) {
         address
     } else {
         let accepted = "a region such as us-east-1, or ANTHROPIC_BEDROCK_BASE_URL";
-        let region = word(needed(vars, "AWS_REGION", accepted)?, "AWS_REGION")?;
+        let region = match vars.text("AWS_DEFAULT_REGION")? {
+            Some(region) => vars.text("AWS_REGION")?.unwrap_or(region),
+            None => needed(vars, "AWS_REGION", accepted)?,
+        };
+        let region = word(region, "AWS_REGION")?;
         if mantle {
             format!("https://bedrock-mantle.{region}.api.aws/anthropic")
         } else {
@@ -176,8 +286,8 @@ fn vertex(vars: &Vars) -> Result<(Kind, Address, Given), Error> {
         (None, "global") => "https://aiplatform.googleapis.com".to_owned(),
         (None, region) => format!("https://{region}-aiplatform.googleapis.com"),
     };
-    let accepted =
-        "a file that holds an access token, kept fresh by something else (gcloud auth print-access-token)";
+    let accepted = "a file that holds an access token, kept fresh by something else (gcloud auth print-access-token); \
+         GOOGLE_APPLICATION_CREDENTIALS isn't supported";
     let file = needed(vars, "GOOGLE_ACCESS_TOKEN_FILE", accepted)?;
     Ok((
         Kind::Vertex { project, region },
@@ -264,6 +374,51 @@ mod tests {
             "https://aiplatform.googleapis.com"
         );
         assert!(chosen(&Vars::of([])).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_the_gateway_cant_do_stops_the_start() {
+        let bedrock = [
+            ("CLAUDE_CODE_USE_MANTLE", "1"),
+            ("AWS_DEFAULT_REGION", "eu-west-1"),
+            ("AWS_BEARER_TOKEN_BEDROCK", "k"),
+        ];
+        let with = |name: &str, value: &str| {
+            let [one, two, three] = bedrock;
+            chosen(&Vars::of([one, two, three, (name, value)]))
+        };
+        assert_eq!(
+            chosen(&Vars::of(bedrock)).unwrap().unwrap().address.base,
+            "https://bedrock-mantle.eu-west-1.api.aws/anthropic"
+        );
+        for name in [
+            "CLAUDE_CODE_USE_ANTHROPIC_AWS",
+            "CLAUDE_CODE_SKIP_BEDROCK_AUTH",
+            "AWS_ENDPOINT_URL",
+            "ANTHROPIC_CUSTOM_HEADERS",
+        ] {
+            let error = with(name, "1").unwrap_err();
+            assert_eq!(error.variable, name);
+            assert!(error.to_string().contains("would have no effect"), "{error}");
+            assert!(with(name, "").is_ok() && with(name, "false").is_ok(), "{name}");
+        }
+        assert!(
+            with("CLAUDE_CODE_SKIP_VERTEX_AUTH", "1").is_ok(),
+            "it is of another provider"
+        );
+        assert!(chosen(&Vars::of([("ANTHROPIC_IDENTITY_TOKEN", "a.b.c")])).is_err());
+
+        let foundry = Vars::of([
+            ("CLAUDE_CODE_USE_FOUNDRY", "1"),
+            ("ANTHROPIC_FOUNDRY_RESOURCE", "mine"),
+            ("ANTHROPIC_FOUNDRY_AUTH_TOKEN", "entra"),
+        ]);
+        assert!(chosen(&foundry).unwrap_err().to_string().contains("Entra ID"));
+        let vertex = Vars::of([
+            ("CLAUDE_CODE_USE_VERTEX", "1"),
+            ("VERTEX_REGION_CLAUDE_HAIKU_5_5", "us-east5"),
+        ]);
+        assert_eq!(chosen(&vertex).unwrap_err().variable, "VERTEX_REGION_CLAUDE_");
     }
 
     #[test]

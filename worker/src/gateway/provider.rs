@@ -1,12 +1,26 @@
 //! A request of the Messages API in the form of a cloud's, after that cloud's documentation.
 
 use bytes::Bytes;
+use http::header::{HeaderMap, HeaderValue};
 use serde_json::{Value, json};
 
 use crate::config::provider::{Kind, Provider};
 
+const BETA: &str = "anthropic-beta";
+
 /// The version that Vertex wants in the body.
 const VERTEX_VERSION: &str = "vertex-2023-10-16";
+
+/// The betas that Bedrock and Vertex are sent: those that the CLI itself sends to them. They refuse a request with one
+/// that they don't know.
+const CLOUD_BETAS: [&str; 6] = [
+    "claude-code-20250219",
+    "context-1m-2025-08-07",
+    "context-management-2025-06-27",
+    "interleaved-thinking-2025-05-14",
+    "tool-search-tool-2025-10-19",
+    "web-search-2025-03-05",
+];
 
 /// A request as the CLI made it.
 pub(super) struct Asked<'a> {
@@ -59,6 +73,27 @@ impl Provider {
         (format!("{models}/{model}:{how}"), written(body))
     }
 
+    /// Leaves out what the provider refuses.
+    pub(super) fn fit(&self, headers: &mut HeaderMap) {
+        if matches!(self.kind, Kind::Vertex { .. }) {
+            // It wants the version in the body.
+            headers.remove("anthropic-version");
+        }
+        if self.kind.takes_all_betas() {
+            return;
+        }
+        let given: Vec<HeaderValue> = headers.get_all(BETA).iter().cloned().collect();
+        let given = given.iter().filter_map(|value| value.to_str().ok());
+        let kept: Vec<&str> = given
+            .flat_map(|value| value.split(',').map(str::trim))
+            .filter(|beta| CLOUD_BETAS.contains(beta))
+            .collect();
+        match HeaderValue::try_from(kept.join(",")) {
+            Ok(value) if !kept.is_empty() => drop(headers.insert(BETA, value)),
+            _ => drop(headers.remove(BETA)),
+        }
+    }
+
     /// The provider's name for a model.
     fn model(&self, model: &str) -> String {
         // The size of the context window is the CLI's own addition.
@@ -87,7 +122,7 @@ fn dated(model: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use http::{HeaderMap, Uri};
+    use http::Uri;
     use shared::env::Vars;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
@@ -149,6 +184,8 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("anthropic-version", "2023-06-01".parse().unwrap());
         headers.insert("content-type", "application/json".parse().unwrap());
+        let betas = "claude-code-20250219, cache-diagnosis-2026-04-07";
+        headers.insert(BETA, betas.parse().unwrap());
         let (name, value) = credentials.header().await.unwrap();
         headers.insert(name, value);
         let response = upstream
@@ -190,6 +227,10 @@ mod tests {
             "{head}"
         );
         assert!(head.contains("anthropic-version: 2023-06-01"), "{head}");
+        assert!(
+            head.contains("claude-code-20250219, cache-diagnosis-2026-04-07"),
+            "{head}"
+        );
         assert_eq!(body, asked());
     }
 
@@ -207,6 +248,10 @@ mod tests {
         let (line, head, body) = sent(vars, &mut requests, "/v1/messages", &asked()).await;
         assert_eq!(line, "POST /anthropic/v1/messages HTTP/1.1");
         assert!(head.contains("authorization: bearer bedrock-key"), "{head}");
+        assert!(
+            head.contains("anthropic-beta: claude-code-20250219\r\n"),
+            "{head}"
+        );
         assert_eq!(body["model"], "anthropic.claude-sonnet-5");
         assert_eq!(body["max_tokens"], 9);
 
@@ -243,6 +288,10 @@ mod tests {
         );
         assert!(
             head.contains("authorization: bearer ya29.first") && !head.contains("anthropic-version"),
+            "{head}"
+        );
+        assert!(
+            head.contains("anthropic-beta: claude-code-20250219\r\n"),
             "{head}"
         );
         assert_eq!(

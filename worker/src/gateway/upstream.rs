@@ -10,7 +10,7 @@ use shared::env;
 use shared::telemetry::chain;
 
 use super::provider::Asked;
-use crate::config::provider::{Kind, Provider};
+use crate::config::provider::Provider;
 use crate::config::{Address, unusable};
 
 /// How long the API has for the worker's own question.
@@ -110,9 +110,7 @@ impl Upstream {
         };
         let (path, body) = self.provider.rewrite(&asked);
         headers.remove(header::CONTENT_LENGTH);
-        if matches!(self.provider.kind, Kind::Vertex { .. }) {
-            headers.remove("anthropic-version");
-        }
+        self.provider.fit(&mut headers);
         Sent { path, headers, body }
     }
 

@@ -144,6 +144,13 @@ impl<'a> Run<'a> {
         env.extend(command::model_variables(&spec.model, aliases, |model| {
             permissions.models.allow(model, aliases)
         }));
+        if !ctx.config.anthropic.provider.kind.takes_all_betas() {
+            // What the gateway would leave out of the header, the CLI shouldn't use in the body.
+            env.push((
+                "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS".to_owned(),
+                "1".to_owned(),
+            ));
+        }
         let launch = Launch {
             program: command.program,
             args: command.args,

@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn what_a_cut_answer_has_searched_counts() {
         let mut reader = AnswerReader::new(true);
-        reader.read(STREAM[..STREAM.find("event: content_block_delta").unwrap()].as_bytes());
+        reader.read(&STREAM.as_bytes()[..STREAM.find("event: content_block_delta").unwrap()]);
         let result = r#"data: {"type":"content_block_start","index":1,"content_block":{"type":"web_search_tool_result","content":[]}}"#;
         for line in [
             r#"data: {"type":"content_block_start","index":0,"content_block":{"type":"server_tool_use","id":"s","name":"web_search","input":{}}}"#,
@@ -331,7 +331,7 @@ mod tests {
             (1, 100 + tokens_of(result.len() as u64))
         );
 
-        reader.read(STREAM[STREAM.find("event: message_delta").unwrap()..].as_bytes());
+        reader.read(&STREAM.as_bytes()[STREAM.find("event: message_delta").unwrap()..]);
         assert_eq!(
             reader.reading().usage,
             whole(),

@@ -1,6 +1,7 @@
 use super::*;
-use crate::claude::message::{Message, fixtures};
+use crate::claude::message::fixtures::{self, Fixture};
 use crate::spend::Reported;
+use crate::spend::answer::AnswerReader;
 use proptest::prelude::*;
 use std::time::Duration;
 
@@ -213,22 +214,31 @@ async fn a_run_that_invents_models_fills_no_ledger() {
     );
 }
 
+/// The answers of a recorded run, as the API sent them: the CLI repeats each event of its streams.
+fn answers(fixture: &Fixture) -> Vec<AnswerReader> {
+    let mut answers: Vec<AnswerReader> = Vec::new();
+    for line in fixture.lines().filter(|line| line["type"] == "stream_event") {
+        let event = &line["event"];
+        if event["type"] == "message_start" {
+            answers.push(AnswerReader::new(true));
+        }
+        if let Some(answer) = answers.last_mut() {
+            answer.read(format!("event: x\ndata: {event}\n\n").as_bytes());
+        }
+    }
+    answers.iter_mut().for_each(AnswerReader::end);
+    answers
+}
+
 #[tokio::test]
 async fn recorded_runs_cost_what_the_cli_says() {
-    let (mut compared, mut differ) = (0, Vec::new());
+    let (mut compared, mut differ) = (Vec::new(), Vec::new());
     for (name, fixture) in fixtures::all() {
         let mut reported = Reported::default();
-        let mut requests = BTreeMap::<String, Reading>::new();
-        let mut last = String::new();
-        for message in fixture.messages() {
-            reported.observe(&message);
-            let Message::Usage(usage) = message else { continue };
-            last = usage.message_id.unwrap_or(last);
-            let reading = requests.entry(last.clone()).or_default();
-            reading.model = reading.model.take().or(usage.model);
-            reading.usage = reading.usage.max(usage.usage);
-            reading.is_final = true;
-        }
+        fixture
+            .messages()
+            .iter()
+            .for_each(|message| reported.observe(message));
         // What the stream doesn't show: subagents, side requests, and the rest of a request that was cut.
         let events = |kind: &str| {
             fixture
@@ -252,18 +262,25 @@ async fn recorded_runs_cost_what_the_cli_says() {
             continue;
         };
         let meter = meter(100.0);
-        for reading in requests.values() {
+        for answer in answers(&fixture) {
             let mut metered = meter.admit(planned(1)).await.unwrap();
-            metered.observe(reading);
+            metered.observe(answer.reading());
         }
-        let metered = meter.spend().total();
-        if metered != reported {
-            differ.push(format!("{name}: metered {metered}, reported {reported}"));
+        let metered = meter.spend();
+        if metered.total() != reported || metered.estimated {
+            differ.push(format!(
+                "{name}: metered {}, reported {reported}",
+                metered.total()
+            ));
         }
-        compared += usize::from(reported > MicroUsd::ZERO);
+        if reported > MicroUsd::ZERO {
+            compared.push(name);
+        }
     }
     assert_eq!(differ, [""; 0]);
-    assert!(compared >= 20, "{compared}");
+    assert!(compared.len() >= 30, "{}: {compared:?}", compared.len());
+    let varied = compared.iter().filter(|name| name.starts_with("cost-")).count();
+    assert!(varied >= 15, "{compared:?}");
 }
 
 /// What happens to one of the requests.
