@@ -50,7 +50,10 @@ pub(crate) async fn watch(ctx: &Context) {
             looked = Instant::now();
             resumes = look(ctx, resumes).await.or(resumes);
         }
-        let next = (looked + LOOK_EVERY).min(asked + ASK_EVERY).max(Instant::now());
+        let mut next = looked + LOOK_EVERY;
+        if due.ask {
+            next = next.min(asked + ASK_EVERY);
+        }
         tokio::select! {
             () = tokio::time::sleep_until(next) => {}
             () = ctx.pause.changed() => {}
