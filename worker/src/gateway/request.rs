@@ -39,8 +39,11 @@ const MOST_SEARCHES: u64 = 20;
 /// No image has more tokens.
 const IMAGE_TOKENS: u64 = 6_000;
 
-/// No prompt has more tokens: the largest context window. What the API fetches or unpacks itself (a document, what a
-/// search finds) may fill it, however small the request is.
+/// What a search finds has no more tokens.
+const SEARCH_TOKENS: u64 = 25_000;
+
+/// No prompt has more tokens: the largest context window. A document, which the API fetches or unpacks itself, may fill
+/// it, however small the request is.
 const LONGEST_PROMPT: u64 = 1_000_000;
 
 /// A larger body is parsed where that holds up nobody.
@@ -332,10 +335,12 @@ fn planned(members: &Members, bytes: usize) -> Planned {
         .map(|tool| tool.max_uses.unwrap_or(MOST_SEARCHES))
         .fold(0, u64::saturating_add);
     let media = members.messages;
-    let unseen = if searches > 0 || media.documents > 0 {
+    let unseen = if media.documents > 0 {
         LONGEST_PROMPT
     } else {
-        media.images.saturating_mul(IMAGE_TOKENS)
+        let images = media.images.saturating_mul(IMAGE_TOKENS);
+        let found = searches.saturating_mul(SEARCH_TOKENS).min(LONGEST_PROMPT);
+        images.saturating_add(found)
     };
     Planned {
         model: members.model.clone(),
@@ -492,7 +497,10 @@ mod tests {
         let result = format!(r#"[{{"type": "tool_result", "tool_use_id": "t", "content": [{document}]}}]"#);
         assert_eq!(unseen(&result), LONGEST_PROMPT);
         let search = r#"{"model": "opus", "tools": [{"type": "web_search_20250305"}]}"#;
-        assert_eq!(read(search, &[], true).unwrap().unseen, LONGEST_PROMPT);
+        assert_eq!(
+            read(search, &[], true).unwrap().unseen,
+            MOST_SEARCHES * SEARCH_TOKENS
+        );
     }
 
     #[test]
