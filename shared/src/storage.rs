@@ -17,6 +17,7 @@ mod connect;
 mod error;
 mod event;
 mod group;
+mod group_commit;
 mod idempotency;
 mod inspect;
 mod instance;
@@ -51,7 +52,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::sync::Notify;
-use tx::TxDb;
+use tx::{SqliteTx, TxDb};
 
 pub use audit::{AuditEntry, AuditRow, Refused};
 pub use budget::{AdjustBudget, DeleteBudget, PutBudget};
@@ -106,6 +107,8 @@ enum Db {
         writer: SqlitePool,
         reader: SqlitePool,
         limits: SqlitePool,
+        /// Submissions that wait for the writer share its transactions.
+        submissions: group_commit::GroupCommit,
         /// This process has committed something: its own wake-ups needn't wait for the next look at the file, nor its
         /// slots for what is found there.
         committed: Notify,
@@ -134,12 +137,12 @@ impl Store {
     async fn begin_with(&self, postgres: impl SqlSafeStr) -> Result<Tx> {
         self.work.transaction();
         let db = match &*self.db {
-            Db::Sqlite { writer, .. } => TxDb::Sqlite(
+            Db::Sqlite { writer, .. } => TxDb::Sqlite(SqliteTx::Own(
                 writer
                     .begin_with("BEGIN IMMEDIATE")
                     .await
                     .map_err(Error::during("begin a transaction"))?,
-            ),
+            )),
             Db::Postgres(pool) => {
                 let begun = self.liveness.in_time(pool.begin_with(postgres)).await;
                 TxDb::Postgres(begun.map_err(Error::during("begin a transaction"))?)

@@ -6,12 +6,14 @@ use shared::event::{EventType, NewEvent};
 use shared::id::JobId;
 use shared::job::{Ending, JobStatus, NewJob, RunOptions, TokenUsage};
 use shared::money::MicroUsd;
-use shared::storage::{Finish, RunDirective};
+use shared::storage::{Finish, Result, RunDirective};
+use tests::client::at_once;
 use tests::database::Db;
 
 tests::both!(
     a_job_is_accepted_claimed_recorded_and_done,
     a_submission_is_all_or_nothing,
+    submissions_at_once_are_stored_together_and_fail_alone,
     waiting_tickets_beyond_64_are_not_pushed,
     a_million_characters_come_back
 );
@@ -132,6 +134,62 @@ async fn a_submission_is_all_or_nothing(db: Db) {
 
     world.submit(job(&key)).await;
     assert_eq!(tables().await, [1, 1, 1, 1, 1]);
+}
+
+/// On SQLite those that wait for the one writer are committed together.
+async fn submissions_at_once_are_stored_together_and_fail_alone(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let store = &world.store;
+    let begin = async || {
+        let mut tx = store.begin_submission(&key).await.unwrap();
+        tx.insert_job(&job(&key)).await.unwrap();
+        tx
+    };
+    let submit = async |new: NewJob| -> Result<()> {
+        let mut tx = store.begin_submission(&key).await?;
+        tx.insert_job(&new).await?;
+        tx.commit().await
+    };
+    let (first, before) = (job(&key), store.work().transactions);
+    let writer = store.begin().await.unwrap();
+
+    let (one, refused, (), (), rest, ()) = tokio::join!(
+        submit(first.clone()),
+        submit(first.clone()),
+        async { begin().await.rollback().await.unwrap() },
+        async { drop(begin().await) },
+        at_once((0..20).map(|_| submit(job(&key)))),
+        // All others wait by now.
+        async { writer.rollback().await.unwrap() },
+    );
+
+    let failed = [one, refused].into_iter().filter_map(Result::err);
+    let failed: Vec<_> = failed.chain(rest.into_iter().filter_map(Result::err)).collect();
+    assert_eq!(failed.len(), 1, "one job was stored twice: {failed:?}");
+    assert!(!failed[0].is_unavailable(), "{failed:?}");
+    for table in ["job", "prompt", "event"] {
+        assert_eq!(
+            world.number(&format!("select count(*) from {table}")).await,
+            21,
+            "{table}"
+        );
+    }
+    if db == Db::Sqlite {
+        let transactions = store.work().transactions - before;
+        assert!(transactions <= 4, "{transactions} transactions for 21 jobs");
+    }
+    for _ in 0..9 {
+        world.claim().await.expect("a job to claim");
+    }
+    assert_eq!(world.faults().await, [""; 0]);
+
+    // Nobody who goes away leaves a transaction open, for which all others would wait.
+    drop(begin().await);
+    let mut tx = store.begin().await.unwrap();
+    tx.insert_job(&job(&key)).await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(world.number("select count(*) from job").await, 22);
 }
 
 async fn waiting_tickets_beyond_64_are_not_pushed(db: Db) {

@@ -2,6 +2,7 @@
 
 use sqlx::error::DatabaseError;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The operation that makes a transaction's changes so.
 pub(super) const COMMIT: &str = "commit";
@@ -21,6 +22,9 @@ pub(crate) enum Cause {
     /// The database or the way to it.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+    /// The same, of a transaction that several shared.
+    #[error(transparent)]
+    Shared(#[from] Arc<sqlx::Error>),
     /// The way to PostgreSQL when this process starts. Never names a user or a password.
     #[error("{place} (DATABASE_URL): {said}")]
     Connection {
@@ -116,6 +120,7 @@ impl Error {
             | Cause::SqliteQueue(apalis_sqlite::Error::Database(error))
             | Cause::PostgresQueue(apalis_postgres::Error::Database(error))
             | Cause::Connection { reason: error, .. } => Some(error),
+            Cause::Shared(error) => Some(error),
             _ => None,
         }
     }

@@ -6,7 +6,7 @@
 //! key. Whoever makes jobs ready raises it, under the lane's row or its shared lock; only claims lower it.
 
 use super::macros::lock;
-use super::{Error, Result, Store, Tx, TxDb, execute, fetch, read};
+use super::{Db, Error, Result, SqliteTx, Store, Tx, TxDb, execute, fetch, read};
 use crate::budget::Scope;
 use crate::clock::Timestamp;
 use crate::id::KeyId;
@@ -34,8 +34,15 @@ impl Store {
         tx.commit().await
     }
 
-    /// Begins a transaction that accepts jobs of this key.
+    /// Begins a transaction that accepts jobs of this key. On SQLite it may be committed together with others.
     pub async fn begin_submission(&self, key_id: &KeyId) -> Result<Tx> {
+        if let Db::Sqlite {
+            writer, submissions, ..
+        } = &*self.db
+        {
+            let member = submissions.join(writer, &self.work).await?;
+            return Ok(Tx::new(TxDb::Sqlite(SqliteTx::Shared(member)), self.clone()));
+        }
         let locks = format!(
             concat!("begin; ", lock!("_shared", "{}", of = lanes), "; {}"),
             lock_number(key_id),

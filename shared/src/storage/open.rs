@@ -1,5 +1,6 @@
 //! Opening the database and bringing its tables up to date.
 
+use super::group_commit::GroupCommit;
 use super::notifier::Notifier;
 use super::{
     DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, connect, limit, liveness, read,
@@ -111,6 +112,7 @@ impl Store {
             writer,
             reader,
             limits,
+            submissions: GroupCommit::default(),
             committed: Notify::new(),
             rings: AtomicBool::new(false),
         })

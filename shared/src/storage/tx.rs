@@ -1,12 +1,15 @@
 //! A transaction, and what has to happen when it commits.
 
+use super::group_commit::Member;
 use super::macros::lock;
 use super::wakeups::{DIRECTIVE, RING};
 use super::{Db, Error, Result, Store, budget, error};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
+use sqlx::sqlite::SqliteConnection;
 use sqlx::{Postgres, Sqlite, Transaction};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::Ordering;
 
 /// One transaction. Dropped without [`Tx::commit`], it leaves no trace.
@@ -34,8 +37,37 @@ pub struct Tx {
 
 #[derive(Debug)]
 pub(super) enum TxDb {
-    Sqlite(Transaction<'static, Sqlite>),
+    Sqlite(SqliteTx),
     Postgres(Transaction<'static, Postgres>),
+}
+
+/// A transaction on SQLite.
+#[derive(Debug)]
+pub(super) enum SqliteTx {
+    /// Of its own.
+    Own(Transaction<'static, Sqlite>),
+    /// A part of one that several share.
+    Shared(Member),
+}
+
+impl Deref for SqliteTx {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        match self {
+            Self::Own(tx) => tx,
+            Self::Shared(member) => member,
+        }
+    }
+}
+
+impl DerefMut for SqliteTx {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        match self {
+            Self::Own(tx) => tx,
+            Self::Shared(member) => member,
+        }
+    }
 }
 
 impl Tx {
@@ -76,7 +108,10 @@ impl Tx {
         } = self;
         match db {
             TxDb::Sqlite(tx) => {
-                tx.commit().await.map_err(Error::during(error::COMMIT))?;
+                match tx {
+                    SqliteTx::Own(tx) => tx.commit().await.map_err(Error::during(error::COMMIT))?,
+                    SqliteTx::Shared(member) => member.commit().await?,
+                }
                 if let Db::Sqlite {
                     committed,
                     rings: rung,
@@ -105,7 +140,9 @@ impl Tx {
     /// Rolls back. Dropping does the same, but later.
     pub async fn rollback(self) -> Result<()> {
         match self.db {
-            TxDb::Sqlite(tx) => tx.rollback().await,
+            TxDb::Sqlite(SqliteTx::Own(tx)) => tx.rollback().await,
+            // The next one to use the shared transaction rolls it back.
+            TxDb::Sqlite(SqliteTx::Shared(_)) => Ok(()),
             TxDb::Postgres(tx) => self.store.liveness.in_time(tx.rollback()).await,
         }
         .map_err(Error::during("roll back"))
