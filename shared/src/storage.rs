@@ -16,6 +16,7 @@ mod columns;
 mod connect;
 mod error;
 mod event;
+mod file_changes;
 mod group;
 mod group_commit;
 mod idempotency;

@@ -1,9 +1,10 @@
 //! "Something was committed": from any process to whoever waits in this one. A wake-up is a hint, never data.
 //!
 //! PostgreSQL reports it by `NOTIFY`, sent after the commit. On SQLite one connection asks `pragma data_version`, which
-//! changes with every commit of any other connection, every few milliseconds and after each commit of this process, and
-//! then reads which jobs have new events. Wake-ups may be lost, so everyone who waits also polls every 2 s.
+//! changes with every commit of any other connection, when the kernel tells of a write and after each commit of this
+//! process, and then reads which jobs have new events. Wake-ups may be lost, so everyone who waits also polls every 2 s.
 
+use super::file_changes::FileChanges;
 use super::{Error, LOCK_TIMEOUT, Result, Store};
 use crate::id::JobId;
 use sqlx::postgres::{PgListener, PgPoolOptions};
@@ -112,8 +113,8 @@ impl Drop for JobWakeup {
 }
 
 impl Wakeups {
-    /// Listens from now on, until `stop`. `every`: how often a SQLite file is asked; 10 ms where jobs are run,
-    /// 25 ms where they are only watched. The listening outlives outages of the database.
+    /// Listens from now on, until `stop`. `every`: while there are many writes a SQLite file is asked this often; 10 ms
+    /// where jobs are run, 25 ms where they are only watched. The listening outlives outages of the database.
     pub fn listen(store: &Store, every: Duration, stop: CancellationToken) -> Self {
         let hub = Arc::new(Hub {
             jobs: Topic::default(),
@@ -234,11 +235,10 @@ async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
         .map_err(Error::during("watch the database"))?;
     let mut version = 0;
     let mut seen = newest_event(&mut connection).await?;
-    let mut ticks = tokio::time::interval(every);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut changes = FileChanges::watch(options.get_filename(), every);
     loop {
         tokio::select! {
-            _ = ticks.tick() => {}
+            () = changes.next() => {}
             () = committed.notified() => {}
         }
         if rings.swap(false, Ordering::Relaxed) {
