@@ -1,5 +1,5 @@
 //! What the API does beside answering: it notes which keys were used and what was refused, lets open streams count on,
-//! and forgets limits that nobody is near. Each is done again later when it fails.
+//! forgets limits that nobody is near, and keeps the sums of usage. Each is done again later when it fails.
 
 use shared::clock;
 use shared::storage;
@@ -17,6 +17,20 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 const RENEW_INTERVAL: Duration = Duration::from_secs(10);
 /// How often full buckets and old counts are forgotten.
 const SWEEP_INTERVAL: Duration = Duration::from_hours(1);
+
+/// How often new costs and jobs are added to the sums that are kept. Until then each reader adds them.
+const COUNT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Keeps the sums of usage until all requests have `ended`.
+pub async fn count_usage(context: Context, ended: CancellationToken) {
+    let mut ticks = interval(COUNT_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while ended.run_until_cancelled(ticks.tick()).await.is_some() {
+        if !context.store.is_out() {
+            report(&context, context.store.count_usage().await);
+        }
+    }
+}
 
 /// Does it until all requests have `ended`, and once more then.
 pub async fn keep(context: Context, ended: CancellationToken) {

@@ -35,10 +35,9 @@ pub async fn item(
     caller: &Caller,
     id: &Segment,
 ) -> Result<Response, Problem> {
-    let job = find(context, caller, id).await?;
     match request.method {
-        Method::DELETE => remove::remove(context, &job).await,
-        _ => read::show(context, request, caller, job).await,
+        Method::DELETE => remove::remove(context, &find(context, caller, id).await?).await,
+        _ => read::show(context, request, caller, id.id("Job")?).await,
     }
 }
 
@@ -49,7 +48,7 @@ pub async fn result(
     caller: &Caller,
     id: &Segment,
 ) -> Result<Response, Problem> {
-    read::result(context, request, &find(context, caller, id).await?).await
+    read::result(context, request, caller, id.id("Job")?).await
 }
 
 /// `/api/v1/jobs/{id}/cancel`.
@@ -108,7 +107,5 @@ pub async fn of_session(
 
 /// The job of this id, if it exists for the caller.
 async fn find(context: &Context, caller: &Caller, id: &Segment) -> Result<Job, Problem> {
-    let job = context.store.job(id.id("Job")?).await?;
-    job.filter(|job| caller.sees(&job.key_id))
-        .ok_or(Problem::NoSuch("Job"))
+    read::find(context, caller, id.id("Job")?).await
 }

@@ -15,6 +15,7 @@ pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) 
     serve::raise_file_limit();
     let ended = CancellationToken::new();
     let housekeeping = tokio::spawn(housekeeping::keep(context.clone(), ended.clone()));
+    let counting = tokio::spawn(housekeeping::count_usage(context.clone(), ended.clone()));
     let edge = Edge {
         cors: context.config.cors.clone(),
         head_timeout: context.config.head_timeout,
@@ -28,5 +29,6 @@ pub async fn serve(listener: TcpListener, context: Context, shutdown: Shutdown) 
     };
     serve::serve(listener, routes::app(context), edge, shutdown).await;
     ended.cancel();
+    counting.await.map_err(io::Error::other)?;
     housekeeping.await.map_err(io::Error::other)
 }

@@ -170,7 +170,7 @@ pub struct SessionView {
 impl SessionView {
     async fn of(context: &Context, session: &Session) -> Result<Self, Problem> {
         let Stored { settings, metadata } = stored(session)?;
-        let (queued_jobs, active_job) = context.store.session_jobs(session.session_id).await?;
+        let (queued_jobs, active_job) = context.store.session_jobs(session).await?;
         Ok(Self {
             active_job,
             allowed_tools: settings.allowed_tools.map(|names| names.join(",")),

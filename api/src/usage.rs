@@ -39,7 +39,7 @@ pub async fn summary(context: &Context, request: &Request, caller: &Caller) -> R
     let page = UsagePage {
         data: UsageView {
             budget: budget.as_ref().map(BudgetView::of),
-            cost: usage.cost,
+            cost: usage.cost(),
             jobs: JobCounts {
                 cancelled: usage.jobs(Some(JobStatus::Cancelled)),
                 completed: usage.jobs(Some(JobStatus::Done)),
@@ -49,8 +49,8 @@ pub async fn summary(context: &Context, request: &Request, caller: &Caller) -> R
                 total: usage.jobs(None),
             },
             messages: usage.messages(),
-            sessions: usage.sessions,
-            turns: usage.turns,
+            sessions: usage.sessions(),
+            turns: usage.turns(),
         },
         meta: Meta::of(request),
         user_id: &key_id,

@@ -42,6 +42,10 @@ create table session (
   updated_at bigint not null,
   unique (key_id, name)
 );
+create index session_used on session (key_id, updated_at desc, session_number desc);
+create index session_used_all on session (updated_at desc, session_number desc);
+create index session_name on session (name, session_number desc);
+create index session_claude on session (claude_session_id, session_number desc) where claude_session_id is not null;
 
 create table job (
   job_number bigint generated always as identity, -- no index on it alone: it would invite walks over the whole table
@@ -88,10 +92,11 @@ create table job (
   last_event_seq bigint not null default 0,
   version bigint not null default 1,
   data_removed boolean not null default false,
-  remove_requested boolean not null default false -- by its owner: its workspace is still to be removed
+  remove_requested boolean not null default false, -- by its owner: its workspace is still to be removed
+  counted boolean not null default false -- its end is in the sums of usage
 );
 create index job_queue on job (key_id, hold, priority desc, job_number) where status = 'queued';
-create index job_running on job (key_id) where status = 'running';
+create index job_running on job (key_id, status) where status = 'running';
 create index job_group on job (key_id, group_key, job_number) where group_key is not null and status in ('queued', 'running');
 create unique index job_group_head on job (key_id, group_key)
   where group_key is not null and status in ('queued', 'running') and hold <> 'order';
@@ -99,8 +104,15 @@ create index job_due on job (run_after) where status = 'queued' and hold in ('de
 create index job_wait on job (wait_since) where wait_since is not null and status = 'queued';
 create index job_deadline on job (deadline_at) where deadline_at is not null and status in ('queued', 'running');
 create index job_retention on job (completed_at, job_number) where completed_at is not null and not data_removed;
+create index job_uncounted on job (key_id, counted) where completed_at is not null and counted = false;
 create index job_remove on job (job_number) where remove_requested;
-create index job_list on job (key_id, job_number desc);
+-- A list has an index for each set of its filters: it reads as many entries as it shows, whatever else is in the table.
+create index job_list on job (key_id, kind, job_number desc);
+create index job_list_all on job (kind, job_number desc);
+create index job_status on job (key_id, kind, status, job_number desc) where status <> 'running';
+create index job_status_all on job (kind, status, job_number desc) where status <> 'running';
+create index job_custom_id on job (key_id, custom_id, job_number desc) where custom_id is not null;
+create index job_custom_id_all on job (custom_id, job_number desc) where custom_id is not null;
 create index job_session on job (session_id, job_number desc) where session_id is not null;
 
 create table prompt (
@@ -176,8 +188,48 @@ create table ledger (
   late boolean not null default false, -- what was known only after the attempt was settled
   unique (job_id, attempt, model, late)
 );
-create index ledger_key on ledger (key_id, at);
-create index ledger_at on ledger (at);
+create index ledger_key on ledger (key_id, at desc, ledger_number desc);
+create index ledger_at on ledger (at desc, ledger_number desc);
+
+-- What was used, added up after it was booked, so that reading it costs the same however much there is. All rows of a
+-- source up to this number are in the sums.
+create table usage_counted (
+  source text collate "C" not null primary key,    -- 'ledger', 'job', 'session'
+  number bigint not null
+);
+insert into usage_counted (source, number) values ('ledger', 0), ('job', 0), ('session', 0);
+
+-- Lifetime totals of each key: 'cost', 'sessions', 'turns', and jobs by kind and status, such as 'job:done'.
+create table usage_total (
+  key_id text collate "C" not null,                -- '*': of all keys
+  name text collate "C" not null,
+  value bigint not null,
+  primary key (key_id, name)
+);
+
+-- Sums of the ledger over minutes, hours and days.
+create table usage_sum (
+  dimension text collate "C" not null,             -- 'model', 'key', 'session': what `name` is
+  key_id text collate "C" not null,                -- '*': of all keys
+  span bigint not null,                  -- its length, in microseconds
+  start_at bigint not null,
+  name text collate "C" not null,
+  cost bigint not null,
+  estimated_cost bigint not null,
+  input_tokens bigint not null,
+  output_tokens bigint not null,
+  cache_creation_input_tokens bigint not null,
+  cache_read_input_tokens bigint not null,
+  entries bigint not null,
+  primary key (dimension, key_id, span, start_at, name)
+);
+
+-- Of each 1,024 numbers of jobs the first and the last time at which one was accepted.
+create table job_block (
+  block bigint not null primary key,
+  first_at bigint not null,
+  last_at bigint not null
+);
 
 create table budget (
   scope text collate "C" not null,                -- 'global' or 'key'
@@ -254,6 +306,10 @@ create table api_key (
   last_used_at bigint,
   version bigint not null default 1
 );
+create index api_key_name on api_key (name, key_number desc);
+create index api_key_active on api_key (key_number desc) where revoked_at is null;
+create index api_key_revoked on api_key (key_number desc) where revoked_at is not null;
+create index api_key_expires on api_key (expires_at) where revoked_at is null and expires_at is not null;
 
 -- What was changed or refused: who, when, what. Refused authentications are counted, one row for each address, key
 -- and quarter of an hour.
@@ -268,6 +324,7 @@ create table audit (
   times bigint not null default 1,
   detail text not null                -- JSON; never a secret
 );
+create index audit_actor on audit (actor, audit_number desc);
 create unique index audit_refused on audit (at, address, object_id) where action = 'auth.refused';
 
 -- Rate limits: when each bucket is full again. Losing them in a crash lets everybody begin anew, which does no harm, so

@@ -71,6 +71,19 @@ pub enum JobKind {
     Chat,
 }
 
+impl JobKind {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Job, Self::Chat];
+
+    /// The word on the wire and in the table.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Job => "job",
+            Self::Chat => "chat",
+        }
+    }
+}
+
 /// What happens when the worker that runs a job is lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, sqlx::Type)]
 #[serde(rename_all = "lowercase")]

@@ -40,6 +40,7 @@ mod sweep;
 mod ticket;
 mod tx;
 mod url;
+mod usage;
 mod wait;
 mod wakeups;
 mod work;
@@ -55,22 +56,33 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tx::{SqliteTx, TxDb};
 
+#[doc(hidden)]
+pub use audit::{AUDIT_OF_ACTOR, AUDIT_OF_ALL};
 pub use audit::{AuditEntry, AuditRow, Refused};
 pub use budget::{AdjustBudget, DeleteBudget, PutBudget};
 pub use claim::{Claim, Claimant};
 pub use error::{Error, Result};
 pub use idempotency::{IdempotencyOutcome, IdempotencyRecord};
 pub use inspect::{Inspection, inspect};
-pub use job::{Attempt, CancelOutcome, JobFilter, Position};
+pub use job::{Argument, Attempt, CancelOutcome, JobDetails, JobFilter, JobPart, Position};
+#[doc(hidden)]
+pub use key::keys_sql;
 pub use key::{KeyFilter, NewSecret};
-pub use ledger::{LedgerEntry, LedgerGroup, LedgerPart, LedgerSum, Usage};
+#[doc(hidden)]
+pub use ledger::ledger_entries_sql;
+pub use ledger::{LedgerEntry, LedgerGroup, LedgerPart, LedgerSum};
 pub use limit::{Quota, Rate};
 pub use retention::{Removal, Workspace};
 pub use run::{Finish, RunDirective};
+#[doc(hidden)]
+pub use session::{SESSIONS_OF_ALL, SESSIONS_OF_KEY};
 pub use sweep::{RunningLease, Swept};
 pub use ticket::{QUEUE, Ticket};
 pub use tx::Tx;
 pub use url::DatabaseUrl;
+pub use usage::Usage;
+#[doc(hidden)]
+pub use usage::{USAGE, ledger_borders, ledger_sums_sql};
 pub use wakeups::{JobWakeup, Wakeups};
 pub use work::Work;
 pub use worker::WorkerRow;

@@ -22,6 +22,7 @@ mod session;
 mod status;
 mod submit;
 mod sweep;
+mod usage;
 mod wait;
 mod wakeups;
 mod work;
@@ -34,7 +35,7 @@ use shared::job::{
     RunDefaults, RunOptions, Spend, TokenUsage,
 };
 use shared::money::MicroUsd;
-use shared::storage::{CancelOutcome, Claim, Claimant, DatabaseUrl, Finish, Store};
+use shared::storage::{CancelOutcome, Claim, Claimant, DatabaseUrl, Finish, JobDetails, JobPart, Store};
 use shared::telemetry::chain;
 use std::time::Duration;
 use tests::database::{Database, Db};
@@ -124,6 +125,12 @@ impl World {
 
     async fn job(&self, job_id: JobId) -> Job {
         self.store.job(job_id).await.unwrap().expect("the job is there")
+    }
+
+    /// The job with what is shown beside its row.
+    async fn details(&self, job_id: JobId) -> JobDetails {
+        let details = self.store.job_details(job_id, None, None, JobPart::Full).await;
+        details.unwrap().expect("the job is there")
     }
 
     async fn status(&self, job: &Job) -> JobStatus {

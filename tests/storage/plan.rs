@@ -1,11 +1,21 @@
 //! The statements that must cost the same with ten jobs and with a million find their rows by an index, on both
 //! databases: nothing is scanned, nothing is sorted.
 
-use super::World;
+use super::{NOW, World};
+use shared::clock::Timestamp;
+use shared::id::{KeyId, SessionId};
+use shared::job::{JobKind, JobStatus};
+use shared::key::KeyStatus;
+use shared::storage::{self, Argument, JobFilter, KeyFilter, LedgerGroup};
 use sqlx::{AssertSqlSafe, Executor, PgConnection, Row, SqliteConnection};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use tests::database::Db;
 
-tests::both!(hot_statements_use_their_indexes);
+tests::both!(
+    hot_statements_use_their_indexes,
+    every_filter_reads_little_of_a_large_table
+);
 
 /// A statement, the arguments that it is explained with, and the index that it must use.
 struct Hot {
@@ -112,20 +122,22 @@ const HOT: &[Hot] = &[
     },
     Hot {
         what: "the place of a ready job",
-        sql: "select 1 from job
-              where key_id = $1 and status = 'queued' and hold = '' and priority = $2 and job_number < $3
+        sql: "select 1 from job as earlier
+              where earlier.key_id = job.key_id and earlier.status = 'queued' and earlier.hold = ''
+                and earlier.priority = job.priority and earlier.job_number < job.job_number
               limit 1000",
-        arguments: &["'big'", "0", "900"],
+        arguments: &[],
         sqlite: "job_queue",
         postgres: "job_queue",
     },
     Hot {
         what: "the place of a job in its group",
-        sql: "select 1 from job
-              where key_id = $1 and group_key = $2 and group_key is not null and status in ('queued', 'running')
-                and job_number < $3
+        sql: "select 1 from job as earlier
+              where earlier.key_id = job.key_id and earlier.group_key = job.group_key
+                and earlier.group_key is not null and earlier.status in ('queued', 'running')
+                and earlier.job_number < job.job_number
               limit 1000",
-        arguments: &["'busy'", "'k:g'", "900"],
+        arguments: &[],
         sqlite: "job_group",
         postgres: "job_group",
     },
@@ -135,13 +147,6 @@ const HOT: &[Hot] = &[
         arguments: &["'job_5'", "0", "100"],
         sqlite: "sqlite_autoindex_event_1",
         postgres: "event_job_id_seq_key",
-    },
-    Hot {
-        what: "the owner's list",
-        sql: "select job.* from job where job.key_id = $1 and job.job_number < $2 order by job.job_number desc limit 50",
-        arguments: &["'big'", "5000"],
-        sqlite: "job_list",
-        postgres: "job_list",
     },
     Hot {
         what: "waiting tickets on SQLite",
@@ -159,13 +164,26 @@ const HOT: &[Hot] = &[
     },
 ];
 
+impl Hot {
+    /// The statement as it is explained: one that looks at a job of its caller's is asked for a single job.
+    fn whole(&self) -> String {
+        // What is a subquery in its statement is in brackets.
+        let sql = self.sql.strip_prefix('(').and_then(|sql| sql.strip_suffix(')'));
+        let sql = sql.unwrap_or(self.sql);
+        if sql.contains("= job.key_id") {
+            format!("select (select count(*) from ({sql}) as earlier) from job where job_id = 'job_900'")
+        } else {
+            sql.to_owned()
+        }
+    }
+}
+
 /// The text of storage: each statement above must be found in it.
 const SOURCES: &[&str] = &[
     include_str!("../../shared/src/storage/claim.rs"),
     include_str!("../../shared/src/storage/event.rs"),
     include_str!("../../shared/src/storage/group.rs"),
     include_str!("../../shared/src/storage/job.rs"),
-    include_str!("../../shared/src/storage/job/list.rs"),
     include_str!("../../shared/src/storage/lane.rs"),
     include_str!("../../shared/src/storage/retention.rs"),
     include_str!("../../shared/src/storage/run.rs"),
@@ -191,9 +209,9 @@ async fn hot_statements_use_their_indexes(db: Db) {
         if index.is_empty() {
             continue;
         }
-        // The list's is put together when it is used; the columns of a whole row have a list of their own.
+        // The columns of a whole row have a list of their own.
         let text = hot.sql.strip_prefix("select *").unwrap_or(hot.sql);
-        let found = sources.contains(&words(text)) || hot.what == "the owner's list";
+        let found = sources.contains(&words(text));
         assert!(
             found,
             "{}: the statement has changed, and this copy of it hasn't",
@@ -263,9 +281,7 @@ async fn fill(world: &World) {
 }
 
 async fn sqlite_plan(connection: &mut SqliteConnection, hot: &Hot) -> String {
-    // What is a subquery in its statement is in brackets.
-    let whole = hot.sql.strip_prefix('(').and_then(|sql| sql.strip_suffix(')'));
-    let sql = AssertSqlSafe(format!("explain query plan {}", whole.unwrap_or(hot.sql)));
+    let sql = AssertSqlSafe(format!("explain query plan {}", hot.whole()));
     let rows = connection.fetch_all(sqlx::query(sql)).await.unwrap();
     rows.iter()
         .map(|row| row.get::<String, _>("detail") + "\n")
@@ -283,7 +299,7 @@ async fn postgres_plans(connection: &mut PgConnection, hot: &Hot) -> Vec<String>
     for mode in ["force_generic_plan", "force_custom_plan"] {
         let set_up = format!(
             "set enable_seqscan = off; set jit = off; set plan_cache_mode = {mode}; deallocate all; prepare hot as {}",
-            hot.sql
+            hot.whole()
         );
         connection
             .execute(sqlx::raw_sql(AssertSqlSafe(set_up)))
@@ -295,4 +311,265 @@ async fn postgres_plans(connection: &mut PgConnection, hot: &Hot) -> Vec<String>
         plans.push(format!("{mode}\n{}", lines.join("\n")));
     }
     plans
+}
+
+/// Ended jobs of the large table, and those that wait; all of one key.
+const ENDED: i64 = 60_000;
+const WAITING: i64 = 10_000;
+/// How much of it a list may touch: blocks of PostgreSQL, steps of SQLite's machine. A scan takes thousands and millions.
+const BLOCKS: i64 = 3_000;
+const STEPS: i64 = 60_000;
+
+/// Every filter of every list, on a table where few rows of a kind are hidden among very many.
+async fn every_filter_reads_little_of_a_large_table(db: Db) {
+    let world = World::new(db).await;
+    fill_large(&world).await;
+    let mut filters = Vec::new();
+    for key_id in [Some("big"), Some("small"), None] {
+        for kind in [Some(JobKind::Job), Some(JobKind::Chat), None] {
+            let of_kind = JobFilter {
+                key_id: key_id.map(KeyId::known),
+                kind,
+                ..JobFilter::default()
+            };
+            filters.push(of_kind.clone());
+            filters.extend(JobStatus::ALL.map(|status| JobFilter {
+                statuses: vec![status],
+                ..of_kind.clone()
+            }));
+            filters.push(JobFilter {
+                statuses: vec![JobStatus::Failed, JobStatus::Cancelled],
+                ..of_kind.clone()
+            });
+            filters.push(JobFilter {
+                statuses: JobStatus::ALL.to_vec(),
+                ..of_kind.clone()
+            });
+            filters.push(JobFilter {
+                custom_id: Some("rare".to_owned()),
+                ..of_kind.clone()
+            });
+            filters.push(JobFilter {
+                custom_id: Some("missing".to_owned()),
+                statuses: vec![JobStatus::Failed],
+                ..of_kind.clone()
+            });
+            filters.push(JobFilter {
+                session_id: Some(SessionId::new()),
+                ..of_kind.clone()
+            });
+            for (after, before) in [(None, Some(50)), (Some(ENDED), None), (Some(2_000), Some(2_010))] {
+                filters.push(JobFilter {
+                    created_after: after.map(Timestamp),
+                    created_before: before.map(Timestamp),
+                    ..of_kind.clone()
+                });
+            }
+        }
+    }
+    let mut slow = Vec::new();
+    let mut connection = Connection::new(&world).await;
+    let mut look = async |what: String, sql: &str, arguments: &[Argument]| {
+        let work = connection.work(sql, arguments).await;
+        if work > limit(db) {
+            slow.push(format!("{work} for {what}"));
+        }
+    };
+    let half = ENDED / 2;
+    for filter in filters {
+        for (ascending, after) in [(false, None), (true, Some(half))] {
+            let filter = JobFilter {
+                ascending,
+                after,
+                ..filter.clone()
+            };
+            let (sql, arguments) = filter.statement(21, ascending.then_some(i64::MAX));
+            look(format!("{filter:?}"), &sql, &arguments).await;
+        }
+    }
+    let text = |text: &str| Argument::Text(text.to_owned());
+    let number = Argument::Number;
+    for key in ["big", "small", "*"] {
+        look(format!("usage of {key}"), storage::USAGE, &[text(key)]).await;
+        for group in [
+            LedgerGroup::Day,
+            LedgerGroup::Key,
+            LedgerGroup::Model,
+            LedgerGroup::Session,
+        ] {
+            let sql = storage::ledger_sums_sql(key != "*", group);
+            let mut arguments = vec![text(key), number(0), text(""), number(101)];
+            // Whole hours with a bit before and after.
+            let (from, to) = ((8 * 3_600 - 30) * 1_000_000, (16 * 3_600 + 40) * 1_000_000);
+            arguments.extend(storage::ledger_borders(from, to, group).map(number));
+            look(format!("sums of {key} by {group:?}"), sql, &arguments).await;
+        }
+        let sql = storage::ledger_entries_sql(key != "*");
+        let arguments = [
+            text(key),
+            number(0),
+            number(half * 1_000_000),
+            number(half),
+            number(101),
+        ];
+        look(format!("entries of {key}"), sql, &arguments).await;
+        let sql = if key == "*" {
+            storage::SESSIONS_OF_ALL
+        } else {
+            storage::SESSIONS_OF_KEY
+        };
+        look(
+            format!("sessions of {key}"),
+            sql,
+            &[text(key), number(20), number(0)],
+        )
+        .await;
+        let sql = if key == "*" {
+            storage::AUDIT_OF_ALL
+        } else {
+            storage::AUDIT_OF_ACTOR
+        };
+        let actor = if key == "*" { "" } else { key };
+        look(
+            format!("audit of {key}"),
+            sql,
+            &[text(actor), number(i64::MAX), number(50)],
+        )
+        .await;
+    }
+    for status in [
+        None,
+        Some(KeyStatus::Active),
+        Some(KeyStatus::Revoked),
+        Some(KeyStatus::Expired),
+    ] {
+        for name in [None, Some("n3".to_owned())] {
+            let sql = storage::keys_sql(&KeyFilter {
+                status,
+                name: name.clone(),
+                before: None,
+            });
+            let name = name.unwrap_or_default();
+            let arguments = [number(i64::MAX), text(&name), number(NOW.0), number(21)];
+            look(format!("keys {status:?} {name}"), sql, &arguments).await;
+        }
+    }
+    assert!(slow.is_empty(), "{} are slow:\n{}", slow.len(), slow.join("\n"));
+}
+
+fn limit(db: Db) -> i64 {
+    match db {
+        Db::Sqlite => STEPS,
+        Db::Postgres => BLOCKS,
+    }
+}
+
+enum Connection {
+    Sqlite(SqliteConnection, Arc<AtomicI64>),
+    Postgres(PgConnection),
+}
+
+impl Connection {
+    async fn new(world: &World) -> Self {
+        match world.database.db() {
+            Db::Sqlite => {
+                let mut connection = world.database.sqlite().await;
+                let steps = Arc::new(AtomicI64::new(0));
+                let counted = Arc::clone(&steps);
+                let mut handle = connection.lock_handle().await.unwrap();
+                handle.set_progress_handler(100, move || {
+                    counted.fetch_add(100, Ordering::Relaxed);
+                    true
+                });
+                drop(handle);
+                Self::Sqlite(connection, steps)
+            }
+            Db::Postgres => {
+                let mut connection = world.database.postgres().await;
+                let set_up = "set enable_seqscan = off; set jit = off";
+                connection.execute(sqlx::raw_sql(set_up)).await.unwrap();
+                Self::Postgres(connection)
+            }
+        }
+    }
+
+    /// How much a statement touches: blocks on PostgreSQL, on SQLite steps of its machine.
+    async fn work(&mut self, sql: &str, arguments: &[Argument]) -> i64 {
+        macro_rules! bound {
+            ($sql:expr) => {{
+                let mut query = sqlx::query(AssertSqlSafe($sql));
+                for argument in arguments {
+                    query = match argument {
+                        Argument::Text(text) => query.bind(text),
+                        Argument::Number(number) => query.bind(number),
+                    };
+                }
+                query
+            }};
+        }
+        match self {
+            Self::Sqlite(connection, steps) => {
+                steps.store(0, Ordering::Relaxed);
+                connection.fetch_all(bound!(sql.to_owned())).await.unwrap();
+                steps.load(Ordering::Relaxed)
+            }
+            Self::Postgres(connection) => {
+                let explain = format!("explain (analyze, buffers, timing off) {sql}");
+                let rows = connection.fetch_all(bound!(explain)).await.unwrap();
+                let lines: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+                let buffers = lines
+                    .iter()
+                    .find(|line| line.contains("Buffers: shared"))
+                    .unwrap();
+                let numbers = buffers
+                    .split(['=', ' '])
+                    .filter_map(|word| word.parse::<i64>().ok());
+                numbers.sum()
+            }
+        }
+    }
+}
+
+/// One key with very many ended jobs and after them many that wait, among which few are chats, failed, cancelled, running
+/// or named; and one with a few jobs, older than all of those.
+async fn fill_large(world: &World) {
+    for key in ["big", "small"] {
+        world.key(key, 4).await;
+    }
+    let all = ENDED + WAITING;
+    let sql = format!(
+        "with recursive n (i) as (select 1 union all select i + 1 from n where i < {all})
+         insert into job (job_id, key_id, kind, status, custom_id, max_attempts, on_worker_lost, max_cost, metadata,
+           created_at, completed_at, counted)
+         select 'job_' || i, case when i < 100 then 'small' else 'big' end,
+           case when i in (50, 30000) then 'chat' else 'job' end,
+           case when i > {ENDED} then 'queued' when i % 20000 = 17 then 'failed' when i % 20000 = 18 then 'cancelled'
+             when i % 20000 = 19 then 'running' else 'done' end,
+           case when i = 1000 then 'rare' when i % 3 = 0 then 'n' || i end, 3, 'resume', 1, '{{}}', i,
+           case when i > {ENDED} or i % 20000 = 19 then null else i end, i < {ENDED} - 100
+         from n"
+    );
+    world.database.execute(&sql).await;
+    let numbers =
+        format!("with recursive n (i) as (select 1 union all select i + 1 from n where i < {ENDED})");
+    for sql in [
+        "insert into ledger (at, key_id, job_id, attempt, session_id, model, cost)
+         select cast(i as bigint) * 1000000, case when i < 100 then 'small' else 'big' end, 'job_' || i, 1, 'ses_' || i % 50, 'm', 1
+         from n",
+        "insert into session (session_id, key_id, name, settings, created_at, updated_at)
+         select 'ses_' || i, case when i < 100 then 'small' else 'big' end, 'n' || i, '{}', i, i from n where i <= 5000",
+        "insert into audit (at, actor, action, object_id, address, request_id, detail)
+         select i, case when i < 100 then 'small' else 'big' end, 'key.put', '', '', '', '{}' from n where i <= 20000",
+        "insert into api_key (key_id, name, secret_digest, last4, scopes, allowed_ips, allowed_models, metadata,
+           created_at, created_by, expires_at, revoked_at)
+         select 'key_' || i, 'n' || i, '', '', '', '[]', '[]', '{}', i, 'cli', case when i = 7 then 1 end,
+           case when i = 9 then 1 end
+         from n where i <= 20000",
+    ] {
+        world.database.execute(&format!("{numbers} {sql}")).await;
+    }
+    world.store.count_usage().await.unwrap();
+    if world.database.db() == Db::Postgres {
+        world.database.execute("analyze").await;
+    }
 }

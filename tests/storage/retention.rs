@@ -48,8 +48,9 @@ async fn the_data_of_an_ended_job_is_removed_once(db: Db) {
 
     let left = world.job(stored.job_id).await;
     assert_eq!((left.status, left.data_removed), (JobStatus::Done, true));
-    assert_eq!(world.store.prompt(stored.job_id).await.unwrap(), "");
-    assert_eq!(world.store.result(stored.job_id).await.unwrap(), None);
+    let details = world.details(stored.job_id).await;
+    assert_eq!(details.message, "");
+    assert_eq!(details.result, None);
     assert_eq!(world.events(&stored).await, [""; 0]);
     let kept = "select count(*) from attempt where stderr_tail is null";
     assert_eq!(world.number(kept).await, 1);

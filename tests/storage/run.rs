@@ -170,7 +170,7 @@ async fn a_cancelled_run_keeps_its_cost_and_its_partial_result(db: Db) {
         (cancelled.cost, cancelled.cancel_reason),
         (MicroUsd(120_000), Some(CancelReason::Deadline))
     );
-    assert!(world.store.result(stored.job_id).await.unwrap().is_some());
+    assert!(world.details(stored.job_id).await.result.is_some());
     let last = world.store.events_after(stored.job_id, 3, 10).await.unwrap();
     assert_eq!(
         last[0].data,
@@ -278,7 +278,7 @@ async fn failures_that_do_not_pass_end_the_job(db: Db) {
         (2, Some("overloaded"))
     );
     assert_eq!(failed.error.as_deref(), Some("The API was overloaded."));
-    assert!(world.store.result(stored.job_id).await.unwrap().is_some());
+    assert!(world.details(stored.job_id).await.result.is_some());
     assert_eq!(world.faults().await, [""; 0]);
 }
 

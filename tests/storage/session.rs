@@ -80,14 +80,6 @@ async fn a_session_is_found_by_name_number_and_claude_session(db: Db) {
         assert_eq!(find(None).await, Some(session.session_id), "{text}");
         assert_eq!(find(Some(&b)).await, None, "{text} is another's");
     }
-    assert!(
-        world
-            .store
-            .session_by_id(session.session_id)
-            .await
-            .unwrap()
-            .is_some()
-    );
     // A number means a number: a name that looks like one hides nobody's session.
     let (named, _) = put(&world, &b, &session.session_number.to_string(), NOW).await;
     for owner in [Some(&a), None] {
@@ -122,26 +114,18 @@ async fn a_job_resumes_what_its_session_left(db: Db) {
     let first = in_session(&world, &key, &session).await;
     let second = in_session(&world, &key, &session).await;
     assert_eq!(second.hold, "order", "a session's jobs run one at a time");
-    assert_eq!(
-        world.store.session_jobs(session.session_id).await.unwrap(),
-        (2, None)
-    );
+    assert_eq!(world.store.session_jobs(&session).await.unwrap(), (2, None));
 
     let lease = world.claim_job(&first).await;
     assert_eq!(lease.resume.len(), 0);
     assert_eq!(
-        world.store.session_jobs(session.session_id).await.unwrap(),
+        world.store.session_jobs(&session).await.unwrap(),
         (1, Some(first.job_id))
     );
     let done = report(Ending::Done);
     world.store.finish(&lease, &done, at(3)).await.unwrap();
 
-    let left = world
-        .store
-        .session_by_id(session.session_id)
-        .await
-        .unwrap()
-        .unwrap();
+    let left = world.store.session(None, &session.name).await.unwrap().unwrap();
     assert_eq!((left.total_cost, left.total_turns), (MicroUsd(120_000), 2));
     assert_eq!(
         (left.updated_at, left.claude_session_id),

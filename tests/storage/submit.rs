@@ -74,9 +74,9 @@ async fn a_job_is_accepted_claimed_recorded_and_done(db: Db) {
     assert!((NOW..at(20)).contains(&started_at), "{started_at}");
     let usage: TokenUsage = serde_json::from_str(&done.usage.unwrap()).unwrap();
     assert_eq!((usage.input_tokens, usage.output_tokens), (10, 3));
-    let result = world.store.result(stored.job_id).await.unwrap().unwrap();
+    let result = world.details(stored.job_id).await.result.unwrap();
     assert_eq!(result, json!({ "result": "Hello." }).to_string());
-    assert_eq!(world.store.prompt(stored.job_id).await.unwrap(), wanted.message);
+    assert_eq!(world.details(stored.job_id).await.message, wanted.message);
     assert_eq!(
         world.events(&stored).await,
         ["status", "status", "assistant", "done"]

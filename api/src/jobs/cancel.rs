@@ -31,7 +31,6 @@ pub async fn cancel(context: &Context, request: &Request, job: Job) -> Result<Re
         CancelOutcome::AlreadyFinal(status) => return Err(Problem::JobFinal(status)),
         CancelOutcome::NoSuchJob => return Err(Problem::NoSuch("Job")),
     };
-    let job = store.job(job.job_id).await?.ok_or(Problem::NoSuch("Job"))?;
-    let view = view::show(context, &job, Detail::Full).await?;
+    let (job, view) = view::show(context, job.job_id, Detail::Full).await?;
     Ok(reply::data(request, status, view)?.etag(&etag(job.version)))
 }

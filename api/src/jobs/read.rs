@@ -5,14 +5,14 @@ use http::StatusCode;
 use http::header::{ACCEPT, IF_NONE_MATCH};
 use serde_json::Value;
 use shared::clock;
-use shared::id::KeyId;
+use shared::id::{JobId, KeyId};
 use shared::job::{Job, JobKind, JobStatus};
 use shared::session::Session;
 use shared::spelling;
-use shared::storage::JobFilter;
+use shared::storage::{self, JobFilter};
 use warp::reply::Response;
 
-use super::view::{self, Detail, JobPart, JobRenderer, JobView};
+use super::view::{self, Detail, JobPart, JobView};
 use super::wait::{self, Wait};
 use crate::context::Context;
 use crate::gate::caller::Caller;
@@ -26,28 +26,49 @@ use crate::sessions;
 /// How many rows are read at once of a list that is shown in full.
 const AT_ONCE: i64 = 100;
 
+/// The job of this id, if it exists for the caller.
+pub async fn find(context: &Context, caller: &Caller, job_id: JobId) -> Result<Job, Problem> {
+    let job = context.store.job(job_id).await?;
+    job.filter(|job| caller.sees(&job.key_id))
+        .ok_or(Problem::NoSuch("Job"))
+}
+
+/// Whose jobs the caller may read; `None`: everybody's.
+fn reader(caller: &Caller) -> Option<&KeyId> {
+    (!caller.admin).then_some(&caller.key_id)
+}
+
 /// `GET /jobs/{id}`: the job now, or after `wait` seconds at most, when it has changed from what the client knows or,
-/// if it knows nothing, has ended.
+/// if it knows nothing, has ended. It is read by one statement; a wait looks at its row before.
 pub async fn show(
     context: &Context,
     request: &Request,
     caller: &Caller,
-    job: Job,
+    job_id: JobId,
 ) -> Result<Response, Problem> {
     let query = request.query();
     let wait = Wait::of(request, context.config.wait_max)?;
     let (detail, fields) = (detail(&query, Detail::Full)?, fields(&query)?);
-    let _permit = wait.permit(context, caller)?;
     let conditional = request.headers.contains_key(IF_NONE_MATCH);
     let known = |job: &Job| conditional && headers::matches_etag(&request.headers, &etag(job.version));
-    let job = wait::until(context, job, wait.limit, |job| {
-        job.status.is_final() || (conditional && !known(job))
-    })
-    .await?;
+    if !wait.limit.is_zero() {
+        let job = find(context, caller, job_id).await?;
+        let _permit = wait.permit(context, caller)?;
+        wait::until(context, job, wait.limit, |job| {
+            job.status.is_final() || (conditional && !known(job))
+        })
+        .await?;
+    }
+    let version = headers::known_version(&request.headers);
+    let store = &context.store;
+    let details = store
+        .job_details(job_id, reader(caller), version, detail.part())
+        .await?
+        .ok_or(Problem::NoSuch("Job"))?;
+    let (job, view) = JobView::of(details, context.config.retention);
     let response = if known(&job) {
         reply::empty(StatusCode::NOT_MODIFIED)
     } else {
-        let view = view::show(context, &job, detail).await?;
         reply::data(request, StatusCode::OK, JobPart::of(view, &fields)?)?
     };
     let response = match view::look_again_after(&job, clock::now()) {
@@ -58,16 +79,25 @@ pub async fn show(
 }
 
 /// `GET /jobs/{id}/result`: the result alone, as JSON, or its text for who prefers that.
-pub async fn result(context: &Context, request: &Request, job: &Job) -> Result<Response, Problem> {
+pub async fn result(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    job_id: JobId,
+) -> Result<Response, Problem> {
+    let store = &context.store;
+    let details = store
+        .job_details(job_id, reader(caller), None, storage::JobPart::Result)
+        .await?
+        .ok_or(Problem::NoSuch("Job"))?;
+    let job = &details.job;
     if job.data_removed {
         return Err(Problem::DataRemoved);
     }
     if !job.status.is_final() {
         return Err(Problem::JobNotFinished);
     }
-    let Some(text) = context.store.result(job.job_id).await? else {
-        return Err(Problem::NoSuch("Result"));
-    };
+    let text = details.result.ok_or(Problem::NoSuch("Result"))?;
     let result = serde_json::from_str::<Value>(&text).map_err(Problem::internal)?;
     let response = match result["content"]
         .as_str()
@@ -134,20 +164,19 @@ async fn answer(
     if let Some(cursor) = query.text("cursor") {
         filter.after = Some(Cursor::decode(cursor, &bound_to)?.0);
     }
-    let mut renderer = JobRenderer::new(context.clone(), detail);
     if detail == Detail::Full {
         let fields = fields.iter().map(ToString::to_string).collect();
-        return one_by_one(context, request, (filter, limit), &bound_to, renderer, fields).await;
+        return one_by_one(context, request, (filter, limit), &bound_to, fields).await;
     }
-    let mut jobs = context.store.jobs(&filter, limit + 1, true).await?;
-    let next = more_than(limit, &mut jobs, |(job, _)| {
-        Cursor(job.job_number).encode(&bound_to)
+    let mut jobs = context.store.jobs(&filter, limit + 1).await?;
+    let next = more_than(limit, &mut jobs, |details| {
+        Cursor(details.job.job_number).encode(&bound_to)
     });
-    let mut shown = Vec::with_capacity(jobs.len());
-    for (job, message) in jobs {
-        let view = renderer.render(&job, message).await?;
-        shown.push(JobPart::of(view, &fields)?);
-    }
+    let retention = context.config.retention;
+    let shown = jobs
+        .into_iter()
+        .map(|details| JobPart::of(JobView::of(details, retention).1, &fields))
+        .collect::<Result<_, _>>()?;
     page(request, shown, limit, next)
 }
 
@@ -158,16 +187,18 @@ async fn one_by_one(
     request: &Request,
     (mut filter, limit): (JobFilter, i64),
     bound_to: &str,
-    renderer: JobRenderer,
     fields: Vec<String>,
 ) -> Result<Response, Problem> {
-    let store = context.store.clone();
+    let store = &context.store;
     let (mut positions, mut left) = (Vec::new(), limit + 1);
     while left > 0 {
         let asked = left.min(AT_ONCE);
-        let jobs = store.jobs(&filter, asked, true).await?;
+        let jobs = store.jobs(&filter, asked).await?;
         let read = i64::try_from(jobs.len()).unwrap_or(i64::MAX);
-        positions.extend(jobs.iter().map(|(job, _)| (job.job_id, job.job_number)));
+        positions.extend(
+            jobs.iter()
+                .map(|details| (details.job.job_id, details.job.job_number)),
+        );
         filter.after = positions.last().map(|(_, number)| *number);
         left = if read < asked { 0 } else { left - read };
     }
@@ -175,23 +206,20 @@ async fn one_by_one(
         Cursor(*number).encode(bound_to)
     });
     let pagination = Pagination::new(limit, next);
-    let items = stream::unfold(
-        (renderer, positions.into_iter()),
-        move |(mut renderer, mut positions)| {
-            let (store, fields) = (store.clone(), fields.clone());
-            async move {
-                let (job_id, _) = positions.next()?;
-                let read = async {
-                    let job = store.job(job_id).await?.ok_or(Problem::NoSuch("Job"))?;
-                    let message = view::message(&store, &job).await?;
-                    let fields = fields.iter().map(String::as_str).collect::<Vec<_>>();
-                    JobPart::of(renderer.render(&job, message).await?, &fields)
-                };
-                let shown = read.await;
-                Some((shown, (renderer, positions)))
-            }
-        },
-    );
+    let shared = context.clone();
+    let items = stream::unfold(positions.into_iter(), move |mut positions| {
+        let (context, fields) = (shared.clone(), fields.clone());
+        async move {
+            let (job_id, _) = positions.next()?;
+            let read = async {
+                let (_, view) = view::show(&context, job_id, Detail::Full).await?;
+                let fields = fields.iter().map(String::as_str).collect::<Vec<_>>();
+                JobPart::of(view.without_position(), &fields)
+            };
+            let shown = read.await;
+            Some((shown, positions))
+        }
+    });
     let report = {
         let context = context.clone();
         move |problem: &Problem| context.report(problem)

@@ -89,8 +89,7 @@ async fn waited(context: &Context, caller: &Caller, job: &Job, wait: Wait) -> Op
     let _permit = wait.permit(context, caller).ok()??;
     let waited = async {
         let job = wait::until(context, job.clone(), wait.limit, |job| job.status.is_final()).await?;
-        let view = view::show(context, &job, Detail::Full).await?;
-        Ok::<_, Problem>((job, view))
+        view::show(context, job.job_id, Detail::Full).await
     };
     waited.await.map_err(|problem| context.report(&problem)).ok()
 }

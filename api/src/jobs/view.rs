@@ -4,11 +4,10 @@ use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 use shared::clock::Timestamp;
-use shared::id::{JobId, KeyId, SessionId};
+use shared::id::{JobId, KeyId};
 use shared::job::{CancelReason, Hold, Job, JobKind, JobStatus, OnWorkerLost};
 use shared::money::MicroUsd;
-use shared::storage::{Position, Store};
-use std::collections::HashMap;
+use shared::storage::{self, JobDetails, Position};
 use std::time::Duration;
 
 use crate::context::Context;
@@ -22,6 +21,16 @@ pub enum Detail {
     Basic,
     /// Everything.
     Full,
+}
+
+impl Detail {
+    /// What has to be read for it.
+    pub const fn part(self) -> storage::JobPart {
+        match self {
+            Self::Basic => storage::JobPart::Brief,
+            Self::Full => storage::JobPart::Full,
+        }
+    }
 }
 
 /// What is shown of a job and isn't in its row.
@@ -222,6 +231,28 @@ impl JobView {
         }
     }
 
+    /// The same of a job that was read with what is shown beside its row.
+    pub fn of(details: JobDetails, retention: Duration) -> (Job, Self) {
+        let (lane_hold, position) = (details.lane_hold(), details.position());
+        let beside = JobContext {
+            message: details.message,
+            result: details.result,
+            session: details.session_name,
+            lane_hold,
+            position,
+        };
+        let view = Self::new(&details.job, beside, retention);
+        (details.job, view)
+    }
+
+    /// The view in a list, which shows no position.
+    #[must_use]
+    pub fn without_position(mut self) -> Self {
+        self.queue_position = None;
+        self.queue_position_capped = false;
+        self
+    }
+
     /// The members but the prompt, as JSON text, to be kept: [`with_message`] puts it back.
     pub fn without_message(&self) -> Result<String, Problem> {
         let kept = Self {
@@ -261,99 +292,12 @@ impl JobPart {
     }
 }
 
-/// Shows a job, with what has to be read beside its row.
-pub async fn show(context: &Context, job: &Job, detail: Detail) -> Result<JobView, Problem> {
+/// Reads a job again, and shows it.
+pub async fn show(context: &Context, job_id: JobId, detail: Detail) -> Result<(Job, JobView), Problem> {
     let store = &context.store;
-    let mut message = message(store, job).await?;
-    if detail == Detail::Basic {
-        message = message.chars().take(200).collect();
-    }
-    let session = match job.session_id {
-        Some(session_id) => store.session_by_id(session_id).await?.map(|session| session.name),
-        None => None,
-    };
-    let queued = job.status == JobStatus::Queued;
-    let lane_hold = if queued {
-        store.lane_hold(&job.key_id).await?
-    } else {
-        None
-    };
-    let position = if queued {
-        Some(store.position(job).await?)
-    } else {
-        None
-    };
-    let beside = JobContext {
-        message,
-        result: result(store, job, detail).await?,
-        session,
-        lane_hold,
-        position,
-    };
-    Ok(JobView::new(job, beside, context.config.retention))
-}
-
-/// The job's prompt; empty once it was removed.
-pub async fn message(store: &Store, job: &Job) -> Result<String, Problem> {
-    if job.data_removed {
-        return Ok(String::new());
-    }
-    Ok(store.prompt(job.job_id).await?)
-}
-
-/// The job's result, where it is shown.
-async fn result(store: &Store, job: &Job, detail: Detail) -> Result<Option<String>, Problem> {
-    if detail == Detail::Basic || !job.status.is_final() || job.data_removed {
-        return Ok(None);
-    }
-    Ok(store.result(job.job_id).await?)
-}
-
-/// Renders the jobs of a list, one after the other. Their position in the queue isn't counted.
-#[derive(Debug)]
-pub struct JobRenderer {
-    context: Context,
-    detail: Detail,
-    sessions: HashMap<SessionId, Option<String>>,
-    holds: HashMap<KeyId, Option<Hold>>,
-}
-
-impl JobRenderer {
-    /// Renders jobs in this detail.
-    pub fn new(context: Context, detail: Detail) -> Self {
-        Self {
-            context,
-            detail,
-            sessions: HashMap::new(),
-            holds: HashMap::new(),
-        }
-    }
-
-    /// A job with this prompt, or the part of it that is shown.
-    pub async fn render(&mut self, job: &Job, message: String) -> Result<JobView, Problem> {
-        let store = &self.context.store;
-        if let Some(session_id) = job.session_id
-            && !self.sessions.contains_key(&session_id)
-        {
-            let session = store.session_by_id(session_id).await?;
-            self.sessions
-                .insert(session_id, session.map(|session| session.name));
-        }
-        if job.status == JobStatus::Queued && !self.holds.contains_key(&job.key_id) {
-            let hold = store.lane_hold(&job.key_id).await?;
-            self.holds.insert(job.key_id.clone(), hold);
-        }
-        let beside = JobContext {
-            message,
-            result: result(store, job, self.detail).await?,
-            session: job
-                .session_id
-                .and_then(|session_id| self.sessions.get(&session_id).cloned().flatten()),
-            lane_hold: self.holds.get(&job.key_id).copied().flatten(),
-            position: None,
-        };
-        Ok(JobView::new(job, beside, self.context.config.retention))
-    }
+    let details = store.job_details(job_id, None, None, detail.part()).await?;
+    let details = details.ok_or(Problem::NoSuch("Job"))?;
+    Ok(JobView::of(details, context.config.retention))
 }
 
 /// The path of a job.

@@ -122,6 +122,15 @@ pub fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, &'static st
     }
 }
 
+/// The version that the client has, if `If-None-Match` names a single tag of ours.
+pub fn known_version(headers: &HeaderMap) -> Option<i64> {
+    let value = text(headers, header::IF_NONE_MATCH.as_str())?.trim();
+    let tag = value.strip_prefix("W/").unwrap_or(value);
+    let number = tag.strip_prefix('"')?.strip_suffix('"')?;
+    let version = number.parse::<i64>().ok()?;
+    (version.to_string() == number).then_some(version)
+}
+
 /// Whether `If-None-Match` names this tag, or any. Weak and strong tags compare alike.
 pub fn matches_etag(headers: &HeaderMap, etag: &str) -> bool {
     let mut values = headers
