@@ -14,7 +14,7 @@ const WAITING: i64 = 50_000;
 /// Requests for each figure.
 const REQUESTS: usize = 40;
 /// How long the API gets to count what was filled in.
-const COUNTING: Duration = Duration::from_secs(60);
+const COUNTING: Duration = Duration::from_mins(1);
 
 const PATHS: &[(&str, bool)] = &[
     ("usage", false),
@@ -130,10 +130,9 @@ async fn fill(database: &Database, key: &str) {
                case when i <= {ENDED} then {at} end
              from n"
         ),
-        format!(
-            "insert into attempt (job_id, attempt, worker_id, claude_session_id, reserved, started_at, turns)
-             select job_id, 1, 'w', 's', 0, created_at, 2 from job where status <> 'queued'"
-        ),
+        "insert into attempt (job_id, attempt, worker_id, claude_session_id, reserved, started_at, turns)
+         select job_id, 1, 'w', 's', 0, created_at, 2 from job where status <> 'queued'"
+            .to_owned(),
         "insert into ledger (at, key_id, job_id, attempt, model, cost)
          select completed_at, key_id, job_id, 1, 'claude-haiku-5-5', 10000 from job where status <> 'queued'"
             .to_owned(),
