@@ -36,8 +36,9 @@ trap 'rm -f "$documentation"' EXIT
 writing=$!
 step "tests"
 tests=0
-# Most cases of the integration tests wait for processes, so more of them than cores run at once.
-RUST_TEST_THREADS=4 cargo test --workspace $targets || tests=$?
+# Most cases of the integration tests wait for processes, so more of them than cores run at once. What fails hides nothing
+# that comes after it.
+RUST_TEST_THREADS=4 cargo test --workspace --no-fail-fast $targets || tests=$?
 step "documentation"
 if ! wait "$writing"; then
     cat "$documentation" >&2
