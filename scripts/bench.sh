@@ -18,6 +18,5 @@ fi
 target/release/examples/bench-http "$@"
 target/release/examples/bench
 target/release/examples/bench-gateway
-for bench in target/release/examples/bench-claims; do
-    [ ! -x "$bench" ] || "$bench"
-done
+target/release/examples/bench-reads
+target/release/examples/bench-claims

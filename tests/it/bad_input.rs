@@ -42,7 +42,6 @@ async fn rows(database: &Database) -> i64 {
         "event",
         "idempotency",
         "ledger",
-        "reservation",
         tickets,
     ] {
         rows += database.number(&format!("select count(*) from {table}")).await;

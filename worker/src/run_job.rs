@@ -85,7 +85,7 @@ async fn release_unknown(ctx: &Context) {
         let (worker_id, known) = (ctx.claimant.worker_id, ctx.leases.all());
         match ctx.store.release_unknown(worker_id, &known, clock::now()).await {
             Ok(0) => return,
-            Ok(jobs) => return warn!(jobs, "released jobs whose claim was committed without an answer"),
+            Ok(jobs) => return info!(jobs, "released jobs whose claim was committed without an answer"),
             Err(error) => {
                 if !ctx.store.note(&error) {
                     warn!(error = %chain(&error), "could not look for claims whose commit was undecided, retrying");
