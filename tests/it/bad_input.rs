@@ -36,14 +36,7 @@ async fn rows(database: &Database) -> i64 {
         Db::Postgres => "apalis.jobs",
     };
     let mut rows = 0;
-    for table in [
-        "job",
-        "prompt",
-        "event",
-        "idempotency",
-        "ledger",
-        tickets,
-    ] {
+    for table in ["job", "prompt", "event", "idempotency", "ledger", tickets] {
         rows += database.number(&format!("select count(*) from {table}")).await;
     }
     rows
