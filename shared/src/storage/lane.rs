@@ -91,7 +91,7 @@ impl Store {
             self,
             "look for wrong lanes",
             fetch_all => (KeyId, i64, i64, Option<i64>, Option<i64>),
-            "select * from (
+            "select key_id, running, counted, top_priority, highest from (
                select key_id, running,
                  (select count(*) from job where job.key_id = lane.key_id and job.status = 'running') as counted,
                  top_priority,

@@ -147,7 +147,7 @@ impl JobFilter {
         for (index, part) in parts.iter().enumerate() {
             if !one {
                 statement.push(if index == 0 { " from (" } else { " union all " });
-                statement.push(concat!("select * from (select ", columns!(Job)));
+                statement.push(concat!("select ", columns!(Job), " from (select ", columns!(Job)));
             }
             statement.push(" from job where ");
             statement.push(&part.condition);
