@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure that programs are there: as root it installs their Debian packages, otherwise it says which are missing.
-# Usage: install-debian.sh PROGRAM…   with PROGRAM one of cc, bwrap, npm, pgbouncer, postgres.
+# Usage: install-debian.sh PROGRAM…   with PROGRAM one of cc, bwrap, npm, pgbouncer, postgres, python.
 # Prints nothing when there is nothing to do.
 set -eu
 
@@ -14,6 +14,7 @@ is_there() {
             return 1
             ;;
         pgbouncer) command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] ;;
+        python) python3 -c "import ensurepip, venv" 2>/dev/null ;;
         npm) command -v npm >/dev/null && command -v node >/dev/null ;;
         *) command -v "$1" >/dev/null ;;
     esac
@@ -26,6 +27,7 @@ package_of() {
         npm) echo "nodejs npm" ;;
         pgbouncer) echo "pgbouncer" ;;
         postgres) echo "postgresql" ;;
+        python) echo "python3 python3-venv" ;;
         *)
             echo "install-debian.sh doesn't know the program $1" >&2
             exit 2

@@ -14,6 +14,7 @@ step "what the tests need"
 scripts/need-rust.sh
 scripts/install-debian.sh cc bwrap pgbouncer postgres
 scripts/install-claude.sh
+scripts/install-python.sh
 step "format"
 cargo fmt --check
 step "lints"

@@ -4,6 +4,7 @@ use shared::env::{Error, Vars};
 use shared::key::SecretKey;
 use shared::model::Aliases;
 use shared::money::MicroUsd;
+use shared::webhook::address::Guard;
 use shared::storage::Rate;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -23,6 +24,8 @@ pub struct Config {
     pub keys: Keys,
     /// What the keys of the database are checked with. `SECRET_KEY`; needed as soon as there are such keys.
     pub secret_key: Option<SecretKey>,
+    /// Where events may be sent. `WEBHOOK_ALLOW_HTTP`, false; `WEBHOOK_ALLOWED_SUBNETS`, none.
+    pub webhook_guard: Guard,
     /// The proxies whose `X-Forwarded-For` is believed: addresses and networks. `TRUSTED_PROXIES`, none by default.
     pub proxies: Proxies,
     /// How often a key may ask that has no limits of its own. `RATE_LIMIT_REQUESTS`, 30 submissions in
@@ -70,6 +73,7 @@ impl Default for Config {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)),
             keys: Keys::default(),
             secret_key: None,
+            webhook_guard: Guard::default(),
             proxies: Proxies::default(),
             rates: Rates::default(),
             allow_anonymous: false,
@@ -101,6 +105,7 @@ impl Config {
             address: address(vars, default.address)?,
             keys: Keys::of(&keys(vars, "API_KEYS")?, &keys(vars, "ADMIN_API_KEYS")?),
             secret_key: SecretKey::from_vars(vars)?,
+            webhook_guard: Guard::from_vars(vars)?,
             proxies: proxies(vars)?,
             rates: rates(vars)?,
             allow_anonymous: vars.flag("ALLOW_ANONYMOUS", default.allow_anonymous)?,

@@ -21,6 +21,7 @@ pub mod service;
 pub mod sessions;
 pub mod settings;
 pub mod usage;
+pub mod webhooks;
 
 pub use config::Config;
 pub use context::{Context, StartError};

@@ -21,7 +21,7 @@ use crate::http::problem::Problem;
 use crate::http::request::{Request, Segment};
 use crate::http::serve::App;
 use crate::http::{cors, reply};
-use crate::{audit, budgets, health, jobs, keys, queue, sessions, usage};
+use crate::{audit, budgets, health, jobs, keys, queue, sessions, usage, webhooks};
 
 /// Who may call a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +139,25 @@ fn table() -> Vec<Route> {
         route!(keyed "api" / "v1" / "usage" / "ledger" => usage::ledger
             [GET UsageRead Read (limit cursor group_by from to user_id)]),
         route!(keyed "api" / "v1" / "audit" => audit::list [GET KeysAdmin Read (kind limit before user_id)]),
+        route!(keyed "api" / "v1" / "webhooks" / "secret" => webhooks::secret::show [GET WebhooksRead Read ()]),
+        route!(keyed "api" / "v1" / "webhooks" / "secret" / "rotate" => webhooks::secret::rotate
+            [POST WebhooksWrite Read ()]),
+        route!(keyed "api" / "v1" / "webhooks" / "endpoints" => webhooks::endpoint::collection
+            [GET WebhooksRead Read (limit cursor), POST WebhooksWrite Read ()]),
+        route!(keyed "api" / "v1" / "webhooks" / "endpoints" / Segment, id => webhooks::endpoint::item
+            [GET WebhooksRead Read (), PATCH WebhooksWrite Read (), DELETE WebhooksWrite Read ()]),
+        route!(keyed "api" / "v1" / "webhooks" / "endpoints" / Segment / "secret" / "rotate", id =>
+            webhooks::endpoint::rotate [POST WebhooksWrite Read ()]),
+        route!(keyed "api" / "v1" / "webhooks" / "endpoints" / Segment / "test", id => webhooks::endpoint::test
+            [POST WebhooksWrite Read ()]),
+        route!(keyed "api" / "v1" / "webhooks" / "endpoints" / Segment / "recover", id => webhooks::endpoint::recover
+            [POST WebhooksWrite Read ()]),
+        route!(keyed "api" / "v1" / "webhooks" / "deliveries" => webhooks::delivery::list
+            [GET WebhooksRead Read (limit cursor key_id job_id endpoint_id status event_type created_after created_before)]),
+        route!(keyed "api" / "v1" / "webhooks" / "deliveries" / Segment, id => webhooks::delivery::item
+            [GET WebhooksRead Read (include)]),
+        route!(keyed "api" / "v1" / "webhooks" / "deliveries" / Segment / "resend", id => webhooks::delivery::resend
+            [POST WebhooksWrite Read ()]),
         route!(keyed "api" / "v1" / "queue" / "resume" => queue::resume [POST QueueAdmin Read ()]),
         route!(open "api" / "v1" / "health" => health::health),
         route!(open "livez" => health::livez),

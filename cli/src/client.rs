@@ -174,6 +174,26 @@ impl Client {
         Ok(answer["data"]["released_jobs"].as_i64().unwrap_or_default())
     }
 
+    /// Reads what is at a path.
+    pub(crate) async fn get(&self, path: &str, query: &[(&str, String)]) -> Result<Value, Failure> {
+        self.send(self.request(Method::GET, path).query(query)).await
+    }
+
+    /// Posts a body to a path.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        self.send(self.request(Method::POST, path).json(body)).await
+    }
+
+    /// Changes what is at a path.
+    pub(crate) async fn patch(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        self.send(self.request(Method::PATCH, path).json(body)).await
+    }
+
+    /// Deletes what is at a path.
+    pub(crate) async fn delete(&self, path: &str) -> Result<(), Failure> {
+        self.answered(self.request(Method::DELETE, path)).await.map(drop)
+    }
+
     /// Asks the service whether it is ready.
     pub(crate) async fn is_ready(&self) -> Result<(), Failure> {
         self.answered(self.request(Method::GET, "/readyz"))

@@ -1,6 +1,6 @@
 //! `claude-queue`, the command for people: serves (`up`), shows (`demo`), looks after (`migrate`, `doctor`, `keys`, `prices`),
 //! plays the Anthropic API (`simulator`), and is a client of a running service (`submit`, `wait`, `logs`, `cancel`,
-//! `jobs`, `usage`).
+//! `jobs`, `usage`, `webhooks`).
 //!
 //! The only crate that knows both the API and the worker. Each command is a file of its name.
 
@@ -23,6 +23,7 @@ mod submit;
 mod up;
 mod usage;
 mod wait;
+mod webhooks;
 
 use std::process::ExitCode;
 
@@ -79,6 +80,8 @@ enum Command {
     Resume,
     /// Show what was spent and what is left of the budget
     Usage(usage::Arguments),
+    /// See and change where events are sent, see what became of each, and receive them on this machine
+    Webhooks(webhooks::Arguments),
     /// Print the list prices that are in force
     Prices,
     /// Create, list, rotate and revoke API keys, in the database itself
@@ -128,6 +131,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Jobs(arguments) => jobs::run(&vars, arguments).await,
         Command::Resume => resume::run(&vars).await,
         Command::Usage(arguments) => usage::run(&vars, arguments).await,
+        Command::Webhooks(arguments) => webhooks::run(&vars, arguments).await,
         Command::Prices => prices::run(&vars),
         Command::Keys(arguments) => keys::run(&vars, arguments).await,
         Command::Demo(_) | Command::Simulator(_) => Ok(()),

@@ -24,7 +24,8 @@ create table lane (
   running bigint not null default 0 check (running >= 0),
   hold text collate "C",                          -- 'budget'
   top_priority bigint, -- highest among its ready jobs; a hint that is never too low for long
-  last_served bigint not null default 0 -- the number of its last turn; the lowest is next
+  last_served bigint not null default 0, -- the number of its last turn; the lowest is next
+  endpoints bigint not null default 0 -- enabled ones of the key: without any, the end of a job has nothing to send
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 create index lane_next on lane (top_priority desc, last_served) where top_priority is not null and hold is null and running < max_running;
 create index lane_last_served on lane (last_served);
@@ -74,6 +75,7 @@ create table job (
   timeout_seconds bigint,
   max_cost bigint not null,
   webhook_url text,
+  webhook_events text not null default 'completed', -- words with blanks between them
   custom_id text collate "C",
   metadata text not null,
   retry_of text collate "C",
@@ -304,6 +306,7 @@ create table api_key (
   revoked_at bigint,
   revoke_reason text,
   last_used_at bigint,
+  expiry_told bigint,                     -- the end that its endpoints were told of
   version bigint not null default 1
 );
 create index api_key_name on api_key (name, key_number desc);
@@ -345,3 +348,70 @@ create unlogged table open_stream (
 );
 create index open_stream_key on open_stream (key_id);
 create index open_stream_process on open_stream (process_id);
+
+-- Where a key's events are sent. Secrets and headers are sealed under a key derived from SECRET_KEY.
+create table endpoint (
+  endpoint_number bigint generated always as identity primary key,
+  endpoint_id text collate "C" not null unique,
+  key_id text collate "C" not null,
+  url text not null,
+  event_types text not null,          -- words with blanks around them; empty: all
+  description text not null,
+  payload text collate "C" not null,               -- full, thin
+  headers text not null,              -- sealed: a JSON object
+  secrets text not null,              -- sealed: a JSON list, the newest first
+  metadata text not null,
+  enabled boolean not null default true,
+  disabled_reason text collate "C",
+  first_failure_at bigint,               -- of an unbroken row of failures
+  created_at bigint not null,
+  updated_at bigint not null,
+  version bigint not null default 1
+);
+create index endpoint_list on endpoint (key_id, endpoint_number desc);
+
+-- What signs the events that a key's jobs send to their own webhook_url.
+create table webhook_secret (
+  key_id text collate "C" primary key,
+  secrets text not null,              -- sealed: a JSON list, the newest first
+  created_at bigint not null,
+  version bigint not null default 1
+);
+
+-- The outbox: an event on its way to one address. Rows are written in the transaction of what they tell about.
+create table delivery (
+  delivery_number bigint generated always as identity primary key,
+  delivery_id text collate "C" not null unique,
+  key_id text collate "C" not null,
+  endpoint_id text collate "C",                    -- null: the job's own webhook_url
+  job_id text collate "C",
+  event_type text collate "C" not null,
+  url text not null,
+  host text collate "C" not null,                  -- with the port
+  body text,                          -- of a job's event it is written before the first attempt
+  status text collate "C" not null default 'pending', -- pending, succeeded, failed, cancelled
+  attempts bigint not null default 0,
+  due_at bigint,                         -- while pending; a claim puts it off for as long as its lease
+  manual boolean not null default false,                  -- a person asked for the next attempt
+  created_at bigint not null,
+  completed_at bigint,
+  last_status_code bigint,
+  last_error_class text collate "C"
+);
+create index delivery_due on delivery (due_at) where status = 'pending';
+create index delivery_list on delivery (key_id, delivery_number desc);
+create index delivery_job on delivery (job_id) where job_id is not null;
+create index delivery_endpoint on delivery (endpoint_id, delivery_number desc) where endpoint_id is not null;
+create index delivery_age on delivery (completed_at) where completed_at is not null;
+
+create table delivery_attempt (
+  delivery_id text collate "C" not null,
+  number bigint not null,
+  trigger_kind text collate "C" not null,             -- scheduled, manual
+  started_at bigint not null,
+  duration_ms bigint not null,
+  status_code bigint,
+  error_class text collate "C",
+  snippet text not null,
+  primary key (delivery_id, number)
+);

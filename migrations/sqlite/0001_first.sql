@@ -23,7 +23,8 @@ create table lane (
   running integer not null default 0 check (running >= 0),
   hold text,                          -- 'budget'
   top_priority integer, -- highest among its ready jobs; a hint that is never too low for long
-  last_served integer not null default 0 -- the number of its last turn; the lowest is next
+  last_served integer not null default 0, -- the number of its last turn; the lowest is next
+  endpoints integer not null default 0 -- enabled ones of the key: without any, the end of a job has nothing to send
 ) strict;
 create index lane_next on lane (top_priority desc, last_served) where top_priority is not null and hold is null and running < max_running;
 create index lane_last_served on lane (last_served);
@@ -73,6 +74,7 @@ create table job (
   timeout_seconds integer,
   max_cost integer not null,
   webhook_url text,
+  webhook_events text not null default 'completed', -- words with blanks between them
   custom_id text,
   metadata text not null,
   retry_of text,
@@ -303,6 +305,7 @@ create table api_key (
   revoked_at integer,
   revoke_reason text,
   last_used_at integer,
+  expiry_told integer,                     -- the end that its endpoints were told of
   version integer not null default 1
 ) strict;
 create index api_key_name on api_key (name, key_number desc);
@@ -325,3 +328,70 @@ create table audit (
 ) strict;
 create index audit_actor on audit (actor, audit_number desc);
 create unique index audit_refused on audit (at, address, object_id) where action = 'auth.refused';
+
+-- Where a key's events are sent. Secrets and headers are sealed under a key derived from SECRET_KEY.
+create table endpoint (
+  endpoint_number integer primary key autoincrement,
+  endpoint_id text not null unique,
+  key_id text not null,
+  url text not null,
+  event_types text not null,          -- words with blanks around them; empty: all
+  description text not null,
+  payload text not null,               -- full, thin
+  headers text not null,              -- sealed: a JSON object
+  secrets text not null,              -- sealed: a JSON list, the newest first
+  metadata text not null,
+  enabled integer not null default 1,
+  disabled_reason text,
+  first_failure_at integer,               -- of an unbroken row of failures
+  created_at integer not null,
+  updated_at integer not null,
+  version integer not null default 1
+) strict;
+create index endpoint_list on endpoint (key_id, endpoint_number desc);
+
+-- What signs the events that a key's jobs send to their own webhook_url.
+create table webhook_secret (
+  key_id text not null primary key,
+  secrets text not null,              -- sealed: a JSON list, the newest first
+  created_at integer not null,
+  version integer not null default 1
+) strict;
+
+-- The outbox: an event on its way to one address. Rows are written in the transaction of what they tell about.
+create table delivery (
+  delivery_number integer primary key autoincrement,
+  delivery_id text not null unique,
+  key_id text not null,
+  endpoint_id text,                    -- null: the job's own webhook_url
+  job_id text,
+  event_type text not null,
+  url text not null,
+  host text not null,                  -- with the port
+  body text,                          -- of a job's event it is written before the first attempt
+  status text not null default 'pending', -- pending, succeeded, failed, cancelled
+  attempts integer not null default 0,
+  due_at integer,                         -- while pending; a claim puts it off for as long as its lease
+  manual integer not null default 0,                  -- a person asked for the next attempt
+  created_at integer not null,
+  completed_at integer,
+  last_status_code integer,
+  last_error_class text
+) strict;
+create index delivery_due on delivery (due_at) where status = 'pending';
+create index delivery_list on delivery (key_id, delivery_number desc);
+create index delivery_job on delivery (job_id) where job_id is not null;
+create index delivery_endpoint on delivery (endpoint_id, delivery_number desc) where endpoint_id is not null;
+create index delivery_age on delivery (completed_at) where completed_at is not null;
+
+create table delivery_attempt (
+  delivery_id text not null,
+  number integer not null,
+  trigger_kind text not null,             -- scheduled, manual
+  started_at integer not null,
+  duration_ms integer not null,
+  status_code integer,
+  error_class text,
+  snippet text not null,
+  primary key (delivery_id, number)
+) strict;

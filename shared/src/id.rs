@@ -105,6 +105,15 @@ id! {
     WorkerId, "wrk"
 }
 
+id! {
+    /// An address that gets events: `whe_…`.
+    EndpointId, "whe"
+}
+id! {
+    /// An event on its way to one address: `dlv_…`.
+    DeliveryId, "dlv"
+}
+
 /// The public id of an API key: `key_…` for a key in the database, `env_…` for one from the environment, or
 /// `anonymous`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, sqlx::Type)]
@@ -126,6 +135,13 @@ impl KeyId {
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl DeliveryId {
+    /// The id of the message, by which receivers know a repeated one: the same in every attempt.
+    pub fn message_id(self) -> String {
+        format!("msg_{}", self.0.simple())
     }
 }
 

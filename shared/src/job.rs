@@ -205,6 +205,10 @@ pub struct NewJob {
     pub timeout_seconds: Option<i64>,
     /// What all its attempts together may cost at most.
     pub max_cost: MicroUsd,
+    /// Where to tell what happens to it.
+    pub webhook_url: Option<String>,
+    /// What is told there: words of `started progress completed` with blanks between them.
+    pub webhook_events: String,
     /// The client's own name for it.
     pub custom_id: Option<String>,
     /// Up to 16 pairs of text, as a JSON object.
@@ -262,8 +266,10 @@ pub struct Job {
     pub timeout_seconds: Option<i64>,
     /// What all its attempts together may cost at most.
     pub max_cost: MicroUsd,
-    /// Where to tell the end of the job; this release tells nobody.
+    /// Where to tell what happens to it.
     pub webhook_url: Option<String>,
+    /// What is told there: words of `started progress completed` with blanks between them.
+    pub webhook_events: String,
     /// The client's own name for it.
     pub custom_id: Option<String>,
     /// A JSON object of text pairs.
@@ -325,6 +331,15 @@ pub struct Lease {
     pub reserved: MicroUsd,
     /// The Claude sessions that the run may continue, best first; the first whose transcript is there is taken.
     pub resume: Vec<Resume>,
+    /// Whether its key had endpoints for events when the run began.
+    pub endpoints: bool,
+}
+
+impl Lease {
+    /// Whether somebody may want to hear how the run gets on.
+    pub fn tells_progress(&self) -> bool {
+        self.endpoints || self.job.webhook_url.is_some() && self.job.webhook_events.contains("progress")
+    }
 }
 
 /// What a run continues.

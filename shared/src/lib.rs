@@ -7,10 +7,12 @@
 //! * What every process needs when it starts and stops: [`mod@env`], [`telemetry`], [`shutdown`]; and on its disk:
 //!   [`data_dir`], [`disk`], [`permissions`].
 //! * What may be printed of text from outside: [`text`].
+//! * Webhooks, as far as no I/O is needed: [`webhook`], with [`sealed`], [`network`] and [`mod@retry_after`].
 
 pub mod budget;
 pub mod clock;
 pub mod data_dir;
+pub mod delivery;
 pub mod disk;
 pub mod env;
 pub mod event;
@@ -19,11 +21,16 @@ pub mod job;
 pub mod key;
 pub mod model;
 pub mod money;
+pub mod network;
 pub mod permissions;
+pub mod retry_after;
 pub mod rule;
+pub mod sealed;
 pub mod session;
 pub mod shutdown;
 pub mod spelling;
 pub mod storage;
 pub mod telemetry;
 pub mod text;
+pub mod view;
+pub mod webhook;

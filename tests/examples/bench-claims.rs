@@ -267,6 +267,8 @@ fn job(key_id: &KeyId, now: Timestamp) -> NewJob {
         max_turns: None,
         timeout_seconds: None,
         max_cost: MicroUsd(1_000_000),
+        webhook_url: None,
+        webhook_events: "completed".to_owned(),
         custom_id: None,
         metadata: json!({}),
         created_at: now,

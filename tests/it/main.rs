@@ -33,4 +33,5 @@ mod survivors; // A run that does everything to live on doesn't.
 mod tickets; // What wakes the slots may be lost, damaged or too much.
 mod upgrade; // Tables that a newer release has changed.
 mod upstream; // The Messages API fails, and no job does.
-mod usage; // What was spent, exact against the attempts. // The database goes away and comes back.
+mod usage; // What was spent, exact against the attempts.
+mod webhooks; // Events leave the service, signed, at least once.

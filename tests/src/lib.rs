@@ -10,6 +10,7 @@ pub mod paths;
 pub mod pooler;
 pub mod processes;
 pub mod proxy;
+pub mod receiver;
 pub mod script;
 pub mod system;
 pub mod trace;

@@ -60,6 +60,7 @@ impl Change {
             options: RunOptions::default(),
             reserved: MicroUsd::ZERO,
             resume: Vec::new(),
+            endpoints: false,
         };
         let ending = match self {
             Self::Claim => {

@@ -6,9 +6,12 @@ pub mod provider;
 
 use crate::spend::price::Prices;
 use shared::env::{Error, Vars};
+use shared::key::SecretKey;
 use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
 use shared::model::ACCEPTED_PRICES;
 use shared::money::MicroUsd;
+use shared::webhook::address::Guard;
+use shared::webhook::schedule::Schedule;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,10 +58,68 @@ pub struct Config {
     pub claude: Claude,
     /// How the worker reaches the model.
     pub anthropic: Anthropic,
+    /// Whether it runs jobs, and whether it delivers webhooks. `WORKER_QUEUES`, `jobs,webhooks`.
+    pub queues: Queues,
+    /// How webhooks are delivered.
+    pub deliveries: Deliveries,
+    /// Opens the secrets that sign webhooks. `SECRET_KEY`, as the API has it.
+    pub secret_key: Option<SecretKey>,
     /// Where programs are looked for. `PATH`.
     pub path: Option<String>,
     /// Where sockets are put. `XDG_RUNTIME_DIR`, default `/tmp`.
     pub runtime_dir: Option<PathBuf>,
+}
+
+/// What a worker works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queues {
+    /// It runs jobs.
+    pub jobs: bool,
+    /// It delivers webhooks.
+    pub webhooks: bool,
+}
+
+impl Queues {
+    fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        let names = vars.list("WORKER_QUEUES", "jobs,webhooks")?;
+        let known = |name: &String| matches!(name.as_str(), "jobs" | "webhooks");
+        if names.is_empty() || !names.iter().all(known) {
+            return Err(Error::new(
+                "WORKER_QUEUES",
+                "names a queue that there isn't, or none",
+                "jobs, webhooks, or both with a comma between them",
+            ));
+        }
+        let has = |name: &str| names.iter().any(|given| given == name);
+        Ok(Self {
+            jobs: has("jobs"),
+            webhooks: has("webhooks"),
+        })
+    }
+}
+
+/// How webhooks are delivered.
+#[derive(Clone, Debug)]
+pub struct Deliveries {
+    /// Where they may be sent. `WEBHOOK_ALLOW_HTTP`, `WEBHOOK_ALLOWED_SUBNETS`.
+    pub guard: Guard,
+    /// How long a receiver may take. `WEBHOOK_TIMEOUT_SECONDS`, 15.
+    pub timeout: Duration,
+    /// When a failed one is tried again. `WEBHOOK_RETRY_SCHEDULE`.
+    pub schedule: Schedule,
+    /// An endpoint that has only failed for so long is switched off. `WEBHOOK_DISABLE_AFTER_HOURS`, 120.
+    pub disable_after: Duration,
+}
+
+impl Deliveries {
+    fn from_vars(vars: &Vars) -> Result<Self, Error> {
+        Ok(Self {
+            guard: Guard::from_vars(vars)?,
+            timeout: seconds(vars, "WEBHOOK_TIMEOUT_SECONDS", 15, 1, 60)?,
+            schedule: Schedule::from_vars(vars)?,
+            disable_after: Duration::from_hours(vars.number("WEBHOOK_DISABLE_AFTER_HOURS", 120, 1, 8_760)?),
+        })
+    }
 }
 
 /// Pauses between attempts: `base · factor^failures`, at most `most`, ±20 %.
@@ -167,6 +228,9 @@ impl Config {
             prices: Arc::new(prices(vars)?),
             claude: Claude::from_vars(vars, sandbox)?,
             anthropic: Anthropic::from_vars(vars)?,
+            queues: Queues::from_vars(vars)?,
+            deliveries: Deliveries::from_vars(vars)?,
+            secret_key: SecretKey::from_vars(vars)?,
             path: vars.unlisted("PATH"),
             runtime_dir: vars.unlisted("XDG_RUNTIME_DIR").map(PathBuf::from),
         })

@@ -6,6 +6,7 @@ mod api_watch;
 pub mod claude;
 pub mod config;
 pub mod context;
+pub mod deliver;
 mod disk_space;
 pub mod gateway;
 pub mod guard;
@@ -22,6 +23,7 @@ use claude::program;
 use claude::sandbox::{self, Isolation};
 pub use config::Config;
 use context::Context;
+use deliver::Deliverer;
 use gateway::Upstream;
 use gateway::credentials::Credentials;
 use shared::clock;
@@ -72,6 +74,10 @@ pub async fn run(
     shutdown: Shutdown,
     ready: impl FnOnce(WorkerId) + Send,
 ) -> Result<(), Error> {
+    let deliverer = deliverer(&config, &store, &wakeups, &shutdown);
+    if !config.queues.jobs {
+        return deliver_only(deliverer, ready).await;
+    }
     // Absolute, since a run starts in a folder of its own.
     config.data_dir = bind_data_dir(&config.data_dir, &store).await?;
     // What a worker that was killed left behind on this machine writes into workspaces that others will get.
@@ -130,13 +136,57 @@ pub async fn run(
     heartbeat::announce(&ctx).await?;
     info!(worker.id = %worker_id, slots = concurrency, sandbox = ctx.config.sandbox, "worker {worker_id} is ready");
     ready(worker_id);
-    tokio::select! {
-        () = queues::serve(&ctx) => {}
-        () = sweep::sweep(&ctx) => {}
-        () = api_watch::watch(&ctx) => {}
-    }
+    let working = async {
+        tokio::select! {
+            () = queues::serve(&ctx) => {}
+            () = sweep::sweep(&ctx) => {}
+            () = api_watch::watch(&ctx) => {}
+        }
+    };
+    let delivering = async {
+        if let Some(deliverer) = &deliverer {
+            deliver::deliver(deliverer).await;
+        }
+    };
+    tokio::join!(working, Box::pin(delivering));
     // Best effort: a row that stays is forgotten in an hour.
     let _ = ctx.store.remove_worker(worker_id).await;
+    info!("the worker has stopped");
+    Ok(())
+}
+
+/// What delivers webhooks in this process, if it is to.
+fn deliverer(config: &Config, store: &Store, wakeups: &Wakeups, shutdown: &Shutdown) -> Option<Deliverer> {
+    if !config.queues.webhooks {
+        return None;
+    }
+    let Some(secret_key) = &config.secret_key else {
+        info!("SECRET_KEY isn't set, so this worker delivers no webhooks");
+        return None;
+    };
+    Some(Deliverer {
+        store: store.clone(),
+        wakeups: wakeups.clone(),
+        config: config.deliveries.clone(),
+        sealer: secret_key.sealer().clone(),
+        retention: config.retention,
+        draining: shutdown.drain.clone(),
+    })
+}
+
+/// A worker without jobs: it needs no CLI, no sandbox and no `DATA_DIR`.
+async fn deliver_only(deliverer: Option<Deliverer>, ready: impl FnOnce(WorkerId) + Send) -> Result<(), Error> {
+    let Some(deliverer) = deliverer else {
+        return Err(Error::Configuration(env::Error::new(
+            "SECRET_KEY",
+            "isn't set, and without it a worker with WORKER_QUEUES=webhooks can sign nothing",
+            "the value that the API has",
+        )));
+    };
+    let worker_id = WorkerId::new();
+    info!(worker.id = %worker_id, "worker {worker_id} is ready to deliver webhooks");
+    ready(worker_id);
+    deliver::deliver(&deliverer).await;
     info!("the worker has stopped");
     Ok(())
 }

@@ -207,6 +207,7 @@ async fn rarely(ctx: &Context) -> Result<()> {
     if ctx.store.check_clock().await?.is_some() {
         return Ok(());
     }
+    ctx.store.tell_expiring(clock::now()).await?;
     let expired = clock::now().before(ctx.config.idempotency_ttl);
     for _ in 0..MAX_BATCHES {
         if ctx.store.forget_idempotency(expired).await? == 0 {

@@ -116,6 +116,19 @@ pub enum Problem {
     HeadersTooLarge,
     /// No more connections can be served now.
     TooManyConnections,
+    /// Events can't be sent to this address; the sentence says why, and what would allow it.
+    WebhookUrlNotAllowed {
+        /// The way to the member: `body -> webhook_url`.
+        field: String,
+        /// Why.
+        reason: String,
+    },
+    /// As many secrets sign as may.
+    TooManySecrets,
+    /// The endpoint is switched off.
+    EndpointDisabled,
+    /// The delivery is on its way.
+    DeliveryInProgress,
     /// Members of the body or of the query are wrong: all of them.
     Invalid(Vec<FieldFault>),
     /// There's no template of this name.
@@ -181,14 +194,19 @@ impl Problem {
             | Self::JobActive
             | Self::KeyReadOnly
             | Self::KeyNotActive
-            | Self::KeyActive => StatusCode::CONFLICT,
+            | Self::KeyActive
+            | Self::TooManySecrets
+            | Self::EndpointDisabled
+            | Self::DeliveryInProgress => StatusCode::CONFLICT,
             Self::DataRemoved => StatusCode::GONE,
             Self::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType | Self::UnsupportedEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::UriTooLong(_) => StatusCode::URI_TOO_LONG,
             Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            Self::Invalid(_) | Self::IdempotencyKeyReused => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Invalid(_) | Self::IdempotencyKeyReused | Self::WebhookUrlNotAllowed { .. } => {
+                StatusCode::UNPROCESSABLE_ENTITY
+            },
             Self::BudgetExceeded(_)
             | Self::RateLimited { .. }
             | Self::QueueFull(_)
@@ -233,6 +251,10 @@ impl Problem {
             Self::UriTooLong(_) => "uri-too-long",
             Self::HeadersTooLarge => "headers-too-large",
             Self::TooManyConnections => "too-many-connections",
+            Self::WebhookUrlNotAllowed { .. } => "webhook-url-not-allowed",
+            Self::TooManySecrets => "too-many-secrets",
+            Self::EndpointDisabled => "endpoint-disabled",
+            Self::DeliveryInProgress => "delivery-in-progress",
             Self::Invalid(_) => "validation-error",
             Self::IdempotencyKeyReused => "idempotency-key-reused",
             Self::NoSuchTemplate(_) => "template-not-found",
@@ -291,6 +313,12 @@ impl Problem {
             Self::UriTooLong(limit) => format!("The path and query exceed {limit} bytes").into(),
             Self::HeadersTooLarge => "The headers are too many or too large".into(),
             Self::TooManyConnections => "Too many connections are open; close some, or try again".into(),
+            Self::WebhookUrlNotAllowed { field, reason } => format!("{field}: {reason}").into(),
+            Self::TooManySecrets => {
+                "Five secrets sign already; wait until the grace of one is over, or rotate with grace_seconds 0".into()
+            }
+            Self::EndpointDisabled => "The endpoint is disabled; enable it first".into(),
+            Self::DeliveryInProgress => "The delivery is on its way".into(),
             Self::Invalid(faults) => match faults.as_slice() {
                 [one] => format!("{}: {}", one.field, one.message).into(),
                 many => format!("{} fields are not valid", many.len()).into(),
@@ -340,6 +368,10 @@ impl Problem {
     fn more(&self, request_id: &str) -> Option<(&'static str, Value)> {
         match self {
             Self::Invalid(faults) => Some(("errors", json!(faults))),
+            Self::WebhookUrlNotAllowed { field, reason } => Some((
+                "errors",
+                json!([{ "field": field, "message": reason, "type": "value_error" }]),
+            )),
             // Clients of the Python service read this one.
             Self::TooLarge(_) => Some((
                 "error",

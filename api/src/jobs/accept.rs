@@ -20,6 +20,7 @@ use crate::gate::idempotency::IdempotentRequest;
 use crate::http::problem::Problem;
 use crate::sessions;
 use crate::settings::Settings;
+use crate::webhooks;
 
 /// What a job is to be, every member right by itself. What is `None` is decided by its session, then by the service.
 #[derive(Debug)]
@@ -50,6 +51,10 @@ pub struct JobCreate {
     pub timeout_seconds: Option<i64>,
     /// The client's own name for it.
     pub custom_id: Option<String>,
+    /// Where to tell what happens to it.
+    pub webhook_url: Option<String>,
+    /// What is told there: `started`, `progress`, `completed`.
+    pub webhook_events: Vec<&'static str>,
     /// The client's own pairs of texts.
     pub metadata: Map<String, Value>,
     /// When it was asked for.
@@ -112,6 +117,9 @@ pub async fn accept(
         (None, Some(name)) => Some(sessions::find(context, caller, name).await?),
         (None, None) => None,
     };
+    if let Some(url) = &create.webhook_url {
+        webhooks::check_url(context, url)?;
+    }
     let new = new_job(create, caller, session.as_ref(), &context.config)?;
     let budget = gate::check_budget(context, &new.key_id, new.created_at).await?;
     if let Some(max) = caller.rights.max_queued_jobs
@@ -119,6 +127,9 @@ pub async fn accept(
         && !context.limits.has_queue_room(&caller.key_id, max).await?
     {
         return Err(Problem::QueueFull(max));
+    }
+    if new.webhook_url.is_some() {
+        webhooks::ensure_secret(context, &new.key_id).await?;
     }
     let mut tx = context.store.begin_submission(&new.key_id).await?;
     let accepted = Accepted {
@@ -181,6 +192,12 @@ fn new_job(
         max_turns: settings.max_turns,
         timeout_seconds: create.timeout_seconds,
         max_cost: settings.max_cost_usd.map_or(limit, |cost| cost.min(limit)),
+        webhook_url: create.webhook_url,
+        webhook_events: if create.webhook_events.is_empty() {
+            "completed".to_owned()
+        } else {
+            create.webhook_events.join(" ")
+        },
         custom_id: create.custom_id,
         metadata: Value::Object(create.metadata),
         created_at: create.created_at,
@@ -211,6 +228,8 @@ mod tests {
             on_worker_lost: OnWorkerLost::Resume,
             timeout_seconds: None,
             custom_id: None,
+            webhook_url: None,
+            webhook_events: Vec::new(),
             metadata: Map::new(),
             created_at: NOW,
         }

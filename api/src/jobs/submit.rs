@@ -21,7 +21,7 @@ use crate::gate::idempotency::{IdempotentRequest, REPLAYED};
 use crate::http::problem::Problem;
 use crate::http::reply::{self, Headers, PREFERENCE_APPLIED, X_JOB_ID, etag};
 use crate::http::request::fields::{
-    Fault, Fields, Reading, choice, integer, metadata, object, parsed, text, time,
+    Fault, Fields, Reading, choice, integer, list, metadata, object, parsed, text, time,
 };
 use crate::http::request::headers::{self, Preferences};
 use crate::http::request::{Request, invalid};
@@ -43,7 +43,10 @@ pub async fn submit(
     // For a replay: the request is the same, so its prompt is.
     let message = idempotent.as_ref().map(|_| create.message.clone());
     let retention = context.config.retention;
-    let kept = |accepted: &Accepted| shown(accepted, retention).without_message();
+    let kept = |accepted: &Accepted| {
+        let view = shown(accepted, retention);
+        view.without_message().map_err(Problem::internal)
+    };
     // Boxed, since it is most of this future and only a part of its time.
     let accepting = accept(context, caller, (create, Source::Api), within, idempotent, kept);
     let accepted = match Box::pin(accepting).await? {
@@ -226,12 +229,9 @@ impl SubmitRequest {
         let timeout_seconds = body.optional("timeout_seconds", integer(1..=config.job_timeout_max_seconds));
         let custom_id = body.optional("custom_id", parsed(1..=64, custom_id));
         let metadata = body.optional("metadata", metadata).unwrap_or_default();
-        for name in ["webhook_url", "webhook_events"] {
-            // Said at once: a job whose end nobody is told would be worse.
-            body.optional(name, |_| {
-                Err::<(), _>(vec![Fault::value("This version sends no webhooks")])
-            });
-        }
+        let webhook_url = body.optional("webhook_url", text(1..=2_048));
+        let events = list(3, choice(&["started", "progress", "completed"]));
+        let webhook_events = body.optional("webhook_events", events).unwrap_or_default();
         let template = body.optional("template", text(1..=128));
         let create = message.map(|message| JobCreate {
             kind: JobKind::Job,
@@ -253,6 +253,8 @@ impl SubmitRequest {
             },
             timeout_seconds,
             custom_id,
+            webhook_url,
+            webhook_events,
             metadata,
             created_at: now,
         });
@@ -356,7 +358,8 @@ mod tests {
                 json!({"type": "array", "items": {}}),
                 "value_error",
             ),
-            ("webhook_url", json!("https://a.example"), "value_error"),
+            ("webhook_url", json!(""), "string_too_short"),
+            ("webhook_events", json!("completed"), "list_type"),
             ("batch", json!(1), "extra_forbidden"),
         ] {
             let mut body = json!({"message": "hi"});

@@ -3,9 +3,9 @@
 use serde_json::{Map, Value};
 use shared::clock::Timestamp;
 use shared::key::{KeyRights, Scope, Scopes, TextList};
+use shared::network;
 
 use crate::budgets::BudgetSpec;
-use crate::http::address;
 use crate::http::problem::Problem;
 use crate::http::request::fields::{
     Fault, Fields, Reading, choice, integer, list, members, metadata, parsed, time,
@@ -87,7 +87,7 @@ pub(super) fn future(now: Timestamp) -> impl Fn(Value) -> Reading<Timestamp> {
 pub(super) fn networks(value: Value) -> Reading<TextList> {
     let network = parsed(1..=64, |text| {
         let network =
-            address::network(&text).ok_or("Input should be an address or a network such as 10.0.0.0/8")?;
+            network::parse(&text).ok_or("Input should be an address or a network such as 10.0.0.0/8")?;
         Ok::<_, &str>(network.trunc().to_string())
     });
     list(50, network)(value).map(TextList)

@@ -10,6 +10,7 @@ use subtle::ConstantTimeEq;
 
 use super::secret::{KeyKind, Kid, Secret};
 use crate::env::{Error, Vars};
+use crate::sealed::Sealer;
 
 const SHORTEST: usize = 16;
 
@@ -19,6 +20,7 @@ pub struct SecretKey {
     /// Initialised once, so that a request pays only for the digest itself.
     pepper: Hmac<Sha256>,
     check: String,
+    sealer: Sealer,
 }
 
 impl fmt::Debug for SecretKey {
@@ -51,7 +53,12 @@ impl SecretKey {
         };
         let check = hex(&derived("claude-queue/check/1")[..16]);
         let pepper = keyed(&derived("claude-queue/key-pepper/1"));
-        Some(Self { pepper, check })
+        let sealer = Sealer::new(derived("claude-queue/sealed/1").into());
+        Some(Self {
+            pepper,
+            check,
+            sealer,
+        })
     }
 
     /// A new secret with this public part, and its digest.
@@ -64,6 +71,11 @@ impl SecretKey {
     /// A value by which the database recognises this key. It reveals nothing about the key.
     pub fn check(&self) -> &str {
         &self.check
+    }
+
+    /// What encrypts the secrets that must be readable again.
+    pub fn sealer(&self) -> &Sealer {
+        &self.sealer
     }
 
     /// The digest of a key's secret. A secret is long and random, so a fast digest is enough; a slow one would help an

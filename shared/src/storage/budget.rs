@@ -442,10 +442,11 @@ fn read_thresholds(text: &str) -> Vec<i64> {
 /// A threshold that a transaction found reached.
 #[derive(Clone, Debug)]
 pub(super) struct Alert {
-    scope: Scope,
-    threshold: i64,
-    spent: MicroUsd,
-    limit: MicroUsd,
+    pub(super) scope: Scope,
+    /// In per cent of the limit.
+    pub(super) threshold: i64,
+    pub(super) spent: MicroUsd,
+    pub(super) limit: MicroUsd,
 }
 
 impl Alert {

@@ -5,6 +5,7 @@ use super::budget::{self, Allowance};
 use super::columns::columns;
 use super::{Error, Result, Store, Tx, execute, fetch, read};
 use crate::clock::Timestamp;
+use crate::delivery::HookEvent;
 use crate::event::{EventType, NewEvent};
 use crate::id::{KeyId, WorkerId};
 use crate::job::{CancelReason, Ending, Job, JobStatus, Lease, Resume, RunDefaults, RunOptions};
@@ -48,7 +49,7 @@ impl Store {
             return Ok(Claim::Nothing);
         }
         let mut tx = self.begin_claim().await?;
-        let Some((key_id, top)) = tx.take_turn().await? else {
+        let Some((key_id, top, endpoints)) = tx.take_turn().await? else {
             tx.rollback().await?;
             return Ok(Claim::Nothing);
         };
@@ -83,12 +84,14 @@ impl Store {
             }
             let held_at = Instant::now();
             let claimed = tx.begin_attempt(job, claimant, amount, now).await?;
+            let endpoints = endpoints > 0;
+            tx.announce_job(&claimed, HookEvent::JobStarted, endpoints, now).await?;
             if next != Some(top) {
                 tx.lower_hint(&key_id).await?;
             }
             tx.commit().await?;
             self.more_ready.store(next.is_some(), Ordering::Relaxed);
-            return self.lease(claimed, amount, held_at, now).await;
+            return self.lease((claimed, endpoints), amount, held_at, now).await;
         }
         let budgets = tx.lock_budgets(&key_id, now).await?;
         match budget::allow(&budgets, left, claimant.least_reserve) {
@@ -109,7 +112,13 @@ impl Store {
 
     /// What the holder of a claimed job must know beside its row. Nobody else changes it while the job runs, so it is read
     /// after the lock of the claims was given back. A job of which it can't be read is handed back.
-    async fn lease(&self, job: Job, reserved: MicroUsd, held_at: Instant, now: Timestamp) -> Result<Claim> {
+    async fn lease(
+        &self,
+        (job, endpoints): (Job, bool),
+        reserved: MicroUsd,
+        held_at: Instant,
+        now: Timestamp,
+    ) -> Result<Claim> {
         let (job_id, attempt) = (job.job_id, job.attempt);
         let read = async {
             let run = self.what_to_run(&job).await?;
@@ -124,6 +133,7 @@ impl Store {
                 allowed_models,
                 reserved,
                 resume,
+                endpoints,
             }))),
             Err(error) => match self.release_run(job_id, attempt, now).await {
                 Ok(_) => Err(error),

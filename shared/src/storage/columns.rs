@@ -6,9 +6,17 @@ macro_rules! columns {
     (Job) => {
         "job_number, job_id, key_id, kind, status, hold, priority, group_key, session_id, run_after, deadline_at, \
          attempt, failures, wait_since, wait_reason, max_attempts, on_worker_lost, model, effort, permission_mode, \
-         max_turns, timeout_seconds, max_cost, webhook_url, custom_id, metadata, retry_of, claude_session_id, cost, \
+         max_turns, timeout_seconds, max_cost, webhook_url, webhook_events, custom_id, metadata, retry_of, claude_session_id, cost, \
          duration_ms, usage, error, error_code, cancel_requested_at, cancel_reason, created_at, started_at, \
          completed_at, last_event_seq, version, data_removed"
+    };
+    (Endpoint) => {
+        "endpoint_number, endpoint_id, key_id, url, event_types, description, payload, headers, secrets, metadata, enabled, \
+         disabled_reason, first_failure_at, created_at, updated_at, version"
+    };
+    (Delivery) => {
+        "delivery_number, delivery_id, key_id, endpoint_id, job_id, event_type, url, status, attempts, due_at, created_at, \
+         completed_at, last_status_code, last_error_class"
     };
     (Session) => {
         "session_number, session_id, key_id, name, settings, claude_session_id, total_cost, total_turns, created_at, \

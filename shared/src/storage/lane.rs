@@ -205,18 +205,18 @@ impl Tx {
     }
 
     /// The lane whose turn it is, with its hint.
-    pub(super) async fn take_turn(&mut self) -> Result<Option<(KeyId, i64)>> {
+    pub(super) async fn take_turn(&mut self) -> Result<Option<(KeyId, i64, i64)>> {
         fetch!(
             self,
             "take a turn",
-            fetch_optional => (KeyId, i64),
+            fetch_optional => (KeyId, i64, i64),
             "update lane set running = running + 1, last_served = (select max(last_served) + 1 from lane)
              where hold is null and running < max_running and key_id = (
                select key_id from lane
                where top_priority is not null and hold is null and running < max_running
                  and not exists (select 1 from queue where paused or hold is not null)
                order by top_priority desc, last_served limit 1)
-             returning key_id, top_priority"
+             returning key_id, top_priority, endpoints"
         )
     }
 
@@ -354,16 +354,19 @@ impl Tx {
 
     /// Frees the slot of a run that has ended. A lane that waits for money looks again. The end of a run doesn't fail
     /// because its lane counted wrong: [`Store::repair_lanes`] corrects the count.
-    pub(super) async fn free_slot(&mut self, key_id: &KeyId) -> Result<()> {
+    ///
+    /// Whether the key has endpoints that want to hear of it.
+    pub(super) async fn free_slot(&mut self, key_id: &KeyId) -> Result<bool> {
         let lane = fetch!(
             self,
             "free a lane's slot",
-            fetch_optional => (Option<i64>, i64, Option<String>),
+            fetch_optional => (Option<i64>, i64, Option<String>, i64),
             "update lane set running = case when running > 0 then running - 1 else 0 end where key_id = $1
-             returning top_priority, max_running - running, hold",
+             returning top_priority, max_running - running, hold, endpoints",
             key_id
         )?;
-        if let Some((top, room, hold)) = lane {
+        let endpoints = lane.as_ref().is_some_and(|lane| lane.3 > 0);
+        if let Some((top, room, hold, _)) = lane {
             if hold.as_deref() == Some(Hold::Budget.as_str()) {
                 self.free_lane(key_id).await?;
             }
@@ -372,7 +375,19 @@ impl Tx {
                 self.ring();
             }
         }
-        Ok(())
+        Ok(endpoints)
+    }
+
+    /// Whether the key has endpoints that want to hear of its events.
+    pub(super) async fn has_endpoints(&mut self, key_id: &KeyId) -> Result<bool> {
+        let lane = fetch!(
+            self,
+            "look for endpoints",
+            fetch_optional => (i64,),
+            "select endpoints from lane where key_id = $1",
+            key_id
+        )?;
+        Ok(lane.is_some_and(|lane| lane.0 > 0))
     }
 
     /// Gives the lanes of keys that have no cap of their own this cap.

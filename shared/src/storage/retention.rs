@@ -111,6 +111,7 @@ impl Store {
 
 impl Tx {
     async fn remove_data(&mut self, job_id: JobId, workspace: Workspace) -> Result<()> {
+        self.remove_bodies(job_id).await?;
         execute!(
             self,
             "remove a job's data",

@@ -38,6 +38,18 @@ impl Tx {
 }
 
 impl Store {
+    /// The number of a session, by which clients of the Python service know it.
+    pub async fn session_number(&self, session_id: SessionId) -> Result<Option<i64>> {
+        let row = read!(
+            self,
+            "read a session's number",
+            fetch_optional => (i64,),
+            "select session_number from session where session_id = $1",
+            session_id
+        )?;
+        Ok(row.map(|row| row.0))
+    }
+
     /// Finds the owner's session (`None`: of any owner) that `text` identifies: by name, then by number, then by the id of
     /// its Claude session.
     pub async fn session(&self, key_id: Option<&KeyId>, text: &str) -> Result<Option<Session>> {

@@ -2,9 +2,9 @@
 
 use super::group_commit::Member;
 use super::macros::lock;
-use super::wakeups::{DIRECTIVE, RING};
+use super::wakeups::{DELIVER, DIRECTIVE, RING};
 use super::{Db, Error, Result, Store, budget, error};
-use crate::clock::Timestamp;
+use crate::clock::{self, Timestamp};
 use crate::id::{JobId, KeyId};
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Postgres, Sqlite, Transaction};
@@ -31,6 +31,8 @@ pub struct Tx {
     pub(super) freed: Vec<(KeyId, Timestamp)>,
     /// The key of which this transaction has announced a job.
     pub(super) announced: Option<KeyId>,
+    /// Whether there is something new to deliver.
+    pub(super) delivers: bool,
     /// Thresholds of budgets that this transaction found reached.
     pub(super) alerts: Vec<budget::Alert>,
 }
@@ -82,6 +84,7 @@ impl Tx {
             directed: BTreeSet::new(),
             freed: Vec::new(),
             announced: None,
+            delivers: false,
             alerts: Vec::new(),
         }
     }
@@ -96,7 +99,11 @@ impl Tx {
             self.push_tickets(ready.len().max(1)).await?;
             self.wakes = true;
         }
-        let rings = self.wakes;
+        for alert in std::mem::take(&mut self.alerts) {
+            self.announce_alert(&alert, clock::now()).await?;
+            self.alerts.push(alert);
+        }
+        let (rings, delivers) = (self.wakes, self.delivers);
         let Self {
             db,
             store,
@@ -126,7 +133,7 @@ impl Tx {
             TxDb::Postgres(tx) => {
                 let committed = store.liveness.in_time(tx.commit()).await;
                 committed.map_err(Error::during(error::COMMIT))?;
-                store.notifier.notify(words(rings, &touched, &directed));
+                store.notifier.notify(words((rings, delivers), &touched, &directed));
             }
         }
         alerts.iter().for_each(budget::Alert::log);
@@ -179,6 +186,11 @@ impl Tx {
         self.touched.insert(job_id);
     }
 
+    /// Those who deliver look when this commits.
+    pub(super) fn deliver(&mut self) {
+        self.delivers = true;
+    }
+
     /// A slot should look, although no job became ready in this transaction.
     pub(super) fn ring(&mut self) {
         self.rings = true;
@@ -191,10 +203,12 @@ impl Tx {
 }
 
 /// The words of a notification.
-fn words(rings: bool, touched: &BTreeSet<JobId>, directed: &BTreeSet<JobId>) -> Vec<String> {
+fn words((rings, delivers): (bool, bool), touched: &BTreeSet<JobId>, directed: &BTreeSet<JobId>) -> Vec<String> {
     let ring = rings.then(|| RING.to_owned());
+    let deliver = delivers.then(|| DELIVER.to_owned());
     let directed = directed.iter().map(|job_id| format!("{DIRECTIVE}{job_id}"));
     ring.into_iter()
+        .chain(deliver)
         .chain(touched.iter().map(ToString::to_string))
         .chain(directed)
         .collect()

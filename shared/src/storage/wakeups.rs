@@ -26,6 +26,9 @@ pub(super) const RING: &str = "ring";
 /// Before a job id: the worker that runs it should look whether to go on.
 pub(super) const DIRECTIVE: &str = "directive:";
 
+/// The word that says: there is something to deliver.
+pub(super) const DELIVER: &str = "deliver";
+
 /// A connection to PostgreSQL that brought nothing for so long is asked whether it lives.
 const LISTEN_KEEPALIVE: Duration = Duration::from_secs(15);
 
@@ -41,6 +44,7 @@ struct Hub {
     jobs: Topic,
     directives: Topic,
     slots: watch::Sender<()>,
+    deliveries: watch::Sender<()>,
 }
 
 /// Those who wait for something about a job.
@@ -120,6 +124,7 @@ impl Wakeups {
             jobs: Topic::default(),
             directives: Topic::default(),
             slots: watch::Sender::new(()),
+            deliveries: watch::Sender::new(()),
         });
         let (store, told) = (store.clone(), hub.clone());
         tokio::spawn(async move {
@@ -166,11 +171,19 @@ impl Wakeups {
     }
 }
 
+impl Wakeups {
+    /// Registers for deliveries: a change means that some may be due.
+    pub fn deliveries(&self) -> watch::Receiver<()> {
+        self.0.deliveries.subscribe()
+    }
+}
+
 impl Hub {
     fn wake_all(&self) {
         self.jobs.wake_all();
         self.directives.wake_all();
         self.slots.send_replace(());
+        self.deliveries.send_replace(());
     }
 }
 
@@ -196,6 +209,8 @@ async fn listen_to(store: &Store, pool: &sqlx::PgPool, hub: &Hub) -> Result<()> 
                         hub.slots.send_replace(());
                     } else if let Some(job_id) = word.strip_prefix(DIRECTIVE) {
                         job_id.parse().into_iter().for_each(|id| hub.directives.wake(id));
+                    } else if word == DELIVER {
+                        hub.deliveries.send_replace(());
                     } else if let Ok(job_id) = word.parse() {
                         hub.jobs.wake(job_id);
                     }
@@ -252,6 +267,7 @@ async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
             continue;
         }
         version = now;
+        hub.deliveries.send_replace(());
         let changed: Vec<(i64, JobId, bool)> = sqlx::query_as(
             "select event_number, job_id, event_type in ('cancelling', 'retry', 'error', 'cancelled')
              from event where event_number > $1 order by event_number",

@@ -1,7 +1,7 @@
 //! What the Messages API answered when it refused a request: facts that the CLI's own output leaves out, and what they
 //! mean for the worker's account.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use http::{HeaderMap, header};
 use serde::Deserialize;
@@ -225,23 +225,10 @@ fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     Some(headers.get(name)?.to_str().ok()?.trim())
 }
 
-/// `retry-after`: seconds, whole or not, or an HTTP date, which counts from the answer's own `date` if it has one.
+/// `retry-after`, as far as it can be read.
 fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Duration> {
     let value = text(headers, header::RETRY_AFTER.as_str())?;
-    if let Some(seconds) = value.parse::<f64>().ok().filter(|seconds| seconds.is_finite()) {
-        return Duration::try_from_secs_f64(seconds.min(1e9)).ok();
-    }
-    let at = http_date(value)?;
-    let sent = text(headers, header::DATE.as_str()).and_then(http_date);
-    Some(at.since(sent.unwrap_or(now)))
-}
-
-fn http_date(text: &str) -> Option<Timestamp> {
-    let since = httpdate::parse_http_date(text)
-        .ok()?
-        .duration_since(UNIX_EPOCH)
-        .ok()?;
-    Some(Timestamp(0).plus(since))
+    shared::retry_after::parse(value, text(headers, header::DATE.as_str()), now)
 }
 
 /// When the last of the limits that are used up is reset.

@@ -25,6 +25,9 @@ const SPEND_AGE: Duration = Duration::from_millis(300);
 const MAX_EVENTS: usize = 10_000;
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 
+/// How often progress is told at most.
+const PROGRESS: Duration = Duration::from_secs(5);
+
 /// The pause before a renewal that failed is tried again.
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -68,6 +71,7 @@ impl Recorder {
             held_at: lease.held_at.into(),
         });
         let changes = wakeups.directive(lease.job.job_id);
+        let lease_tells = lease.tells_progress();
         let writer = Writer {
             store,
             lease,
@@ -80,6 +84,7 @@ impl Recorder {
             renewals: 0,
             tried: None,
             refused: 0,
+            progress: lease_tells.then(Instant::now),
         };
         let task = tokio::spawn(writer.write(changes));
         Self {
@@ -163,6 +168,8 @@ struct Writer {
     tried: Option<usize>,
     /// How often the events, as they are, were refused.
     refused: u32,
+    /// When those who want to hear of progress were told last; `None`: nobody wants to.
+    progress: Option<Instant>,
 }
 
 impl Writer {
@@ -302,7 +309,13 @@ impl Writer {
                 self.stored(tried);
             }
         }
-        let signal = self.record(self.events.len()).await?;
+        let count = self.events.len();
+        let signal = self.record(count).await?;
+        if count > 0 && self.progress.is_some_and(|told| told.elapsed() >= PROGRESS) {
+            self.progress = Some(Instant::now());
+            // Nobody relies on it, and the next one says the same and more.
+            let _ = self.store.announce_progress(&self.lease, clock::now()).await;
+        }
         if self.dropped > 0 && signal != RunDirective::Lost {
             self.store
                 .record_gap(&self.lease, self.dropped, clock::now())

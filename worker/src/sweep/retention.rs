@@ -27,6 +27,11 @@ impl Retention {
             return Ok(());
         }
         let before = clock::now().before(ctx.config.retention);
+        for _ in 0..MAX_BATCHES {
+            if ctx.store.forget_deliveries(before).await? == 0 {
+                break;
+            }
+        }
         let mut last = None;
         for _ in 0..MAX_BATCHES {
             let jobs = ctx.store.expired_jobs(before, last.as_ref()).await?;

@@ -1,6 +1,7 @@
 //! The end of jobs: one place where a job becomes final.
 
 use crate::clock::Timestamp;
+use crate::delivery::HookEvent;
 use crate::event::{EventType, NewEvent};
 use crate::id::JobId;
 use crate::job::{CancelReason, Ending, Hold, Job, JobStatus};
@@ -58,14 +59,27 @@ impl Tx {
         let Some(job) = ended else { return Ok(false) };
         self.append_events(job_id, job.last_event_seq - 1, &[event], now)
             .await?;
-        self.conclude(&job, now).await?;
+        let endpoints = self.has_endpoints(&job.key_id).await?;
+        self.conclude(&job, (status, endpoints), now).await?;
         Ok(true)
     }
 
-    /// What follows when a job becomes final, whichever way it ended: the next job of its group may start. Whatever else
-    /// the end of a job brings about belongs here. The caller has written the final status and the last event, and holds
-    /// the lane; `job` is the row as it was while it waited or ran.
-    pub(in crate::storage) async fn conclude(&mut self, job: &Job, now: Timestamp) -> Result<()> {
+    /// What follows when a job becomes final, whichever way it ended: who wants to hear of it is told, and the next job of
+    /// its group may start. Whatever else the end of a job brings about belongs here. The caller has written the final
+    /// status and the last event, and holds the lane; `job` is the row as it was while it waited or ran. `endpoints`:
+    /// whether its key has any.
+    pub(in crate::storage) async fn conclude(
+        &mut self,
+        job: &Job,
+        (status, endpoints): (JobStatus, bool),
+        now: Timestamp,
+    ) -> Result<()> {
+        let event = match status {
+            JobStatus::Done => HookEvent::JobCompleted,
+            JobStatus::Cancelled => HookEvent::JobCancelled,
+            _ => HookEvent::JobFailed,
+        };
+        self.announce_job(job, event, endpoints, now).await?;
         // A job that waits for earlier ones of its group holds back none.
         if job.hold != Hold::Order.as_str() {
             self.free_group(job, now).await?;

@@ -32,8 +32,9 @@ impl Tx {
             fetch_one => Job,
             concat!("insert into job (job_id, key_id, kind, hold, priority, group_key, session_id, run_after, deadline_at,
                max_attempts, on_worker_lost, model, effort, permission_mode, max_turns, timeout_seconds, max_cost,
-               custom_id, metadata, created_at, last_event_seq)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, 1)
+               custom_id, metadata, created_at, webhook_url, webhook_events, last_event_seq)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22,
+               1)
              returning ", columns!(Job)),
             job.job_id,
             &job.key_id,
@@ -54,7 +55,9 @@ impl Tx {
             job.max_cost,
             &job.custom_id,
             job.metadata.to_string(),
-            job.created_at
+            job.created_at,
+            &job.webhook_url,
+            &job.webhook_events
         )?;
         let options = serde_json::to_string(&job.options)
             .map_err(|error| Error::during("store a prompt")(error.to_string()))?;

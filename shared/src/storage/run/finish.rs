@@ -138,9 +138,9 @@ impl Tx {
         if by == EndedBy::LostLease {
             self.direct(job.job_id);
         }
-        self.free_slot(&job.key_id).await?;
+        let endpoints = self.free_slot(&job.key_id).await?;
         if next.status.is_final() {
-            self.conclude(job, now).await?;
+            self.conclude(job, (next.status, endpoints), now).await?;
         } else if next.hold.is_empty() {
             self.became_ready(&job.key_id, job.priority);
         }
