@@ -19,6 +19,8 @@ struct Owned {
     key: String,
     job: String,
     session: String,
+    endpoint: String,
+    delivery: String,
 }
 
 impl Owned {
@@ -32,7 +34,23 @@ impl Owned {
         let job = client
             .accepted_body(&json!({"message": "secret words", "session": "private"}))
             .await;
-        Self { key, job, session }
+        let endpoint = json!({"url": "https://hooks.example.com/private"});
+        let endpoint = client.post("/api/v1/webhooks/endpoints", &endpoint).await;
+        let endpoint = endpoint.data(201)["id"].as_str().unwrap().to_owned();
+        let test = format!("/api/v1/webhooks/endpoints/{endpoint}/test");
+        let delivery = client.post(&test, &json!({})).await;
+        assert!(delivery.status < 300, "{}", delivery.text);
+        let delivery = client.get("/api/v1/webhooks/deliveries").await.data(200)[0]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        Self {
+            key,
+            job,
+            session,
+            endpoint,
+            delivery,
+        }
     }
 
     /// The address of a path of the table, with this key's objects in it.
@@ -44,6 +62,10 @@ impl Owned {
             vec![&self.session]
         } else if object("/api/v1/keys/{}") {
             vec![&self.key]
+        } else if object("/api/v1/webhooks/endpoints/{}") {
+            vec![&self.endpoint]
+        } else if object("/api/v1/webhooks/deliveries/{}") {
+            vec![&self.delivery]
         } else if object("/api/v1/budgets/{}/{}") {
             vec!["key", &self.key]
         } else {
@@ -71,7 +93,7 @@ async fn ask(client: &Client, method: Method, path: &str) -> Answer {
 fn names(answer: &Answer, owned: &Owned) -> bool {
     let asked = answer.json["instance"].as_str().unwrap_or("\0");
     let told = answer.text.replace(asked, "");
-    [&owned.job, "secret words", "private"]
+    [&owned.job, &owned.endpoint, &owned.delivery, "secret words", "private"]
         .iter()
         .any(|word| told.contains(*word))
 }

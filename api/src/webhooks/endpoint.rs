@@ -247,6 +247,7 @@ pub async fn recover(
     caller: &Caller,
     id: &Segment,
 ) -> Result<Response, Problem> {
+    let endpoint = find(context, caller, id).await?;
     let mut body = request.json().await?.fields()?;
     let since = body.required("since", time);
     let until = body.optional("until", time);
@@ -255,7 +256,6 @@ pub async fn recover(
         body.fault("since", Fault::value("Time should be at most 30 days ago"));
     }
     let since = body.finish(since)?;
-    let endpoint = find(context, caller, id).await?;
     if !endpoint.enabled {
         return Err(Problem::EndpointDisabled);
     }
