@@ -37,9 +37,10 @@ trap 'rm -f "$documentation"' EXIT
 writing=$!
 step "tests"
 tests=0
-# Most cases of the integration tests wait for processes, so more of them than cores run at once. What fails hides nothing
+# Most cases of the integration tests wait for processes, so more of them than cores run at once (with 4 at a time two
+# cores are half idle). What fails hides nothing
 # that comes after it.
-RUST_TEST_THREADS=4 cargo test --workspace --no-fail-fast $targets || tests=$?
+RUST_TEST_THREADS=6 cargo test --workspace --no-fail-fast $targets || tests=$?
 step "documentation"
 if ! wait "$writing"; then
     cat "$documentation" >&2
