@@ -15,6 +15,7 @@ scripts/need-rust.sh
 scripts/install-debian.sh cc bwrap pgbouncer postgres
 scripts/install-claude.sh
 scripts/install-python.sh
+scripts/install-node.sh
 step "format"
 cargo fmt --check
 step "lints"

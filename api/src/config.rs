@@ -4,8 +4,8 @@ use shared::env::{Error, Vars};
 use shared::key::SecretKey;
 use shared::model::Aliases;
 use shared::money::MicroUsd;
-use shared::webhook::address::Guard;
 use shared::storage::Rate;
+use shared::webhook::address::Guard;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 

@@ -64,7 +64,7 @@ enum Command {
         /// The delivery's id
         id: String,
     },
-    /// Print the key's secret for jobs with a webhook_url: a new one, which is shown only once
+    /// Print the key's secret for jobs with a `webhook_url`: a new one, which is shown only once
     Secret {
         /// How long the previous secret signs beside the new one, in seconds
         #[arg(long, default_value_t = 86_400)]
@@ -186,10 +186,10 @@ fn endpoint(endpoint: &Value) -> String {
         }
     );
     if let Some(reason) = endpoint["disabled_reason"].as_str() {
-        line.push_str(&format!("  ({reason})"));
+        line = format!("{line}  ({reason})");
     }
     if let Some(secret) = endpoint["secret"].as_str() {
-        line.push_str(&format!("\n{secret}"));
+        line = format!("{line}\n{secret}");
     }
     line
 }

@@ -18,6 +18,8 @@ pub enum HookEvent {
     JobFailed,
     /// A job was cancelled.
     JobCancelled,
+    /// A batch has ended. Nothing sends it yet, since there are no batches; an endpoint may ask for it.
+    BatchEnded,
     /// A budget has reached one of its thresholds.
     BudgetThreshold,
     /// A budget is spent.
@@ -32,12 +34,13 @@ pub enum HookEvent {
 
 impl HookEvent {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::JobStarted,
         Self::JobProgress,
         Self::JobCompleted,
         Self::JobFailed,
         Self::JobCancelled,
+        Self::BatchEnded,
         Self::BudgetThreshold,
         Self::BudgetExceeded,
         Self::KeyExpiring,
@@ -53,6 +56,7 @@ impl HookEvent {
             Self::JobCompleted => "job.completed",
             Self::JobFailed => "job.failed",
             Self::JobCancelled => "job.cancelled",
+            Self::BatchEnded => "batch.ended",
             Self::BudgetThreshold => "budget.threshold_reached",
             Self::BudgetExceeded => "budget.exceeded",
             Self::KeyExpiring => "key.expiring",
@@ -178,13 +182,11 @@ pub struct DeliveryAttempt {
     pub snippet: String,
 }
 
-/// A delivery that this process is to try now: nobody else does until its lease has run out.
+/// A delivery that is due and that nobody has taken yet.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub struct DueDelivery {
     /// Its id.
     pub delivery_id: DeliveryId,
-    /// Whose event it is.
-    pub key_id: KeyId,
     /// The endpoint; `None` is the job's own `webhook_url`.
     pub endpoint_id: Option<EndpointId>,
     /// The job that it is about.
@@ -193,12 +195,27 @@ pub struct DueDelivery {
     pub event_type: String,
     /// When it happened.
     pub created_at: Timestamp,
+    /// Whether it has its bytes; of a job's event there are none before the first attempt.
+    pub has_body: bool,
+    /// How much of a job the endpoint is told: `full` or `thin`.
+    pub payload: Option<String>,
+}
+
+/// A delivery that this process is to try now: nobody else does until its lease has run out.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub struct ClaimedDelivery {
+    /// Its id.
+    pub delivery_id: DeliveryId,
+    /// Whose event it is.
+    pub key_id: KeyId,
+    /// The endpoint; `None` is the job's own `webhook_url`.
+    pub endpoint_id: Option<EndpointId>,
     /// Where it is sent.
     pub url: String,
     /// The host and port of that, of which few are asked at once.
     pub host: String,
-    /// The bytes, stored once and sent unchanged each time; of a job's event there are none before the first attempt.
-    pub body: Option<String>,
+    /// The bytes, stored once and sent unchanged each time.
+    pub body: String,
     /// Attempts that were made before.
     pub attempts: i64,
     /// Whether a person asked for this attempt.
@@ -207,15 +224,15 @@ pub struct DueDelivery {
     pub secrets: Option<String>,
     /// The headers of the endpoint, sealed.
     pub headers: Option<String>,
-    /// How much of a job the endpoint is told: `full` or `thin`.
-    pub payload: Option<String>,
 }
 
 /// How an attempt ended.
 #[derive(Clone, Debug)]
 pub struct DeliveryOutcome {
     /// The delivery that was claimed.
-    pub delivery: DueDelivery,
+    pub delivery: ClaimedDelivery,
+    /// Whether something was sent. If not, the reason is here and not at the receiver.
+    pub asked: bool,
     /// When it began.
     pub started_at: Timestamp,
     /// How long it took.

@@ -63,7 +63,7 @@ pub use audit::{AUDIT_OF_ACTOR, AUDIT_OF_ALL};
 pub use audit::{AuditEntry, AuditRow, Refused};
 pub use budget::{AdjustBudget, DeleteBudget, PutBudget};
 pub use claim::{Claim, Claimant};
-pub use delivery::DeliveryFilter;
+pub use delivery::{Busy, DeliveryFilter, Resend};
 pub use error::{Error, Result};
 pub use idempotency::{IdempotencyOutcome, IdempotencyRecord};
 pub use inspect::{Inspection, inspect};
@@ -80,7 +80,7 @@ pub use run::{Finish, RunDirective};
 #[doc(hidden)]
 pub use session::{SESSIONS_OF_ALL, SESSIONS_OF_KEY};
 pub use sweep::{RunningLease, Swept};
-pub use ticket::{QUEUE, Ticket};
+pub use ticket::{Queue, Ticket};
 pub use tx::Tx;
 pub use url::DatabaseUrl;
 pub use usage::Usage;
@@ -106,7 +106,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub struct Store {
     db: Arc<Db>,
-    tickets: Arc<ticket::Backlog>,
+    tickets: Arc<ticket::Backlogs>,
     outage: Arc<outage::Outage>,
     liveness: Arc<liveness::ConnectionLiveness>,
     work: Arc<work::Counters>,

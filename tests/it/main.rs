@@ -11,6 +11,7 @@ mod commands; // What people type: the demo, the service, the client.
 mod config; // Bad settings stop the start and say which.
 mod contention; // Locks that others hold, and what the database refuses.
 mod crash; // Processes that are killed and stopped: nothing lost, nothing run twice at once.
+mod deliveries;
 mod drain; // A process that is told to stop.
 mod events; // The stream of a job's events: replayed, live, resumed.
 mod gate; // Keys, request ids, slow clients, the drain.
@@ -24,6 +25,7 @@ mod outcomes; // What a run can end as.
 mod ownership; // Nobody sees what another owns, on any path there is.
 mod pooler; // PgBouncer between the product and PostgreSQL.
 mod real_cli; // The real Claude CLI against the simulator.
+mod receivers;
 mod requests; // What a request may say, and that nothing of it is overheard.
 mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.

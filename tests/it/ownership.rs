@@ -93,9 +93,15 @@ async fn ask(client: &Client, method: Method, path: &str) -> Answer {
 fn names(answer: &Answer, owned: &Owned) -> bool {
     let asked = answer.json["instance"].as_str().unwrap_or("\0");
     let told = answer.text.replace(asked, "");
-    [&owned.job, &owned.endpoint, &owned.delivery, "secret words", "private"]
-        .iter()
-        .any(|word| told.contains(*word))
+    [
+        &owned.job,
+        &owned.endpoint,
+        &owned.delivery,
+        "secret words",
+        "private",
+    ]
+    .iter()
+    .any(|word| told.contains(*word))
 }
 
 async fn another_keys_objects_are_not_there(db: Db) {

@@ -1,4 +1,4 @@
-//! Webhooks: what is sent, how it is signed, when it is tried again, whom it may reach, and that none is lost.
+//! Webhooks: what is sent, how it is signed, when it is tried again, and whom it may reach.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -8,19 +8,18 @@ use serde_json::{Value, json};
 use tests::client::{Client, PATIENCE, at_once};
 use tests::database::Db;
 use tests::receiver::{Reaction, Received, Receiver};
-use tests::script::{steps};
+use tests::script::{answer, steps};
 use tests::system::{Builder, KEYS, System};
 use tests::{both, eventually, once};
 
 both!(
-    libraries_of_others_verify_what_is_sent,
     the_end_of_a_job_is_told_to_its_own_url,
     an_endpoint_hears_of_the_jobs_of_its_key_alone,
     a_failed_delivery_is_tried_again_with_the_same_bytes,
     a_receiver_that_is_gone_switches_its_endpoint_off,
-    no_delivery_is_lost_when_workers_are_killed,
     a_dead_receiver_delays_only_itself,
     each_delivery_can_be_seen_and_sent_again,
+    budgets_and_keys_tell_their_endpoints,
 );
 once!(
     addresses_inside_are_refused,
@@ -31,7 +30,7 @@ once!(
 );
 
 /// A system that may reach receivers on this machine, and is quick to try again.
-fn system(db: Db) -> Builder {
+pub(crate) fn system(db: Db) -> Builder {
     System::builder()
         .database(db)
         .sandbox(false)
@@ -42,66 +41,39 @@ fn system(db: Db) -> Builder {
 }
 
 /// Submits a job that ends at once and tells it there.
-async fn submit(client: &Client, url: &str) -> String {
+pub(crate) async fn submit(client: &Client, url: &str) -> String {
     let body = json!({ "message": steps([]).prompt(), "webhook_url": url });
     client.accepted_body(&body).await
 }
 
-async fn endpoint(client: &Client, body: Value) -> Value {
-    client.post("/api/v1/webhooks/endpoints", &body).await.data(201).clone()
+pub(crate) async fn endpoint(client: &Client, body: Value) -> Value {
+    client
+        .post("/api/v1/webhooks/endpoints", &body)
+        .await
+        .data(201)
+        .clone()
 }
 
-async fn deliveries(client: &Client, query: &str) -> Vec<Value> {
+pub(crate) async fn deliveries(client: &Client, query: &str) -> Vec<Value> {
     let path = format!("/api/v1/webhooks/deliveries?limit=100&{query}");
     client.get(&path).await.data(200).as_array().unwrap().clone()
 }
 
 /// Verifies as the specification says, with code of its own.
-fn verify(secret: &str, received: &Received) {
+pub(crate) fn verify(secret: &str, received: &Received) {
     let secret = shared::webhook::signature::SigningSecret::parse(secret).unwrap();
     let headers = shared::webhook::signature::Headers {
         id: Some(received.header("webhook-id")),
         timestamp: Some(received.header("webhook-timestamp")),
         signature: Some(received.header("webhook-signature")),
     };
-    shared::webhook::signature::verify(&[secret], &headers, received.body.as_bytes(), shared::clock::now())
-        .unwrap_or_else(|error| panic!("{error}: {received:?}"));
-}
-
-/// The Python of the tests, with the libraries of others.
-fn python() -> std::path::PathBuf {
-    let python = tests::paths::repository().join("tools/python/venv/bin/python");
-    assert!(python.is_file(), "run `scripts/install-python.sh` first, or `make test`");
-    python
-}
-
-async fn libraries_of_others_verify_what_is_sent(db: Db) {
-    use tokio::io::AsyncWriteExt as _;
-
-    let (system, receiver) = tokio::join!(system(db).start(), Receiver::start());
-    let client = system.client();
-    let rotate = async || {
-        let rotated = client.post("/api/v1/webhooks/secret/rotate", &json!({})).await;
-        rotated.data(200)["secret"].as_str().unwrap().to_owned()
-    };
-    let (first, second) = (rotate().await, rotate().await);
-    let body = json!({ "message": "Grüße, \u{1F980} \"quoted\"", "webhook_url": receiver.url("/") });
-    let job = client.accepted_body(&body).await;
-    client.finished(&job).await;
-    let got = receiver.wait(1, PATIENCE).await.remove(0);
-
-    let lines = [first, second].map(|secret| {
-        json!({ "secret": secret, "headers": got.headers, "body": got.body }).to_string() + "\n"
-    });
-    let mut verifier = tokio::process::Command::new(python())
-        .arg(tests::paths::repository().join("tools/python/verify.py"))
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    verifier.stdin.take().unwrap().write_all(lines.concat().as_bytes()).await.unwrap();
-    let verified = verifier.wait_with_output().await.unwrap();
-    assert_eq!(String::from_utf8_lossy(&verified.stdout), "ok\nok\n");
+    shared::webhook::signature::verify(
+        &[secret],
+        &headers,
+        received.body.as_bytes(),
+        shared::clock::now(),
+    )
+    .unwrap_or_else(|error| panic!("{error}: {received:?}"));
 }
 
 async fn the_end_of_a_job_is_told_to_its_own_url(db: Db) {
@@ -118,16 +90,9 @@ async fn the_end_of_a_job_is_told_to_its_own_url(db: Db) {
         "metadata": { "order": "7" },
     });
     let done = client.accepted_body(&body).await;
-    let cancelled = json!({ "message": "later", "webhook_url": receiver.url("/hook"), "run_after": "2027-01-01T00:00:00Z" });
-    let cancelled = match client.submit(&cancelled).await.status {
-        202 => client.jobs("limit=1").await.data(200)[0]["id"].as_str().unwrap().to_owned(),
-        // More than 30 days ahead.
-        _ => {
-            let later = json!({ "message": "later", "webhook_url": receiver.url("/hook"), "priority": -10,
-                "concurrency_key": "c" });
-            client.accepted_body(&later).await
-        }
-    };
+    let later = shared::clock::now().plus(Duration::from_hours(1));
+    let cancelled = json!({ "message": "later", "webhook_url": receiver.url("/hook"), "run_after": later });
+    let cancelled = client.accepted_body(&cancelled).await;
     client.cancel(&cancelled).await;
     client.finished(&done).await;
     client.finished(&cancelled).await;
@@ -160,7 +125,10 @@ async fn the_end_of_a_job_is_told_to_its_own_url(db: Db) {
     assert_eq!(of(&cancelled, "job.cancelled").json()["event"], "job.completed");
     let listed = deliveries(&client, &format!("job_id={done}")).await;
     assert_eq!(listed.len(), 2, "{listed:#?}");
-    assert!(!listed[0]["url"].as_str().unwrap().contains("token"), "{listed:#?}");
+    assert!(
+        !listed[0]["url"].as_str().unwrap().contains("token"),
+        "{listed:#?}"
+    );
 }
 
 async fn an_endpoint_hears_of_the_jobs_of_its_key_alone(db: Db) {
@@ -183,7 +151,10 @@ async fn an_endpoint_hears_of_the_jobs_of_its_key_alone(db: Db) {
     let slim = thin.wait(2, PATIENCE).await;
 
     assert_eq!(got[0].json()["data"]["id"], json!(own));
-    assert_eq!(got[0].json()["data"]["cost"], client.job(&own).await.data(200)["cost"]);
+    assert_eq!(
+        got[0].json()["data"]["cost"],
+        client.job(&own).await.data(200)["cost"]
+    );
     assert_eq!(got[0].header("authorization"), "Bearer hush");
     verify(made["secret"].as_str().unwrap(), &got[0]);
     let types: BTreeSet<String> = slim
@@ -199,10 +170,16 @@ async fn an_endpoint_hears_of_the_jobs_of_its_key_alone(db: Db) {
     let path = format!("/api/v1/webhooks/endpoints/{id}");
     other.get(&path).await.assert_problem(404, "not-found");
     let seen = client.get(&path).await.data(200).clone();
-    assert!(seen.get("secret").is_none() && !seen.to_string().contains("hush"), "{seen:#}");
+    assert!(
+        seen.get("secret").is_none() && !seen.to_string().contains("hush"),
+        "{seen:#}"
+    );
     assert!(deliveries(&other, "").await.is_empty());
     assert!(!system.written().contains("hush"));
-    let stored = system.database().texts("select headers || secrets from endpoint").await;
+    let stored = system
+        .database()
+        .texts("select headers || secrets from endpoint")
+        .await;
     assert!(!stored.concat().contains("hush"), "{stored:?}");
 
     // A deleted one hears of nothing.
@@ -227,7 +204,10 @@ async fn a_failed_delivery_is_tried_again_with_the_same_bytes(db: Db) {
     let job = submit(&client, &receiver.url("/x")).await;
     let got = receiver.wait(4, PATIENCE).await;
 
-    let ids: BTreeSet<_> = got.iter().map(|one| one.header("webhook-id").to_owned()).collect();
+    let ids: BTreeSet<_> = got
+        .iter()
+        .map(|one| one.header("webhook-id").to_owned())
+        .collect();
     let bodies: BTreeSet<_> = got.iter().map(|one| one.body.clone()).collect();
     assert_eq!((ids.len(), bodies.len()), (1, 1), "{got:#?}");
     let id = deliveries(&client, &format!("job_id={job}")).await[0]["id"]
@@ -266,8 +246,16 @@ async fn a_receiver_that_is_gone_switches_its_endpoint_off(db: Db) {
         Receiver::start()
     );
     let client = system.client();
-    let made = endpoint(&client, json!({ "url": gone.url("/"), "event_types": ["job.completed"] })).await;
-    endpoint(&client, json!({ "url": other.url("/"), "event_types": ["endpoint.disabled"] })).await;
+    let made = endpoint(
+        &client,
+        json!({ "url": gone.url("/"), "event_types": ["job.completed"] }),
+    )
+    .await;
+    endpoint(
+        &client,
+        json!({ "url": other.url("/"), "event_types": ["endpoint.disabled"] }),
+    )
+    .await;
 
     let job = client.accepted("hello").await;
     client.finished(&job).await;
@@ -276,54 +264,19 @@ async fn a_receiver_that_is_gone_switches_its_endpoint_off(db: Db) {
     assert_eq!(told[0].json()["data"]["endpoint_id"], made["id"]);
     let path = format!("/api/v1/webhooks/endpoints/{}", made["id"].as_str().unwrap());
     let seen = client.get(&path).await.data(200).clone();
-    assert_eq!((&seen["status"], &seen["disabled_reason"]), (&json!("disabled"), &json!("gone")));
+    assert_eq!(
+        (&seen["status"], &seen["disabled_reason"]),
+        (&json!("disabled"), &json!("gone"))
+    );
     let again = client.post(&format!("{path}/test"), &json!({})).await;
     again.assert_problem(409, "endpoint-disabled");
-    let enabled = client.request(Method::PATCH, &path).json(&json!({ "status": "enabled" }));
+    let enabled = client
+        .request(Method::PATCH, &path)
+        .json(&json!({ "status": "enabled" }));
     assert_eq!(client.send(enabled).await.data(200)["status"], "enabled");
     let test = client.post(&format!("{path}/test"), &json!({})).await;
     assert_eq!(test.data(202)["event_type"], "webhook.test");
     gone.wait(2, PATIENCE).await;
-}
-
-async fn no_delivery_is_lost_when_workers_are_killed(db: Db) {
-    const JOBS: usize = 40;
-    // Every third request gets no answer, so that a worker is always killed in the middle of one.
-    let rule = |number, _: &Received| match number % 3 {
-        0 => Reaction::After(Duration::from_millis(300)),
-        _ => Reaction::Status(200),
-    };
-    let (mut system, receiver) = tokio::join!(
-        system(db).workers(2).env("WEBHOOK_TIMEOUT_SECONDS", "1").env("LEASE_SECONDS", "4").start(),
-        Receiver::with(rule)
-    );
-    let client = system.client();
-    let url = receiver.url("/k");
-    let jobs = at_once((0..JOBS).map(|_| submit(&client, &url))).await;
-    for round in 0..4 {
-        receiver.wait(round * 5 + 1, PATIENCE).await;
-        system.worker(round % 2).kill();
-        system.worker(round % 2).start().await;
-    }
-    for job in &jobs {
-        client.finished(job).await;
-    }
-
-    let wanted: BTreeSet<String> = jobs.into_iter().collect();
-    let told = || -> BTreeMap<String, BTreeSet<String>> {
-        let mut told: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-        for one in receiver.received() {
-            let job = one.json()["job"]["id"].as_str().unwrap().to_owned();
-            told.entry(job).or_default().insert(one.header("webhook-id").to_owned());
-        }
-        told
-    };
-    eventually(2 * PATIENCE, "a delivery of each job", async || {
-        (told().into_keys().collect::<BTreeSet<_>>() == wanted).then_some(())
-    })
-    .await;
-    // Who gets one twice knows it by its id.
-    assert!(told().values().all(|ids| ids.len() == 1), "{:#?}", told());
 }
 
 async fn a_dead_receiver_delays_only_itself(db: Db) {
@@ -359,9 +312,19 @@ async fn each_delivery_can_be_seen_and_sent_again(db: Db) {
     .await;
     let first = deliveries(&client, &query).await.remove(0);
     let path = format!("/api/v1/webhooks/deliveries/{}", first["id"].as_str().unwrap());
-    assert_eq!((&first["status"], &first["last_status_code"]), (&json!("pending"), &json!(400)));
-    client.post(&format!("{path}/resend"), &json!({})).await.assert_problem(409, "delivery-in-progress");
-    client.with_key(KEYS[1]).get(&path).await.assert_problem(404, "not-found");
+    assert_eq!(
+        (&first["status"], &first["last_status_code"]),
+        (&json!("pending"), &json!(400))
+    );
+    client
+        .post(&format!("{path}/resend"), &json!({}))
+        .await
+        .assert_problem(409, "delivery-in-progress");
+    client
+        .with_key(KEYS[1])
+        .get(&path)
+        .await
+        .assert_problem(404, "not-found");
 
     // As if its last attempt had failed.
     system
@@ -403,10 +366,18 @@ async fn addresses_inside_are_refused() {
         ("https://example.com:22/", "port"),
         ("ftp://example.com/", "https://"),
     ] {
-        let answer = client.submit(&json!({ "message": "hi", "webhook_url": url })).await;
+        let answer = client
+            .submit(&json!({ "message": "hi", "webhook_url": url }))
+            .await;
         answer.assert_problem(422, "webhook-url-not-allowed");
-        assert!(answer.json["detail"].as_str().unwrap().contains(names), "{url}: {}", answer.json);
-        let answer = client.post("/api/v1/webhooks/endpoints", &json!({ "url": url })).await;
+        assert!(
+            answer.json["detail"].as_str().unwrap().contains(names),
+            "{url}: {}",
+            answer.json
+        );
+        let answer = client
+            .post("/api/v1/webhooks/endpoints", &json!({ "url": url }))
+            .await;
         answer.assert_problem(422, "webhook-url-not-allowed");
     }
     assert_eq!(system.database().number("select count(*) from job").await, 0);
@@ -415,7 +386,11 @@ async fn addresses_inside_are_refused() {
 async fn a_rotated_secret_signs_beside_the_new_one() {
     let (system, receiver) = tokio::join!(system(Db::Sqlite).start(), Receiver::start());
     let client = system.client();
-    let made = endpoint(&client, json!({ "url": receiver.url("/"), "event_types": ["job.completed"] })).await;
+    let made = endpoint(
+        &client,
+        json!({ "url": receiver.url("/"), "event_types": ["job.completed"] }),
+    )
+    .await;
     let path = format!("/api/v1/webhooks/endpoints/{}", made["id"].as_str().unwrap());
 
     let rotated = client.post(&format!("{path}/secret/rotate"), &json!({})).await;
@@ -426,7 +401,10 @@ async fn a_rotated_secret_signs_beside_the_new_one() {
     verify(made["secret"].as_str().unwrap(), &got[0]);
     verify(rotated.data(200)["secret"].as_str().unwrap(), &got[0]);
     for _ in 0..3 {
-        client.post(&format!("{path}/secret/rotate"), &json!({})).await.data(200);
+        client
+            .post(&format!("{path}/secret/rotate"), &json!({}))
+            .await
+            .data(200);
     }
     let one_more = client.post(&format!("{path}/secret/rotate"), &json!({})).await;
     one_more.assert_problem(409, "too-many-secrets");
@@ -454,15 +432,78 @@ async fn a_worker_that_only_delivers_needs_no_cli() {
     receiver.wait(1, PATIENCE).await;
 }
 
+async fn budgets_and_keys_tell_their_endpoints(db: Db) {
+    let (system, receiver) = tokio::join!(system(db).start(), Receiver::start());
+    let admin = system.client().with_key(KEYS[2]);
+    let soon = shared::clock::now().plus(Duration::from_hours(48));
+    let made = admin
+        .post("/api/v1/keys", &json!({ "name": "short", "expires_at": soon }))
+        .await;
+    let (id, client) = {
+        let key = made.data(201);
+        (
+            key["id"].as_str().unwrap(),
+            system.client().with_key(key["key"].as_str().unwrap()),
+        )
+    };
+    let types = [
+        "budget.threshold_reached",
+        "budget.exceeded",
+        "key.expiring",
+        "batch.ended",
+    ];
+    let own = endpoint(&client, json!({ "url": receiver.url("/"), "event_types": types })).await;
+    let budget = json!({ "limit_usd": 0.5, "alert_thresholds": [50, 100] });
+    let put = admin.request(Method::PUT, &format!("/api/v1/budgets/key/{id}"));
+    admin.send(put.json(&budget)).await.data(200);
+
+    for _ in 0..2 {
+        let job = json!({ "message": answer("ok").costing(0.25).prompt(), "max_cost_usd": 0.25 });
+        let job = client.accepted_body(&job).await;
+        client.finished(&job).await;
+    }
+    // The sweeper tells of keys as soon as it has looked at them once more.
+    let got = receiver.wait(3, PATIENCE).await;
+
+    let mut told = BTreeMap::new();
+    for one in &got {
+        verify(own["secret"].as_str().unwrap(), one);
+        let event = one.json();
+        told.insert(event["type"].as_str().unwrap().to_owned(), event["data"].clone());
+    }
+    assert_eq!(told.len(), 3, "each once: {told:#?}");
+    let threshold = &told["budget.threshold_reached"];
+    assert_eq!(
+        (
+            &threshold["id"],
+            &threshold["threshold_percent"],
+            &threshold["spent_usd"]
+        ),
+        (&json!(id), &json!(50), &json!(0.25)),
+    );
+    assert_eq!(told["budget.exceeded"]["threshold_percent"], 100);
+    assert_eq!(told["key.expiring"]["key_id"], json!(id));
+    assert!(told["key.expiring"]["expires_at"].is_string(), "{told:#?}");
+}
+
 async fn bad_receivers_are_named() {
-    let rule = |_: usize, request: &Received| match request.path.as_str() {
+    let inside = Receiver::start().await;
+    let location = inside.url("/latest/meta-data");
+    let rule = move |_: usize, request: &Received| match request.path.as_str() {
+        "/redirect" => Reaction::With(307, "location", location.clone()),
+        "/half" => Reaction::Half,
+        "/cut" => Reaction::Cut,
+        "/gone" => Reaction::Status(410),
         "/slow" => Reaction::Silent,
         "/long" => Reaction::Long(100 * 1024 * 1024),
         "/busy" => Reaction::With(429, "retry-after", "7".to_owned()),
         _ => Reaction::Status(200),
     };
     let (system, receiver) = tokio::join!(
-        system(Db::Sqlite).env("WEBHOOK_TIMEOUT_SECONDS", "1").env("WEBHOOK_RETRY_SCHEDULE", "3600").start(),
+        system(Db::Sqlite)
+            .env("WEBHOOK_TIMEOUT_SECONDS", "1")
+            .env("WEBHOOK_RETRY_SCHEDULE", "3600")
+            .start(),
         Receiver::with(rule)
     );
     let client = system.client();
@@ -472,6 +513,11 @@ async fn bad_receivers_are_named() {
         ("http://127.0.0.1:1234/".to_owned(), "connect"),
         ("http://does-not-exist.invalid:8080/".to_owned(), "dns"),
         (receiver.url("/long"), ""),
+        (receiver.url("/redirect"), "redirect"),
+        // It has said that it took it.
+        (receiver.url("/half"), ""),
+        (receiver.url("/cut"), "protocol"),
+        (receiver.url("/gone"), "http_status"),
     ] {
         let job = submit(&client, &url).await;
         let query = format!("job_id={job}");
@@ -481,7 +527,11 @@ async fn bad_receivers_are_named() {
         })
         .await;
         let seen = deliveries(&client, &query).await.remove(0);
-        assert_eq!(seen["last_error_class"].as_str().unwrap_or_default(), class, "{seen:#}");
+        assert_eq!(
+            seen["last_error_class"].as_str().unwrap_or_default(),
+            class,
+            "{seen:#}"
+        );
     }
 }
 
@@ -491,18 +541,34 @@ async fn what_is_wrong_with_an_endpoint_is_said() {
     let good = json!("https://example.com/");
     for (body, field) in [
         (json!({}), "body -> url"),
-        (json!({ "url": good, "event_types": ["job.fialed"] }), "body -> event_types -> 0"),
-        (json!({ "url": good, "headers": { "Host": "x" } }), "body -> headers"),
-        (json!({ "url": good, "headers": { "x": "a\nb" } }), "body -> headers"),
+        (
+            json!({ "url": good, "event_types": ["job.fialed"] }),
+            "body -> event_types -> 0",
+        ),
+        (
+            json!({ "url": good, "headers": { "Host": "x" } }),
+            "body -> headers",
+        ),
+        (
+            json!({ "url": good, "headers": { "x": "a\nb" } }),
+            "body -> headers",
+        ),
         (json!({ "url": good, "secret": "whsec_" }), "body -> secret"),
         (json!({ "url": good, "payload": "fat" }), "body -> payload"),
         (json!({ "url": good, "uri": 1 }), "body -> uri"),
     ] {
         let answer = client.post("/api/v1/webhooks/endpoints", &body).await;
         assert_eq!(answer.status, 422, "{body}: {}", answer.json);
-        assert_eq!(answer.json["errors"][0]["field"], field, "{body}: {}", answer.json);
+        assert_eq!(
+            answer.json["errors"][0]["field"], field,
+            "{body}: {}",
+            answer.json
+        );
     }
     for path in ["endpoints/whe_0", "deliveries/dlv_0", "endpoints/x"] {
-        client.get(&format!("/api/v1/webhooks/{path}")).await.assert_problem(404, "not-found");
+        client
+            .get(&format!("/api/v1/webhooks/{path}"))
+            .await
+            .assert_problem(404, "not-found");
     }
 }

@@ -1,12 +1,14 @@
 //! A receiver of webhooks on loopback, which keeps what it got and answers as it is told, also badly.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::eventually;
@@ -22,6 +24,8 @@ pub enum Reaction {
     Silent,
     /// Answers with 200 after so long.
     After(Duration),
+    /// Answers with 200 once the test allows it.
+    When(Arc<Semaphore>),
     /// Answers with 200 and so many bytes.
     Long(usize),
     /// Answers with 200 and closes the connection in the middle of the body.
@@ -60,6 +64,7 @@ type Rule = dyn Fn(usize, &Received) -> Reaction + Send + Sync;
 pub struct Receiver {
     port: u16,
     received: Arc<Mutex<Vec<Received>>>,
+    answered: Arc<AtomicUsize>,
     serving: JoinHandle<()>,
 }
 
@@ -80,16 +85,19 @@ impl Receiver {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let port = listener.local_addr().expect("it is bound").port();
         let received: Arc<Mutex<Vec<Received>>> = Arc::default();
+        let answered: Arc<AtomicUsize> = Arc::default();
         let (kept, rule): (_, Arc<Rule>) = (received.clone(), Arc::new(rule));
+        let counted = answered.clone();
         let serving = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (kept, rule) = (kept.clone(), rule.clone());
-                tokio::spawn(async move { serve(stream, &kept, &*rule).await });
+                let (kept, rule, counted) = (kept.clone(), rule.clone(), counted.clone());
+                tokio::spawn(async move { serve(stream, &kept, &*rule, &counted).await });
             }
         });
         Self {
             port,
             received,
+            answered,
             serving,
         }
     }
@@ -101,17 +109,33 @@ impl Receiver {
 
     /// What it got so far.
     pub fn received(&self) -> Vec<Received> {
-        self.received.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.received
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// How many whole answers it has given.
+    pub fn answered(&self) -> usize {
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// What it got, as soon as that is so much.
     pub async fn wait(&self, count: usize, limit: Duration) -> Vec<Received> {
-        eventually(limit, "webhooks", async || (self.received().len() >= count).then_some(())).await;
+        eventually(limit, "webhooks", async || {
+            (self.received().len() >= count).then_some(())
+        })
+        .await;
         self.received()
     }
 }
 
-async fn serve(stream: TcpStream, kept: &Mutex<Vec<Received>>, rule: &Rule) -> Option<()> {
+async fn serve(
+    stream: TcpStream,
+    kept: &Mutex<Vec<Received>>,
+    rule: &Rule,
+    answered: &AtomicUsize,
+) -> Option<()> {
     let mut stream = BufReader::new(stream);
     loop {
         let mut line = String::new();
@@ -121,10 +145,14 @@ async fn serve(stream: TcpStream, kept: &Mutex<Vec<Received>>, rule: &Rule) -> O
         loop {
             let mut line = String::new();
             stream.read_line(&mut line).await.ok()?;
-            let Some((name, value)) = line.trim_end().split_once(':') else { break };
+            let Some((name, value)) = line.trim_end().split_once(':') else {
+                break;
+            };
             headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
         }
-        let length = headers.get("content-length").and_then(|length| length.parse().ok());
+        let length = headers
+            .get("content-length")
+            .and_then(|length| length.parse().ok());
         let mut body = vec![0; length.unwrap_or(0)];
         stream.read_exact(&mut body).await.ok()?;
         let request = Received {
@@ -145,6 +173,10 @@ async fn serve(stream: TcpStream, kept: &Mutex<Vec<Received>>, rule: &Rule) -> O
             Reaction::Status(status) => head(status, "", 2) + "ok",
             Reaction::With(status, name, value) => head(status, &format!("{name}: {value}\r\n"), 0),
             Reaction::Silent => std::future::pending().await,
+            Reaction::When(allowed) => {
+                allowed.acquire().await.ok()?.forget();
+                head(200, "", 0)
+            }
             Reaction::After(pause) => {
                 tokio::time::sleep(pause).await;
                 head(200, "", 0)
@@ -159,10 +191,14 @@ async fn serve(stream: TcpStream, kept: &Mutex<Vec<Received>>, rule: &Rule) -> O
             }
             Reaction::Cut => return None,
             Reaction::Half => {
-                stream.write_all((head(200, "", 100) + "half").as_bytes()).await.ok()?;
+                stream
+                    .write_all((head(200, "", 100) + "half").as_bytes())
+                    .await
+                    .ok()?;
                 return None;
             }
         };
         stream.write_all(text.as_bytes()).await.ok()?;
+        answered.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -8,6 +8,7 @@
 
 mod budget;
 mod claim;
+mod delivery;
 mod gate;
 mod group;
 mod idempotency;

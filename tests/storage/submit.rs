@@ -6,7 +6,7 @@ use shared::event::{EventType, NewEvent};
 use shared::id::JobId;
 use shared::job::{Ending, JobStatus, NewJob, RunOptions, TokenUsage};
 use shared::money::MicroUsd;
-use shared::storage::{Finish, Result, RunDirective};
+use shared::storage::{Finish, Queue, Result, RunDirective};
 use tests::client::at_once;
 use tests::database::Db;
 
@@ -196,7 +196,7 @@ async fn waiting_tickets_beyond_64_are_not_pushed(db: Db) {
     let world = World::new(db).await;
     let key = world.key("a", 1).await;
     let mut tx = world.store.begin().await.unwrap();
-    tx.push_tickets(1000).await.unwrap();
+    tx.push_tickets(Queue::Jobs, 1000).await.unwrap();
     tx.commit().await.unwrap();
     assert_eq!(world.tickets().await, 64);
 

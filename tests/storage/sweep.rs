@@ -3,7 +3,7 @@
 use super::{NOW, World, at, job};
 use shared::clock;
 use shared::job::{Ending, JobStatus, NewJob};
-use shared::storage::{Finish, QUEUE, Swept};
+use shared::storage::{Finish, Queue, Swept};
 use tests::database::Db;
 
 tests::both!(
@@ -97,7 +97,8 @@ async fn used_tickets_are_removed(db: Db) {
             .database
             .execute(&format!(
                 "insert into {worker_table} (id, worker_type, storage_name, last_seen)
-                 values ('{worker}', '{QUEUE}', 's', {})",
+                 values ('{worker}', '{}', 's', {})",
+                Queue::Jobs.name(),
                 time(seen)
             ))
             .await;

@@ -6,8 +6,8 @@ pub mod provider;
 
 use crate::spend::price::Prices;
 use shared::env::{Error, Vars};
-use shared::key::SecretKey;
 use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
+use shared::key::SecretKey;
 use shared::model::ACCEPTED_PRICES;
 use shared::money::MicroUsd;
 use shared::webhook::address::Guard;

@@ -17,6 +17,7 @@ pub mod run_job;
 mod sentence;
 pub mod spend;
 mod sweep;
+mod tickets;
 pub mod workspace;
 
 use claude::program;
@@ -175,7 +176,10 @@ fn deliverer(config: &Config, store: &Store, wakeups: &Wakeups, shutdown: &Shutd
 }
 
 /// A worker without jobs: it needs no CLI, no sandbox and no `DATA_DIR`.
-async fn deliver_only(deliverer: Option<Deliverer>, ready: impl FnOnce(WorkerId) + Send) -> Result<(), Error> {
+async fn deliver_only(
+    deliverer: Option<Deliverer>,
+    ready: impl FnOnce(WorkerId) + Send,
+) -> Result<(), Error> {
     let Some(deliverer) = deliverer else {
         return Err(Error::Configuration(env::Error::new(
             "SECRET_KEY",

@@ -127,8 +127,12 @@ pub enum Problem {
     TooManySecrets,
     /// The endpoint is switched off.
     EndpointDisabled,
+    /// The key has as many endpoints as it may.
+    TooManyEndpoints,
     /// The delivery is on its way.
     DeliveryInProgress,
+    /// What was delivered was removed, or its endpoint was deleted.
+    DeliveryGone,
     /// Members of the body or of the query are wrong: all of them.
     Invalid(Vec<FieldFault>),
     /// There's no template of this name.
@@ -197,8 +201,9 @@ impl Problem {
             | Self::KeyActive
             | Self::TooManySecrets
             | Self::EndpointDisabled
+            | Self::TooManyEndpoints
             | Self::DeliveryInProgress => StatusCode::CONFLICT,
-            Self::DataRemoved => StatusCode::GONE,
+            Self::DataRemoved | Self::DeliveryGone => StatusCode::GONE,
             Self::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType | Self::UnsupportedEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -206,7 +211,7 @@ impl Problem {
             Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::Invalid(_) | Self::IdempotencyKeyReused | Self::WebhookUrlNotAllowed { .. } => {
                 StatusCode::UNPROCESSABLE_ENTITY
-            },
+            }
             Self::BudgetExceeded(_)
             | Self::RateLimited { .. }
             | Self::QueueFull(_)
@@ -254,7 +259,9 @@ impl Problem {
             Self::WebhookUrlNotAllowed { .. } => "webhook-url-not-allowed",
             Self::TooManySecrets => "too-many-secrets",
             Self::EndpointDisabled => "endpoint-disabled",
+            Self::TooManyEndpoints => "too-many-endpoints",
             Self::DeliveryInProgress => "delivery-in-progress",
+            Self::DeliveryGone => "delivery-gone",
             Self::Invalid(_) => "validation-error",
             Self::IdempotencyKeyReused => "idempotency-key-reused",
             Self::NoSuchTemplate(_) => "template-not-found",
@@ -318,7 +325,9 @@ impl Problem {
                 "Five secrets sign already; wait until the grace of one is over, or rotate with grace_seconds 0".into()
             }
             Self::EndpointDisabled => "The endpoint is disabled; enable it first".into(),
+            Self::TooManyEndpoints => "The key has 20 endpoints already; delete one first".into(),
             Self::DeliveryInProgress => "The delivery is on its way".into(),
+            Self::DeliveryGone => "What was delivered was removed, or its endpoint was deleted".into(),
             Self::Invalid(faults) => match faults.as_slice() {
                 [one] => format!("{}: {}", one.field, one.message).into(),
                 many => format!("{} fields are not valid", many.len()).into(),

@@ -7,7 +7,8 @@ use serde_json::value::RawValue;
 use shared::clock::{self, Timestamp};
 use shared::delivery::{Delivery, DeliveryAttempt, DeliveryStatus};
 use shared::id::{DeliveryId, EndpointId, JobId, KeyId};
-use shared::storage::DeliveryFilter;
+use shared::storage::{DeliveryFilter, Resend};
+use shared::webhook::address::masked;
 use warp::reply::Response;
 
 use crate::context::Context;
@@ -71,11 +72,6 @@ impl AttemptView {
 impl DeliveryView {
     /// A delivery with these attempts.
     pub fn of(delivery: &Delivery, attempts: Vec<DeliveryAttempt>) -> Self {
-        let url = match delivery.url.split_once('?') {
-            // A query often has a credential in it.
-            Some((start, _)) => format!("{start}?…"),
-            None => delivery.url.clone(),
-        };
         Self {
             id: delivery.delivery_id,
             webhook_id: delivery.delivery_id.message_id(),
@@ -84,7 +80,7 @@ impl DeliveryView {
             job_id: delivery.job_id,
             batch_id: None,
             endpoint_id: delivery.endpoint_id,
-            url,
+            url: masked(&delivery.url),
             status: delivery.status,
             attempt_count: delivery.attempts,
             next_attempt_at: delivery.due_at,
@@ -191,9 +187,15 @@ pub async fn resend(
 ) -> Result<Response, Problem> {
     let delivery = find(context, caller, id).await?;
     let mut tx = context.store.begin().await?;
-    let Some(again) = tx.resend(delivery.delivery_id, clock::now()).await? else {
-        tx.rollback().await?;
-        return Err(Problem::DeliveryInProgress);
+    let again = match tx.resend(&delivery, clock::now()).await? {
+        Resend::Pending(again) => again,
+        refused => {
+            tx.rollback().await?;
+            return Err(match refused {
+                Resend::InProgress => Problem::DeliveryInProgress,
+                _ => Problem::DeliveryGone,
+            });
+        }
     };
     tx.commit().await?;
     let view = DeliveryView::of(&again, Vec::new());

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use shared::clock::{self, Timestamp};
 use shared::delivery::{DeliveryStatus, Endpoint, HookEvent};
 use shared::id::{EndpointId, KeyId};
+use shared::webhook::address::masked;
 use shared::webhook::secrets::Secrets;
 use shared::webhook::signature::SigningSecret;
 use std::collections::BTreeMap;
@@ -93,11 +94,7 @@ impl EndpointView {
         let secrets = opened(sealer, &owner, &endpoint.secrets)?;
         let since = Timestamp(now.0 - 24 * 3_600 * 1_000_000);
         let mut counts = CountsView::default();
-        for (status, count) in context
-            .store
-            .delivery_counts(endpoint.endpoint_id, since)
-            .await?
-        {
+        for (status, count) in context.store.delivery_counts(endpoint.endpoint_id, since).await? {
             match status {
                 DeliveryStatus::Pending => counts.pending = count,
                 DeliveryStatus::Succeeded => counts.succeeded = count,
@@ -261,7 +258,7 @@ pub async fn recover(
     }
     let mut tx = context.store.begin().await?;
     let queued = tx
-        .recover_deliveries(endpoint.endpoint_id, (since, until.unwrap_or(now)), now)
+        .recover_deliveries(&endpoint, (since, until.unwrap_or(now)), now)
         .await?;
     tx.commit().await?;
     reply::data(request, StatusCode::ACCEPTED, RecoveredView { queued })
@@ -305,8 +302,11 @@ async fn create(context: &Context, request: &Request, caller: &Caller) -> Result
     };
     change.apply_to(context, &mut endpoint)?;
     let mut tx = context.store.begin().await?;
-    let stored = tx.insert_endpoint(&endpoint).await?;
-    let detail = json!({ "url": shown(&endpoint.url) });
+    let Some(stored) = tx.insert_endpoint(&endpoint).await? else {
+        tx.rollback().await?;
+        return Err(Problem::TooManyEndpoints);
+    };
+    let detail = json!({ "url": masked(&endpoint.url) });
     tx.audit(&audit::entry(
         context,
         request,
@@ -366,7 +366,7 @@ async fn patch(
             tx.rollback().await?;
             continue;
         };
-        let detail = json!({ "url": shown(&stored.url), "enabled": stored.enabled });
+        let detail = json!({ "url": masked(&stored.url), "enabled": stored.enabled });
         tx.audit(&audit::entry(
             context,
             request,
@@ -394,7 +394,7 @@ async fn delete(
         tx.rollback().await?;
         return Err(Problem::NoSuch("Endpoint"));
     }
-    let detail = json!({ "url": shown(&endpoint.url) });
+    let detail = json!({ "url": masked(&endpoint.url) });
     tx.audit(&audit::entry(
         context,
         request,
@@ -444,14 +444,6 @@ fn check_match(request: &Request, endpoint: &Endpoint) -> Result<(), Problem> {
 
 fn changed() -> Problem {
     Problem::PreconditionFailed("The endpoint is not as If-Match says, or was changed meanwhile")
-}
-
-/// A URL for the audit: a query often has a credential in it.
-fn shown(url: &str) -> String {
-    match url.split_once('?') {
-        Some((start, _)) => format!("{start}?…"),
-        None => url.to_owned(),
-    }
 }
 
 /// What a request says of an endpoint; `None` leaves it as it is.
@@ -539,7 +531,10 @@ fn signing_secret(value: Value) -> Reading<SigningSecret> {
 fn extra_headers(value: Value) -> Reading<BTreeMap<String, String>> {
     let fault = |message: String| Err(vec![Fault::value(message)]);
     let Value::Object(pairs) = value else {
-        return Err(vec![Fault::new("dict_type", "Input should be a valid dictionary")]);
+        return Err(vec![Fault::new(
+            "dict_type",
+            "Input should be a valid dictionary",
+        )]);
     };
     if pairs.len() > 10 {
         return fault("Dictionary should have at most 10 items".to_owned());
@@ -555,7 +550,9 @@ fn extra_headers(value: Value) -> Reading<BTreeMap<String, String>> {
             return fault(format!("The header {shown} is set by the service"));
         }
         if name.len() > 64 || HeaderName::from_bytes(name.as_bytes()).is_err() {
-            return fault(format!("{shown} isn't the name of a header of at most 64 characters"));
+            return fault(format!(
+                "{shown} isn't the name of a header of at most 64 characters"
+            ));
         }
         let value = value
             .as_str()
@@ -576,7 +573,14 @@ mod tests {
 
     #[test]
     fn headers_of_the_service_cannot_be_set() {
-        for name in ["Host", "webhook-id", "Content-Type", "TRANSFER-ENCODING", "a b", ""] {
+        for name in [
+            "Host",
+            "webhook-id",
+            "Content-Type",
+            "TRANSFER-ENCODING",
+            "a b",
+            "",
+        ] {
             assert!(extra_headers(json!({ name: "x" })).is_err(), "{name}");
         }
         let set = extra_headers(json!({ "Authorization": "Bearer x" })).unwrap();

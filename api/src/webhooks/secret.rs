@@ -74,9 +74,7 @@ pub async fn rotate(context: &Context, request: &Request, caller: &Caller) -> Re
             }
             None => Secrets::first(&secret, now),
         };
-        let sealed = secrets
-            .seal(sealer, key_id.as_str())
-            .map_err(Problem::internal)?;
+        let sealed = secrets.seal(sealer, key_id.as_str()).map_err(Problem::internal)?;
         let mut tx = context.store.begin().await?;
         let done = match &stored {
             Some((.., version)) => tx.rotate_webhook_secret(key_id, *version, &sealed, now).await?,

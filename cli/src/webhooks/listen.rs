@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
     /// Port on 127.0.0.1; 0 selects a free one
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// The secret of the endpoint, or of the key (or CLAUDE_QUEUE_WEBHOOK_SECRET); without it, nothing is verified
+    /// The secret of the endpoint, or of the key (or `CLAUDE_QUEUE_WEBHOOK_SECRET`); without it, nothing is verified
     #[arg(long)]
     secret: Option<String>,
     /// Print whole events as JSON, one per line
@@ -124,10 +124,10 @@ fn line(id: &str, event: &Value) -> String {
     let text = |name: &str| about[name].as_str().unwrap_or("-");
     let mut line = format!("{id}  {}", event["type"].as_str().unwrap_or("-"));
     if about["status"].is_string() {
-        line.push_str(&format!("  {}  {}", text("id"), text("status")));
+        line = format!("{line}  {}  {}", text("id"), text("status"));
     }
     if let Some(content) = about["result"]["content"].as_str() {
-        line.push_str(&format!("  {}", crate::show::short(content)));
+        line = format!("{line}  {}", crate::show::short(content));
     }
     line
 }

@@ -85,7 +85,8 @@ impl Store {
             let held_at = Instant::now();
             let claimed = tx.begin_attempt(job, claimant, amount, now).await?;
             let endpoints = endpoints > 0;
-            tx.announce_job(&claimed, HookEvent::JobStarted, endpoints, now).await?;
+            tx.announce_job(&claimed, HookEvent::JobStarted, endpoints, now)
+                .await?;
             if next != Some(top) {
                 tx.lower_hint(&key_id).await?;
             }

@@ -3,26 +3,38 @@
 
 use super::budget::Alert;
 use super::columns::columns;
-use super::{Result, Store, Tx, execute, fetch, read};
+use super::{Error, Result, Store, Tx, TxDb, execute, fetch, lock, read};
 use crate::budget::Scope;
 use crate::clock::Timestamp;
 use crate::delivery::{
-    Delivery, DeliveryAttempt, DeliveryOutcome, DeliveryStatus, DueDelivery, Endpoint, HookEvent,
+    ClaimedDelivery, Delivery, DeliveryAttempt, DeliveryOutcome, DeliveryStatus, DueDelivery, Endpoint,
+    HookEvent,
 };
 use crate::id::{DeliveryId, EndpointId, JobId, KeyId};
 use crate::job::{Job, Lease};
+use crate::webhook::address::masked;
 use serde_json::{Value, json};
+use sqlx::{Postgres, QueryBuilder, Sqlite};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// Deliveries that are claimed at once: in all, and to one host, so that a slow one doesn't hold up the others.
-const CLAIMED: (i64, i64) = (50, 20);
+/// Deliveries that are claimed at once.
+const CLAIMED: i64 = 50;
 
 /// So many due deliveries are looked at for a claim.
-const LOOKED_AT: i64 = 1_000;
+const LOOKED_AT: i64 = 400;
+
+/// Says of a delivery that nothing could be sent, because what it tells about can't be read.
+const UNREADABLE: &str = "unreadable";
+
+/// Says of a delivery that its owner has removed what it told.
+const REMOVED: &str = "data_removed";
 
 /// So long before its end a key is said to expire.
 const EXPIRING: Duration = Duration::from_hours(7 * 24);
+
+/// So many deliveries of an endpoint are counted.
+const COUNTED: i64 = 10_000;
 
 /// So many failed deliveries are sent again by one request.
 const RECOVERED: i64 = 10_000;
@@ -48,74 +60,151 @@ pub struct DeliveryFilter {
     pub before: Option<i64>,
 }
 
-impl Store {
-    /// Takes deliveries that are due, for `lease`: until then nobody else tries them. None to the hosts that are `busy`.
-    pub async fn claim_deliveries(
-        &self,
-        busy: &BTreeSet<String>,
-        lease: Duration,
-        now: Timestamp,
-    ) -> Result<Vec<DueDelivery>> {
-        // The same text says of each host whether it is in the list; no host has a bar.
-        let busy = busy.iter().fold("|".to_owned(), |text, host| text + host + "|");
-        let mut tx = self.begin().await?;
-        let due = fetch!(
-            tx,
-            "claim deliveries",
-            fetch_all => DueDelivery,
-            "update delivery set due_at = $2
-             where status = 'pending' and due_at <= $1 and delivery_id in (
-               select delivery_id from (
-                 select delivery_id, due_at, row_number() over (partition by host order by due_at) as place from (
-                   select delivery_id, due_at, host from delivery
-                   where status = 'pending' and due_at <= $1 and replace($3, '|' || host || '|', '') = $3
-                   order by due_at limit $4) as due) as placed
-               where place <= $5 order by due_at limit $6)
-             returning delivery_id, key_id, endpoint_id, job_id, event_type, created_at, url, host, body, attempts, manual,
-               coalesce(
-                 (select secrets from endpoint where endpoint.endpoint_id = delivery.endpoint_id),
-                 (select secrets from webhook_secret where webhook_secret.key_id = delivery.key_id)) as secrets,
-               (select headers from endpoint where endpoint.endpoint_id = delivery.endpoint_id) as headers,
-               (select payload from endpoint where endpoint.endpoint_id = delivery.endpoint_id) as payload",
-            now,
-            now.plus(lease),
-            busy,
-            LOOKED_AT,
-            CLAIMED.1,
-            CLAIMED.0
-        )?;
-        if due.is_empty() {
-            tx.rollback().await?;
-        } else {
-            tx.commit().await?;
-        }
-        Ok(due)
-    }
+/// What a process has enough of under way: it takes nothing more to these hosts or of these keys.
+#[derive(Clone, Debug, Default)]
+pub struct Busy {
+    /// Hosts with their ports.
+    pub hosts: BTreeSet<String>,
+    /// Owners.
+    pub keys: BTreeSet<KeyId>,
+}
 
-    /// Whether a delivery is due. Takes no lock.
-    pub async fn has_due_delivery(&self, now: Timestamp) -> Result<bool> {
-        let due = read!(
+/// What came of a request to send a delivery once more.
+#[derive(Clone, Debug)]
+pub enum Resend {
+    /// It is sent.
+    Pending(Box<Delivery>),
+    /// It is on its way already.
+    InProgress,
+    /// Its endpoint, or what was sent, is gone.
+    Gone,
+}
+
+/// Runs a statement that is built for its number of rows; gives the rows that it returns.
+macro_rules! built {
+    ($tx:expr, $operation:literal, $row:ty, |$query:ident| $build:block) => {{
+        $tx.store.work.statement();
+        match &mut $tx.db {
+            TxDb::Sqlite(tx) => {
+                let mut $query = QueryBuilder::<Sqlite>::new("");
+                $build
+                $query.build_query_as::<$row>().fetch_all(&mut **tx).await
+            }
+            TxDb::Postgres(tx) => {
+                let mut $query = QueryBuilder::<Postgres>::new("");
+                $build
+                let statement = $query.build_query_as::<$row>().fetch_all(&mut **tx);
+                $tx.store.liveness.in_time(statement).await
+            }
+        }
+        .map_err(Error::during($operation))
+    }};
+}
+
+impl Store {
+    /// When the first of the deliveries that wait is due; it may be in the past.
+    pub async fn next_delivery_at(&self) -> Result<Option<Timestamp>> {
+        let first = read!(
             self,
             "look for due deliveries",
-            fetch_optional => (i64,),
-            "select cast(1 as bigint) from delivery where status = 'pending' and due_at <= $1 limit 1",
-            now
+            fetch_optional => (Timestamp,),
+            "select due_at from delivery where status = 'pending' and due_at is not null order by due_at limit 1"
         )?;
-        Ok(due.is_some())
+        Ok(first.map(|first| first.0))
     }
 
-    /// Stores the bytes of deliveries that had none. They are sent unchanged in each attempt from here on.
-    pub async fn store_bodies(&self, bodies: &[(DeliveryId, String)]) -> Result<()> {
+    /// Up to 50 deliveries that are due, in turn for each host. Takes none of them.
+    pub async fn due_deliveries(&self, busy: &Busy, now: Timestamp) -> Result<Vec<DueDelivery>> {
+        // The same text says of each host and key whether it is in the list; none has a bar in it.
+        let hosts = busy
+            .hosts
+            .iter()
+            .fold("|".to_owned(), |list, host| list + host + "|");
+        let keys = busy
+            .keys
+            .iter()
+            .fold("|".to_owned(), |list, key| list + key.as_str() + "|");
+        read!(
+            self,
+            "look for due deliveries",
+            fetch_all => DueDelivery,
+            "select delivery_id, endpoint_id, job_id, event_type, created_at, body is not null as has_body,
+               (select payload from endpoint where endpoint.endpoint_id = delivery.endpoint_id) as payload
+             from delivery join (
+               select delivery_number as number, row_number() over (partition by host order by due_at) as place from (
+                 select delivery_number, due_at, host from delivery
+                 where status = 'pending' and due_at <= $1
+                   and replace($2, '|' || host || '|', '') = $2 and replace($3, '|' || key_id || '|', '') = $3
+                 order by due_at limit $4) as due
+               order by place limit $5) as placed on delivery_number = placed.number
+             order by placed.place",
+            now,
+            hosts,
+            keys,
+            LOOKED_AT,
+            CLAIMED
+        )
+    }
+
+    /// Takes deliveries for `lease`: until then nobody else tries them. Those that have no bytes yet get them from
+    /// `bodies`, and are sent unchanged in each attempt from here on. One transaction; what somebody else has taken
+    /// meanwhile isn't in the result.
+    pub async fn claim_deliveries(
+        &self,
+        due: &[DeliveryId],
+        bodies: &[(DeliveryId, String)],
+        lease: Duration,
+        now: Timestamp,
+    ) -> Result<Vec<ClaimedDelivery>> {
         let mut tx = self.begin().await?;
-        for (delivery_id, body) in bodies {
-            execute!(
-                tx,
-                "store what is delivered",
-                "update delivery set body = $2 where delivery_id = $1 and body is null",
-                delivery_id,
-                body
-            )?;
+        // Two that claim the same rows in another order would wait in a circle.
+        tx.postgres_lock(lock!("", "3"), None).await?;
+        if !bodies.is_empty() {
+            built!(tx, "store what is delivered", (DeliveryId,), |query| {
+                query.push("update delivery set body = given.column2 from (");
+                query.push_values(bodies, |mut row, (delivery_id, body)| {
+                    row.push_bind(*delivery_id).push_bind(body);
+                });
+                query.push(
+                    ") as given where delivery_id = given.column1 and body is null and status = 'pending'
+                     returning delivery_id",
+                );
+            })?;
         }
+        let claimed = built!(tx, "claim deliveries", ClaimedDelivery, |query| {
+            query
+                .push("update delivery set due_at = ")
+                .push_bind(now.plus(lease));
+            query.push(" where status = 'pending' and body is not null and due_at <= ");
+            query.push_bind(now).push(" and delivery_id in (");
+            let mut list = query.separated(", ");
+            for delivery_id in due {
+                list.push_bind(*delivery_id);
+            }
+            query.push(
+                ") returning delivery_id, key_id, endpoint_id, url, host, body, attempts, manual,
+                   coalesce(
+                     (select secrets from endpoint where endpoint.endpoint_id = delivery.endpoint_id),
+                     (select secrets from webhook_secret where webhook_secret.key_id = delivery.key_id)) as secrets,
+                   (select headers from endpoint where endpoint.endpoint_id = delivery.endpoint_id) as headers",
+            );
+        })?;
+        tx.commit().await?;
+        Ok(claimed)
+    }
+
+    /// Ends a delivery of which nothing can be sent, so that it doesn't hold up others.
+    pub async fn end_unreadable(&self, delivery_id: DeliveryId, now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        execute!(
+            tx,
+            "end a delivery",
+            "update delivery set status = 'failed', due_at = null, completed_at = $2, last_error_class = $3
+             where delivery_id = $1 and status = 'pending' and body is null",
+            delivery_id,
+            now,
+            UNREADABLE
+        )?;
         tx.commit().await
     }
 
@@ -128,12 +217,12 @@ impl Store {
         now: Timestamp,
     ) -> Result<()> {
         let mut tx = self.begin().await?;
-        for outcome in outcomes {
-            tx.record_attempt(outcome, now).await?;
-        }
+        tx.record_attempts(outcomes, now).await?;
         let endpoint_of = |outcome: &DeliveryOutcome| outcome.delivery.endpoint_id;
         let (failed, taken): (Vec<_>, Vec<_>) = outcomes
             .iter()
+            // Where nothing was sent, the receiver isn't to blame.
+            .filter(|outcome| outcome.asked)
             .partition(|outcome| outcome.error_class.is_some());
         let taken: BTreeSet<_> = taken.into_iter().filter_map(endpoint_of).collect();
         for endpoint_id in &taken {
@@ -246,7 +335,7 @@ impl Store {
         }
     }
 
-    /// How many deliveries to an endpoint since a time are of each status.
+    /// How many of the newest 10,000 deliveries to an endpoint since a time are of each status.
     pub async fn delivery_counts(
         &self,
         endpoint_id: EndpointId,
@@ -256,13 +345,16 @@ impl Store {
             self,
             "count deliveries",
             fetch_all => (DeliveryStatus, i64),
-            "select status, count(*) from delivery where endpoint_id = $1 and created_at > $2 group by status",
+            "select status, count(*) from (
+               select status, created_at from delivery where endpoint_id = $1 order by delivery_number desc limit $3
+             ) as newest where created_at > $2 group by status",
             endpoint_id,
-            since
+            since,
+            COUNTED
         )
     }
 
-    /// Forgets up to 500 deliveries that ended before this time; how many.
+    /// Forgets up to 500 deliveries that ended before this time, or that nobody has tried since; how many.
     pub async fn forget_deliveries(&self, before: Timestamp) -> Result<u64> {
         let mut tx = self.begin().await?;
         let forgotten = tx.forget_deliveries(before, 500).await?;
@@ -335,6 +427,10 @@ impl Tx {
         endpoints: bool,
         now: Timestamp,
     ) -> Result<()> {
+        let untold = match event {
+            HookEvent::JobProgress => self.waiting_progress(job.job_id).await?,
+            _ => BTreeSet::new(),
+        };
         let wanted = match event {
             HookEvent::JobStarted => "started",
             HookEvent::JobProgress => "progress",
@@ -342,22 +438,49 @@ impl Tx {
         };
         if let Some(url) = &job.webhook_url
             && job.webhook_events.split(' ').any(|word| word == wanted)
+            && !untold.contains(&None)
         {
             self.insert_delivery((&job.key_id, Some(job.job_id)), (None, url), event, None, now)
                 .await?;
         }
         if endpoints {
-            self.announce(&job.key_id, Some(job.job_id), event, None, now)
+            self.announce_except(&untold, (&job.key_id, Some(job.job_id)), event, None, now)
                 .await?;
         }
         Ok(())
     }
 
+    /// Where earlier progress of a job hasn't arrived yet. It tells how the job is when it is sent, so one is enough, and
+    /// a receiver that takes none doesn't fill the table.
+    async fn waiting_progress(&mut self, job_id: JobId) -> Result<BTreeSet<Option<EndpointId>>> {
+        let waiting = fetch!(
+            self,
+            "look for deliveries of a job",
+            fetch_all => (Option<EndpointId>,),
+            "select endpoint_id from delivery where job_id = $1 and status = 'pending' and event_type = $2",
+            job_id,
+            HookEvent::JobProgress.as_str()
+        )?;
+        Ok(waiting.into_iter().map(|row| row.0).collect())
+    }
+
     /// What happened, for the endpoints of a key that want to hear of it. An event without a job has a `body`.
-    pub(super) async fn announce(
+    async fn announce(
         &mut self,
         key_id: &KeyId,
-        job_id: Option<JobId>,
+        event: HookEvent,
+        body: &Value,
+        now: Timestamp,
+    ) -> Result<()> {
+        self.announce_except(&BTreeSet::new(), (key_id, None), event, Some(body), now)
+            .await
+    }
+
+    /// The same, but not to these endpoints.
+    async fn announce_except(
+        &mut self,
+        untold: &BTreeSet<Option<EndpointId>>,
+        (key_id, job_id): (&KeyId, Option<JobId>),
         event: HookEvent,
         body: Option<&Value>,
         now: Timestamp,
@@ -375,6 +498,9 @@ impl Tx {
             all
         )?;
         for (endpoint_id, url) in endpoints {
+            if untold.contains(&Some(endpoint_id)) {
+                continue;
+            }
             self.insert_delivery((key_id, job_id), (Some(endpoint_id), &url), event, body, now)
                 .await?;
         }
@@ -418,7 +544,7 @@ impl Tx {
             )?,
         };
         for (key_id,) in owners {
-            self.announce(&key_id, None, event, Some(&body), now).await?;
+            self.announce(&key_id, event, &body, now).await?;
         }
         Ok(())
     }
@@ -440,17 +566,17 @@ impl Tx {
         for (key_id, name, expires_at) in expiring {
             let data = json!({ "key_id": key_id, "name": name, "expires_at": expires_at });
             let body = json!({ "type": event.as_str(), "timestamp": now, "data": data });
-            self.announce(&key_id, None, event, Some(&body), now).await?;
+            self.announce(&key_id, event, &body, now).await?;
         }
         Ok(())
     }
 
     async fn announce_disabled(&mut self, endpoint: &Endpoint, reason: &str, now: Timestamp) -> Result<()> {
         let event = HookEvent::EndpointDisabled;
-        let data = json!({ "endpoint_id": endpoint.endpoint_id, "url": endpoint.url, "reason": reason });
+        let data =
+            json!({ "endpoint_id": endpoint.endpoint_id, "url": masked(&endpoint.url), "reason": reason });
         let body = json!({ "type": event.as_str(), "timestamp": now, "data": data });
-        self.announce(&endpoint.key_id, None, event, Some(&body), now)
-            .await
+        self.announce(&endpoint.key_id, event, &body, now).await
     }
 
     async fn insert_delivery(
@@ -481,91 +607,133 @@ impl Tx {
         Ok(stored)
     }
 
-    async fn record_attempt(&mut self, outcome: &DeliveryOutcome, now: Timestamp) -> Result<()> {
-        let delivery = &outcome.delivery;
-        let number = delivery.attempts + 1;
-        let retry_at = outcome.retry_at.filter(|_| outcome.error_class.is_some());
-        let status = match (outcome.error_class, retry_at) {
-            (None, _) => DeliveryStatus::Succeeded,
-            (Some(_), Some(_)) => DeliveryStatus::Pending,
-            (Some(_), None) => DeliveryStatus::Failed,
-        };
-        let rows = execute!(
-            self,
-            "record a delivery",
-            "update delivery set status = $3, attempts = $4, due_at = $5, manual = $6, completed_at = $7,
-               last_status_code = $8, last_error_class = $9
-             where delivery_id = $1 and attempts = $2 and status = 'pending'",
-            delivery.delivery_id,
-            delivery.attempts,
-            status,
-            number,
-            retry_at,
-            false,
-            (status != DeliveryStatus::Pending).then_some(now),
-            outcome.status_code.map(i64::from),
-            outcome.error_class
-        )?;
-        if rows == 0 {
+    async fn record_attempts(&mut self, outcomes: &[DeliveryOutcome], now: Timestamp) -> Result<()> {
+        if outcomes.is_empty() {
             return Ok(());
         }
-        execute!(
-            self,
-            "record an attempt of a delivery",
-            "insert into delivery_attempt (delivery_id, number, trigger_kind, started_at, duration_ms, status_code,
-               error_class, snippet)
-             values ($1, $2, $3, $4, $5, $6, $7, $8)",
-            delivery.delivery_id,
-            number,
-            if delivery.manual { "manual" } else { "scheduled" },
-            outcome.started_at,
-            i64::try_from(outcome.duration.as_millis()).unwrap_or(i64::MAX),
-            outcome.status_code.map(i64::from),
-            outcome.error_class,
-            &outcome.snippet
-        )
+        let recorded = built!(self, "record deliveries", (DeliveryId,), |query| {
+            query.push(
+                "update delivery set status = made.column3, attempts = made.column2 + 1, due_at = made.column4,
+                   manual = false, completed_at = made.column5, last_status_code = made.column6,
+                   last_error_class = made.column7
+                 from (",
+            );
+            query.push_values(outcomes, |mut row, outcome| {
+                let retry_at = outcome.retry_at.filter(|_| outcome.error_class.is_some());
+                let status = match (outcome.error_class, retry_at) {
+                    (None, _) => DeliveryStatus::Succeeded,
+                    (Some(_), Some(_)) => DeliveryStatus::Pending,
+                    (Some(_), None) => DeliveryStatus::Failed,
+                };
+                row.push_bind(outcome.delivery.delivery_id)
+                    .push_bind(outcome.delivery.attempts)
+                    .push_bind(status)
+                    .push_bind(retry_at)
+                    .push_bind((status != DeliveryStatus::Pending).then_some(now))
+                    .push_bind(outcome.status_code.map(i64::from))
+                    .push_bind(outcome.error_class);
+            });
+            query.push(
+                ") as made where delivery_id = made.column1 and attempts = made.column2 and status = 'pending'
+                 returning delivery_id",
+            );
+        })?;
+        let recorded: BTreeSet<_> = recorded.into_iter().map(|row| row.0).collect();
+        let made = outcomes
+            .iter()
+            .filter(|outcome| recorded.contains(&outcome.delivery.delivery_id));
+        if recorded.is_empty() {
+            return Ok(());
+        }
+        built!(self, "record attempts of deliveries", (i64,), |query| {
+            query.push(
+                "insert into delivery_attempt (delivery_id, number, trigger_kind, started_at, duration_ms, status_code,
+                   error_class, snippet) ",
+            );
+            query.push_values(made.clone(), |mut row, outcome| {
+                let delivery = &outcome.delivery;
+                row.push_bind(delivery.delivery_id)
+                    .push_bind(delivery.attempts + 1)
+                    .push_bind(if delivery.manual { "manual" } else { "scheduled" })
+                    .push_bind(outcome.started_at)
+                    .push_bind(i64::try_from(outcome.duration.as_millis()).unwrap_or(i64::MAX))
+                    .push_bind(outcome.status_code.map(i64::from))
+                    .push_bind(outcome.error_class)
+                    .push_bind(&outcome.snippet);
+            });
+            query.push(" returning number");
+        })
         .map(drop)
     }
 
-    /// Sends a delivery once more, with the same id and bytes; `None` while it is on its way.
-    pub async fn resend(&mut self, delivery_id: DeliveryId, now: Timestamp) -> Result<Option<Delivery>> {
+    /// Sends a delivery once more, with the same id and bytes, to where its endpoint is now.
+    pub async fn resend(&mut self, delivery: &Delivery, now: Timestamp) -> Result<Resend> {
+        let endpoint = match delivery.endpoint_id {
+            Some(endpoint_id) => fetch!(
+                self,
+                "look for an endpoint",
+                fetch_optional => (String,),
+                "select url from endpoint where endpoint_id = $1",
+                endpoint_id
+            )?,
+            None => Some((delivery.url.clone(),)),
+        };
+        let Some((url,)) = endpoint else {
+            return Ok(Resend::Gone);
+        };
         let again = fetch!(
             self,
             "send a delivery again",
             fetch_optional => Delivery,
-            concat!("update delivery set status = 'pending', manual = $2, due_at = $3, completed_at = null
-             where delivery_id = $1 and status <> 'pending' returning ", columns!(Delivery)),
-            delivery_id,
-            true,
-            now
+            concat!("update delivery set status = 'pending', manual = true, due_at = $2, completed_at = null, url = $3,
+               host = $4
+             where delivery_id = $1 and status <> 'pending' and (body is not null or attempts = 0) returning ",
+             columns!(Delivery)),
+            delivery.delivery_id,
+            now,
+            &url,
+            host(&url)
         )?;
-        if again.is_some() {
+        if let Some(again) = again {
             self.deliver();
+            return Ok(Resend::Pending(Box::new(again)));
         }
-        Ok(again)
+        let waits = fetch!(
+            self,
+            "read a delivery",
+            fetch_optional => (DeliveryStatus,),
+            "select status from delivery where delivery_id = $1",
+            delivery.delivery_id
+        )?;
+        Ok(match waits {
+            Some((DeliveryStatus::Pending,)) => Resend::InProgress,
+            _ => Resend::Gone,
+        })
     }
 
     /// Sends what an endpoint hasn't taken in this time once more, 10,000 deliveries at most; how many.
     pub async fn recover_deliveries(
         &mut self,
-        endpoint_id: EndpointId,
+        endpoint: &Endpoint,
         (since, until): (Timestamp, Timestamp),
         now: Timestamp,
     ) -> Result<u64> {
         let rows = execute!(
             self,
             "send deliveries again",
-            "update delivery set status = 'pending', manual = $4, due_at = $5, completed_at = null
+            "update delivery set status = 'pending', manual = true, due_at = $4, completed_at = null, url = $6, host = $7
              where delivery_id in (
                select delivery_id from delivery
                where endpoint_id = $1 and status = 'failed' and created_at >= $2 and created_at < $3
-               order by delivery_number limit $6)",
-            endpoint_id,
+                 and (body is not null or attempts = 0)
+               order by delivery_number limit $5)",
+            endpoint.endpoint_id,
             since,
             until,
-            true,
             now,
-            RECOVERED
+            RECOVERED,
+            &endpoint.url,
+            host(&endpoint.url)
         )?;
         if rows > 0 {
             self.deliver();
@@ -573,13 +741,35 @@ impl Tx {
         Ok(rows)
     }
 
-    /// Forgets up to `limit` deliveries that ended before this time; how many.
+    /// What waits for an endpoint goes to where that is now.
+    pub(super) async fn redirect_deliveries(&mut self, endpoint: &Endpoint) -> Result<()> {
+        execute!(
+            self,
+            "redirect deliveries",
+            "update delivery set url = $2, host = $3 where endpoint_id = $1 and status = 'pending' and url <> $2",
+            endpoint.endpoint_id,
+            &endpoint.url,
+            host(&endpoint.url)
+        )
+        .map(drop)
+    }
+
+    /// Forgets up to `limit` deliveries that ended before this time, or that nobody has tried since; how many.
     async fn forget_deliveries(&mut self, before: Timestamp, limit: i64) -> Result<u64> {
+        execute!(
+            self,
+            "end deliveries",
+            "update delivery set status = 'failed', due_at = null, completed_at = $1 - 1
+             where delivery_id in (
+               select delivery_id from delivery where status = 'pending' and due_at < $1 order by due_at limit $2)",
+            before,
+            limit
+        )?;
         execute!(
             self,
             "forget attempts of deliveries",
             "delete from delivery_attempt where delivery_id in (
-               select delivery_id from delivery where completed_at < $1 order by completed_at limit $2)",
+               select delivery_id from delivery where completed_at < $1 order by completed_at, delivery_number limit $2)",
             before,
             limit
         )?;
@@ -587,19 +777,26 @@ impl Tx {
             self,
             "forget deliveries",
             "delete from delivery where delivery_id in (
-               select delivery_id from delivery where completed_at < $1 order by completed_at limit $2)",
+               select delivery_id from delivery where completed_at < $1 order by completed_at, delivery_number limit $2)",
             before,
             limit
         )
     }
 
-    /// A job's prompt and result are removed from what was delivered about it.
-    pub(super) async fn remove_bodies(&mut self, job_id: JobId) -> Result<()> {
+    /// A job's prompt and result are removed from what was delivered about it. What was tried before can't be sent with
+    /// the same bytes again, so it isn't; what wasn't tells what is left of the job.
+    pub(super) async fn remove_bodies(&mut self, job_id: JobId, now: Timestamp) -> Result<()> {
         execute!(
             self,
             "remove what was delivered",
-            "update delivery set body = null where job_id = $1 and body is not null",
-            job_id
+            "update delivery set body = null, due_at = null,
+               completed_at = case when status = 'pending' then $2 else completed_at end,
+               last_error_class = case when status = 'pending' then $3 else last_error_class end,
+               status = case when status = 'pending' then 'cancelled' else status end
+             where job_id = $1 and body is not null",
+            job_id,
+            now,
+            REMOVED
         )
         .map(drop)
     }

@@ -6,6 +6,9 @@ use crate::clock::Timestamp;
 use crate::delivery::{DeliveryStatus, Endpoint};
 use crate::id::{EndpointId, KeyId};
 
+/// Endpoints of one key: each makes the end of a job dearer.
+const MOST: i64 = 20;
+
 impl Store {
     /// The endpoint, if there is one.
     pub async fn endpoint(&self, endpoint_id: EndpointId) -> Result<Option<Endpoint>> {
@@ -56,8 +59,18 @@ impl Store {
 }
 
 impl Tx {
-    /// Stores a new endpoint.
-    pub async fn insert_endpoint(&mut self, endpoint: &Endpoint) -> Result<Endpoint> {
+    /// Stores a new endpoint; `None`: its key has as many as it may have, which is 20.
+    pub async fn insert_endpoint(&mut self, endpoint: &Endpoint) -> Result<Option<Endpoint>> {
+        let (count,) = fetch!(
+            self,
+            "count endpoints",
+            fetch_one => (i64,),
+            "select count(*) from endpoint where key_id = $1",
+            &endpoint.key_id
+        )?;
+        if count >= MOST {
+            return Ok(None);
+        }
         let stored = fetch!(
             self,
             "store an endpoint",
@@ -78,7 +91,7 @@ impl Tx {
             endpoint.created_at
         )?;
         self.count_endpoints(&stored.key_id).await?;
-        Ok(stored)
+        Ok(Some(stored))
     }
 
     /// Stores what a person may change of an endpoint, if nobody has since its `version`; `None` when somebody has. One
@@ -108,6 +121,7 @@ impl Tx {
         )?;
         if let Some(stored) = &stored {
             self.count_endpoints(&stored.key_id).await?;
+            self.redirect_deliveries(stored).await?;
             if !stored.enabled {
                 self.end_deliveries(stored.endpoint_id, DeliveryStatus::Failed, now)
                     .await?;
@@ -125,7 +139,9 @@ impl Tx {
             "delete from endpoint where endpoint_id = $1 returning key_id",
             endpoint_id
         )?;
-        let Some((key_id,)) = deleted else { return Ok(false) };
+        let Some((key_id,)) = deleted else {
+            return Ok(false);
+        };
         self.count_endpoints(&key_id).await?;
         self.end_deliveries(endpoint_id, DeliveryStatus::Cancelled, now)
             .await?;
@@ -156,6 +172,52 @@ impl Tx {
                 .await?;
         }
         Ok(disabled)
+    }
+
+    /// Switches all endpoints of a key off.
+    pub(super) async fn disable_endpoints_of(
+        &mut self,
+        key_id: &KeyId,
+        reason: &str,
+        now: Timestamp,
+    ) -> Result<()> {
+        let disabled = fetch!(
+            self,
+            "disable endpoints",
+            fetch_all => (EndpointId,),
+            "update endpoint set enabled = false, disabled_reason = $2, updated_at = $3, version = version + 1
+             where key_id = $1 and enabled returning endpoint_id",
+            key_id,
+            reason,
+            now
+        )?;
+        for (endpoint_id,) in &disabled {
+            self.end_deliveries(*endpoint_id, DeliveryStatus::Failed, now)
+                .await?;
+        }
+        if disabled.is_empty() {
+            return Ok(());
+        }
+        self.count_endpoints(key_id).await
+    }
+
+    /// Deletes all endpoints of a key and what signs the events of its jobs, and ends what is on its way to it.
+    pub(super) async fn delete_endpoints_of(&mut self, key_id: &KeyId, now: Timestamp) -> Result<()> {
+        for statement in [
+            "delete from endpoint where key_id = $1",
+            "delete from webhook_secret where key_id = $1",
+        ] {
+            execute!(self, "delete endpoints", statement, key_id)?;
+        }
+        execute!(
+            self,
+            "end deliveries",
+            "update delivery set status = 'cancelled', due_at = null, completed_at = $2
+             where key_id = $1 and status = 'pending'",
+            key_id,
+            now
+        )?;
+        self.count_endpoints(key_id).await
     }
 
     /// Stores what signs the events of a key's jobs, if there is nothing yet; whether there was.

@@ -186,14 +186,15 @@ impl Tx {
         )
     }
 
-    /// Takes a key back. One that is already stays as it is. `None`: there is no such key.
+    /// Takes a key back, and disables its endpoints, which its owner can't change any more. One that is already stays as it
+    /// is. `None`: there is no such key.
     pub async fn revoke_api_key(
         &mut self,
         key_id: &KeyId,
         reason: Option<&str>,
         now: Timestamp,
     ) -> Result<Option<ApiKey>> {
-        execute!(
+        let rows = execute!(
             self,
             "revoke a key",
             "update api_key set revoked_at = $2, revoke_reason = $3, previous_digest = null,
@@ -203,6 +204,9 @@ impl Tx {
             now,
             reason
         )?;
+        if rows > 0 {
+            self.disable_endpoints_of(key_id, "key_revoked", now).await?;
+        }
         fetch!(
             self,
             "read a key",
@@ -212,7 +216,8 @@ impl Tx {
         )
     }
 
-    /// Deletes a key that was revoked or has expired; `false` for others. What it owned and spent stays under its id.
+    /// Deletes a key that was revoked or has expired, with its endpoints; `false` for others. What else it owned and spent
+    /// stays under its id.
     pub async fn delete_api_key(&mut self, key_id: &KeyId, now: Timestamp) -> Result<bool> {
         let rows = execute!(
             self,
@@ -221,6 +226,9 @@ impl Tx {
             key_id,
             now
         )?;
+        if rows > 0 {
+            self.delete_endpoints_of(key_id, now).await?;
+        }
         Ok(rows > 0)
     }
 

@@ -3,7 +3,7 @@
 
 use super::columns::columns;
 use super::{Result, Store, Tx, execute, fetch_locked, read};
-use crate::clock::Timestamp;
+use crate::clock::{self, Timestamp};
 use crate::id::JobId;
 use crate::job::{Job, JobStatus};
 
@@ -111,7 +111,7 @@ impl Store {
 
 impl Tx {
     async fn remove_data(&mut self, job_id: JobId, workspace: Workspace) -> Result<()> {
-        self.remove_bodies(job_id).await?;
+        self.remove_bodies(job_id, clock::now()).await?;
         execute!(
             self,
             "remove a job's data",

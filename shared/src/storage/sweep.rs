@@ -1,7 +1,7 @@
 //! What the sweeper does in the database: the same work every time, safe in every worker at once.
 
 use super::macros::on_connection;
-use super::{Db, Error, QUEUE, Result, Store, Tx, TxDb, read};
+use super::{Db, Error, Queue, Result, Store, Tx, TxDb, read};
 use crate::budget::{BudgetStatus, Scope};
 use crate::clock::Timestamp;
 use crate::id::{JobId, KeyId};
@@ -72,11 +72,12 @@ impl Store {
         let mut tx = self.begin().await?;
         swept.runnable = tx.runnable().await?.min(TOP_UP);
         if swept.runnable > 0 {
-            let waiting = tx.count_tickets().await?;
+            let waiting = tx.count_tickets(Queue::Jobs).await?;
             let missing = swept.runnable - waiting;
             if missing > 0 {
                 swept.tickets = missing.unsigned_abs();
-                tx.push_tickets(usize::try_from(missing).unwrap_or(0)).await?;
+                tx.push_tickets(Queue::Jobs, usize::try_from(missing).unwrap_or(0))
+                    .await?;
                 tx.wakes = true;
             }
         }
@@ -200,11 +201,12 @@ impl Store {
                 sqlx::query(
                     "delete from Jobs where rowid in (
                        select rowid from Jobs
-                       where job_type = $1 and (status in ('Done', 'Killed', 'Failed')
-                         or (status in ('Queued', 'Running') and lock_at < strftime('%s', 'now') - $2))
+                       where job_type in ($1, $2) and (status in ('Done', 'Killed', 'Failed')
+                         or (status in ('Queued', 'Running') and lock_at < strftime('%s', 'now') - $3))
                        limit 1000)",
                 )
-                .bind(QUEUE)
+                .bind(Queue::Jobs.name())
+                .bind(Queue::Webhooks.name())
                 .bind(tickets)
                 .execute(writer)
                 .await
@@ -222,11 +224,12 @@ impl Store {
                 let used = sqlx::query(
                     "delete from apalis.jobs where id = any(array(
                        select id from apalis.jobs
-                       where job_type = $1 and (status in ('Done', 'Killed', 'Failed')
-                         or (status in ('Queued', 'Running') and lock_at < now() - $2 * interval '1 second'))
+                       where job_type in ($1, $2) and (status in ('Done', 'Killed', 'Failed')
+                         or (status in ('Queued', 'Running') and lock_at < now() - $3 * interval '1 second'))
                        limit 1000 for update skip locked))",
                 )
-                .bind(QUEUE)
+                .bind(Queue::Jobs.name())
+                .bind(Queue::Webhooks.name())
                 .bind(tickets);
                 let deleted = on_connection!(self, pool, |connection| used.execute(connection));
                 deleted.map_err(Error::during("delete tickets"))?;

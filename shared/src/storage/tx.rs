@@ -3,7 +3,7 @@
 use super::group_commit::Member;
 use super::macros::lock;
 use super::wakeups::{DELIVER, DIRECTIVE, RING};
-use super::{Db, Error, Result, Store, budget, error};
+use super::{Db, Error, Queue, Result, Store, budget, error};
 use crate::clock::{self, Timestamp};
 use crate::id::{JobId, KeyId};
 use sqlx::sqlite::SqliteConnection;
@@ -96,12 +96,15 @@ impl Tx {
             self.raise_hint(key_id, *priority).await?;
         }
         if self.rings || !ready.is_empty() {
-            self.push_tickets(ready.len().max(1)).await?;
+            self.push_tickets(Queue::Jobs, ready.len().max(1)).await?;
             self.wakes = true;
         }
         for alert in std::mem::take(&mut self.alerts) {
             self.announce_alert(&alert, clock::now()).await?;
             self.alerts.push(alert);
+        }
+        if self.delivers {
+            self.push_tickets(Queue::Webhooks, 1).await?;
         }
         let (rings, delivers) = (self.wakes, self.delivers);
         let Self {
@@ -133,7 +136,9 @@ impl Tx {
             TxDb::Postgres(tx) => {
                 let committed = store.liveness.in_time(tx.commit()).await;
                 committed.map_err(Error::during(error::COMMIT))?;
-                store.notifier.notify(words((rings, delivers), &touched, &directed));
+                store
+                    .notifier
+                    .notify(words((rings, delivers), &touched, &directed));
             }
         }
         alerts.iter().for_each(budget::Alert::log);
@@ -203,7 +208,11 @@ impl Tx {
 }
 
 /// The words of a notification.
-fn words((rings, delivers): (bool, bool), touched: &BTreeSet<JobId>, directed: &BTreeSet<JobId>) -> Vec<String> {
+fn words(
+    (rings, delivers): (bool, bool),
+    touched: &BTreeSet<JobId>,
+    directed: &BTreeSet<JobId>,
+) -> Vec<String> {
     let ring = rings.then(|| RING.to_owned());
     let deliver = delivers.then(|| DELIVER.to_owned());
     let directed = directed.iter().map(|job_id| format!("{DIRECTIVE}{job_id}"));

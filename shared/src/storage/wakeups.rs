@@ -5,7 +5,7 @@
 //! process, and then reads which jobs have new events. Wake-ups may be lost, so everyone who waits also polls every 2 s.
 
 use super::file_changes::FileChanges;
-use super::{Error, LOCK_TIMEOUT, Result, Store};
+use super::{Error, LOCK_TIMEOUT, Queue, Result, Store};
 use crate::id::JobId;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use sqlx::{ConnectOptions, Executor, SqliteConnection};
@@ -45,6 +45,7 @@ struct Hub {
     directives: Topic,
     slots: watch::Sender<()>,
     deliveries: watch::Sender<()>,
+    delivery_tickets: watch::Sender<()>,
 }
 
 /// Those who wait for something about a job.
@@ -125,6 +126,7 @@ impl Wakeups {
             directives: Topic::default(),
             slots: watch::Sender::new(()),
             deliveries: watch::Sender::new(()),
+            delivery_tickets: watch::Sender::new(()),
         });
         let (store, told) = (store.clone(), hub.clone());
         tokio::spawn(async move {
@@ -176,6 +178,11 @@ impl Wakeups {
     pub fn deliveries(&self) -> watch::Receiver<()> {
         self.0.deliveries.subscribe()
     }
+
+    /// Registers for tickets of deliveries: a change means that one may wait.
+    pub fn delivery_tickets(&self) -> watch::Receiver<()> {
+        self.0.delivery_tickets.subscribe()
+    }
 }
 
 impl Hub {
@@ -183,7 +190,12 @@ impl Hub {
         self.jobs.wake_all();
         self.directives.wake_all();
         self.slots.send_replace(());
+        self.deliver();
+    }
+
+    fn deliver(&self) {
         self.deliveries.send_replace(());
+        self.delivery_tickets.send_replace(());
     }
 }
 
@@ -210,7 +222,7 @@ async fn listen_to(store: &Store, pool: &sqlx::PgPool, hub: &Hub) -> Result<()> 
                     } else if let Some(job_id) = word.strip_prefix(DIRECTIVE) {
                         job_id.parse().into_iter().for_each(|id| hub.directives.wake(id));
                     } else if word == DELIVER {
-                        hub.deliveries.send_replace(());
+                        hub.deliver();
                     } else if let Ok(job_id) = word.parse() {
                         hub.jobs.wake(job_id);
                     }
@@ -286,15 +298,20 @@ async fn watch_file(store: &Store, hub: &Hub, every: Duration) -> Result<()> {
             }
         }
         // A look at the tickets costs less than a fetch of the queue library, which writes.
-        let ticket: Option<(i64,)> = sqlx::query_as(
-            "select 1 from Jobs where job_type = $1 and status = 'Pending' and lock_by is null limit 1",
+        let (jobs, webhooks): (bool, bool) = sqlx::query_as(
+            "select exists (select 1 from Jobs where job_type = $1 and status = 'Pending' and lock_by is null),
+               exists (select 1 from Jobs where job_type = $2 and status = 'Pending' and lock_by is null)",
         )
-        .bind(super::QUEUE)
-        .fetch_optional(&mut connection)
+        .bind(Queue::Jobs.name())
+        .bind(Queue::Webhooks.name())
+        .fetch_one(&mut connection)
         .await
         .map_err(Error::during("watch the database"))?;
-        if ticket.is_some() {
+        if jobs {
             hub.slots.send_replace(());
+        }
+        if webhooks {
+            hub.delivery_tickets.send_replace(());
         }
     }
 }
