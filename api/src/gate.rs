@@ -9,6 +9,7 @@ pub mod limits;
 pub mod streams;
 pub mod waits;
 
+use futures_util::future::BoxFuture;
 use http::Method;
 use shared::budget::BudgetStatus;
 use shared::clock::Timestamp;
@@ -136,7 +137,7 @@ pub async fn while_active(
     context: &Context,
     request: &Request,
     caller: &Caller,
-    handling: impl Future<Output = Result<Response, Problem>>,
+    handling: BoxFuture<'_, Result<Response, Problem>>,
 ) -> Result<Response, Problem> {
     if request.method != Method::GET {
         return handling.await;

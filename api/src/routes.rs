@@ -2,6 +2,7 @@
 //! answered, never rejected, so that one route's refusal can't hide another's.
 
 use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use http::{Method, StatusCode};
 use http_body_util::Empty;
 use hyper::body::Bytes;
@@ -78,12 +79,12 @@ macro_rules! route {
                     let admission = gate::admit(&context, &request, METHODS, RULES).await;
                     let handled = async {
                         let caller = admission.caller?;
-                        let handling = $handler(&context, &request, &caller $(, &$param)*);
+                        let handling = $handler(&context, &request, &caller $(, &$param)*).boxed();
                         gate::while_active(&context, &request, &caller, handling).await
                     };
                     (admission.decided, handled.await)
                 };
-                answer(&context, &request, handled).await
+                answer(&context, &request, handled.boxed()).await
             })
             .boxed();
         Route { path: written(stringify!($($part)/ +)), access: Access::Keyed(RULES), filter }
@@ -94,7 +95,7 @@ macro_rules! route {
             .and(warp::ext::get::<Arc<Request>>())
             .then(|context: Context, request: Arc<Request>| async move {
                 let handled = async { (None, $handler(&context, &request).await) };
-                answer(&context, &request, handled).await
+                answer(&context, &request, handled.boxed()).await
             })
             .boxed();
         Route { path: written(stringify!($($part)/ +)), access: Access::Open, filter }
@@ -170,7 +171,8 @@ pub fn app(context: Context) -> App {
     let nothing = warp::ext::get::<Context>()
         .and(warp::ext::get::<Arc<Request>>())
         .then(|context: Context, request: Arc<Request>| async move {
-            answer(&context, &request, async { (None, Err(Problem::NoSuchPath)) }).await
+            let handled = async { (None, Err(Problem::NoSuchPath)) };
+            answer(&context, &request, handled.boxed()).await
         })
         .boxed();
     let routes = table()
@@ -214,11 +216,12 @@ fn written(parts: &str) -> String {
     parts.fold(String::new(), |path, part| path + "/" + part)
 }
 
-/// What a handler makes of the request, as a response: also when it failed, and when it panicked.
+/// What a handler makes of the request, as a response: also when it failed, and when it panicked. Boxed, or the compiler
+/// would make all of this once for each path.
 async fn answer(
     context: &Context,
     request: &Request,
-    handled: impl Future<Output = (Option<Decided>, Result<Response, Problem>)>,
+    handled: BoxFuture<'_, (Option<Decided>, Result<Response, Problem>)>,
 ) -> Response {
     if cors::is_preflight(&request.method, &request.headers) {
         return reply::empty(StatusCode::NO_CONTENT);
