@@ -7,5 +7,9 @@ scripts/install-debian.sh cc bwrap
 [ -n "${CLAUDE_CLI_PATH:-}" ] || scripts/install-claude.sh
 echo "Building …"
 cargo build -p cli
+if [ "${SANDBOX_ENABLED:-true}" = true ]; then
+    . scripts/worker-user.sh
+    CLAUDE_CLI_PATH=$(reachable "${CLAUDE_CLI_PATH:-$PWD/tools/claude/node_modules/.bin/claude}")
+fi
 export CLAUDE_CLI_PATH="${CLAUDE_CLI_PATH:-$PWD/tools/claude/node_modules/.bin/claude}"
 exec cargo run --quiet -p cli -- demo "$@"

@@ -38,14 +38,14 @@ pub(crate) struct Arguments {
     keep: bool,
 }
 
-pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub(crate) async fn run(process: &Vars, arguments: Arguments) -> Result<(), Failure> {
     let began = Instant::now();
     let folder = Folder::create(arguments.keep)?;
     let simulator = Simulator::start((Ipv4Addr::LOCALHOST, 0).into())
         .await
         .map_err(|error| Failure::Other(format!("the simulator can't listen on loopback: {error}")))?;
     let key = format!("demo_{}", Uuid::new_v4().simple());
-    let vars = settings(&folder.0, &simulator.url(), &key)?;
+    let vars = settings(process, &folder.0, &simulator.url(), &key)?;
     telemetry::start(&vars)?;
     let sandbox = vars.flag("SANDBOX_ENABLED", true)?;
     let signals =
@@ -188,8 +188,7 @@ fn indented(text: &str) -> String {
 
 /// The settings of the service: everything in the demo's own directory, on free ports. Only these few variables of this
 /// process are passed on, so that no account is used by accident.
-fn settings(folder: &Path, simulator: &str, key: &str) -> Result<Vars, Failure> {
-    let process = Vars::from_process()?;
+fn settings(process: &Vars, folder: &Path, simulator: &str, key: &str) -> Result<Vars, Failure> {
     let passed_on = |name| process.unlisted(name).unwrap_or_default();
     let database = format!("sqlite://{}", folder.join("claude-queue.db").display());
     // Without the sandbox the worker doesn't let the CLI run commands, so the simulated model doesn't try.

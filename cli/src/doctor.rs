@@ -8,6 +8,7 @@ use shared::disk;
 use shared::env::Vars;
 use shared::storage::{DatabaseUrl, Inspection, inspect};
 use shared::telemetry::chain;
+use worker::account;
 use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
 use worker::gateway::question::Answer;
@@ -193,6 +194,11 @@ async fn messages_api(config: &Config, cli: &Path) -> Finding {
 async fn sandbox(config: &Config, path: Option<&OsStr>) -> Finding {
     if !config.sandbox {
         return Note("SANDBOX_ENABLED=false: the agent has all rights of this user".to_owned());
+    }
+    if config.user.is_none()
+        && let Err(error) = account::refuse_root()
+    {
+        return Bad(error.to_string());
     }
     let runtime = match Runtime::create(config.runtime_dir.as_deref()) {
         Ok(runtime) => runtime,

@@ -29,6 +29,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use shared::env::Vars;
+use worker::account;
 
 use failure::Failure;
 
@@ -98,10 +99,7 @@ fn main() -> ExitCode {
         return worker::guard::main();
     }
     let arguments = Arguments::parse();
-    let ended = tokio::runtime::Runtime::new()
-        .map_err(|error| Failure::Other(format!("no runtime could be started: {error}")))
-        .and_then(|runtime| runtime.block_on(run(arguments.command)));
-    match ended {
+    match start(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if let Some(message) = failure.message() {
@@ -112,13 +110,32 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(command: Command) -> Result<(), Failure> {
+fn start(command: Command) -> Result<(), Failure> {
+    let mut vars = match command {
+        Command::Simulator(_) => Vars::of([]),
+        _ => Vars::from_process()?,
+    };
+    // Before the first thread starts: each has the user that its maker has.
     match command {
-        Command::Demo(arguments) => return demo::run(arguments).await,
+        Command::Up => {
+            let folders = account::folders(&vars)?;
+            account::become_ordinary(&mut vars, &folders)?;
+        }
+        // Its folders are made after that.
+        Command::Demo(_) => account::become_ordinary(&mut vars, &[])?,
+        _ => {}
+    }
+    let runtime = tokio::runtime::Runtime::new()
+        .map_err(|error| Failure::Other(format!("no runtime could be started: {error}")))?;
+    runtime.block_on(run(command, vars))
+}
+
+async fn run(command: Command, vars: Vars) -> Result<(), Failure> {
+    match command {
+        Command::Demo(arguments) => return demo::run(&vars, arguments).await,
         Command::Simulator(arguments) => return simulator_command::run(arguments).await,
         _ => {}
     }
-    let vars = Vars::from_process()?;
     shared::clock::start(&vars);
     match command {
         Command::Up => up::run(&vars).await,

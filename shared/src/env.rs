@@ -128,6 +128,11 @@ impl Vars {
         }
     }
 
+    /// Gives a variable another value than the environment does.
+    pub fn replace(&mut self, name: &str, value: &str) {
+        self.values.insert(name.to_owned(), value.to_owned());
+    }
+
     /// Every variable read so far, with its default ("" = none).
     pub fn asked(&self) -> BTreeMap<&'static str, String> {
         self.asked.borrow().clone()

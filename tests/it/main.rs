@@ -29,6 +29,7 @@ mod receivers;
 mod requests; // What a request may say, and that nothing of it is overheard.
 mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.
+mod sandbox;
 mod spend; // Only the gateway is believed about money and models.
 mod start; // How programs start, and on what they depend.
 mod survivors; // A run that does everything to live on doesn't.

@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, SqliteConnection};
 use tokio::sync::{Mutex, OnceCell};
 
+use crate::account::{Account, is_root};
 use crate::client::PATIENCE;
 use crate::disk::Disk;
 use crate::{paths, processes};
@@ -45,7 +46,11 @@ impl Database {
                     migrate(&file_url(&folder), &folder).expect("the product migrates");
                     folder.join(FILE_NAME)
                 });
-                fs::copy(template.await, folder.join(FILE_NAME)).expect("the template is copied");
+                let file = folder.join(FILE_NAME);
+                fs::copy(template.await, &file).expect("the template is copied");
+                if let Some(account) = Account::of_product() {
+                    account.own(&file).expect("the copy is ours");
+                }
                 file_url(folder)
             }
             Db::Postgres => cluster().await.fresh().await,
@@ -205,13 +210,6 @@ pub struct Cluster {
     template: OnceCell<()>,
 }
 
-/// The user that PostgreSQL runs as when the tests run as root.
-#[derive(Clone, Copy, Debug)]
-struct Account {
-    uid: u32,
-    gid: u32,
-}
-
 const TEMPLATE: &str = "migrated";
 
 const FILE_NAME: &str = "claude-queue.db";
@@ -238,8 +236,9 @@ impl Cluster {
         let account = account()?;
         let folder = paths::folder('p');
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o711)).map_err(|error| error.to_string())?;
-        if let Some(Account { uid, gid }) = account {
-            chown(&folder, Some(uid), Some(gid))
+        if let Some(account) = account {
+            account
+                .own(&folder)
                 .map_err(|error| format!("chown {}: {error}", folder.display()))?;
         }
         let cluster = Self {
@@ -401,17 +400,7 @@ impl Cluster {
         if !words.is_empty() {
             words.push(self.folder.clone().into());
         }
-        if let Some(Account { uid, gid }) = self.account {
-            words.extend(
-                [
-                    "setpriv".to_owned(),
-                    format!("--reuid={uid}"),
-                    format!("--regid={gid}"),
-                ]
-                .map(Into::into),
-            );
-            words.extend(["--clear-groups", "--"].map(Into::into));
-        }
+        words.extend(self.account.map(Account::words).unwrap_or_default());
         words.push(program.into());
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
@@ -490,22 +479,11 @@ fn programs() -> Result<PathBuf, String> {
 }
 
 fn account() -> Result<Option<Account>, String> {
-    if !rustix::process::geteuid().is_root() {
+    if !is_root() {
         return Ok(None);
     }
-    let users = fs::read_to_string("/etc/passwd").map_err(|error| format!("/etc/passwd: {error}"))?;
-    let find = |name: &str| {
-        users.lines().find_map(|line| {
-            let mut fields = line.split(':');
-            (fields.next() == Some(name)).then_some(())?;
-            Some(Account {
-                uid: fields.nth(1)?.parse().ok()?,
-                gid: fields.next()?.parse().ok()?,
-            })
-        })
-    };
-    find("postgres")
-        .or_else(|| find("nobody"))
+    Account::find("postgres")
+        .or_else(|| Account::find("nobody"))
         .map(Some)
         .ok_or_else(|| "initdb refuses root, and there is neither a user postgres nor nobody".to_owned())
 }

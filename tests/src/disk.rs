@@ -6,6 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use crate::account::is_root;
 use crate::paths;
 
 /// A file system of a few megabytes that only processes started with [`Disk::enter`] see at its path.
@@ -108,8 +109,4 @@ impl Drop for Disk {
         let _ = self.holder.kill();
         let _ = self.holder.wait();
     }
-}
-
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
 }

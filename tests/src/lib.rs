@@ -1,7 +1,8 @@
 //! What a test may use. [`system`] starts the real binaries on a fresh [`database`], behind a [`proxy`], or on a small
 //! [`disk`]; [`client`] speaks HTTP to them; [`script`] tells the scripted CLI what to do, and [`trace`] what its runs did. [`paths`] and [`processes`] see to it
-//! that nothing is left behind.
+//! that nothing is left behind, [`account`] that nothing runs as root.
 
+pub mod account;
 pub mod client;
 pub mod database;
 pub mod disk;

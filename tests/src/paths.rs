@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::account::Account;
 use crate::processes;
 
 /// The environment variable that every process of a test carries; its value is the folder of its system.
@@ -45,6 +46,9 @@ pub fn folder(kind: char) -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(1);
     let folder = root().join(format!("{kind}{:04}", COUNT.fetch_add(1, Ordering::Relaxed)));
     fs::create_dir(&folder).expect("a new folder under the root");
+    if let Some(account) = Account::of_product() {
+        account.own(&folder).expect("the folder is ours");
+    }
     folder
 }
 
@@ -74,7 +78,15 @@ pub fn binary(name: &str) -> PathBuf {
         "{} is missing: the tests start the real binaries; run `make test`, or `cargo build --bins` first",
         path.display()
     );
-    path
+    reachable(path)
+}
+
+/// A program where the product's user can start it.
+pub fn reachable(program: PathBuf) -> PathBuf {
+    match Account::of_product() {
+        Some(account) => account.reachable(program, root()),
+        None => program,
+    }
 }
 
 /// A shell script as a program of this name, for a CLI that doesn't even start to be one. Another process writes it: a
@@ -102,7 +114,7 @@ pub fn repository() -> &'static Path {
 }
 
 fn keep(root: &Path) {
-    let reaper = Command::new(binary("reaper"))
+    let reaper = Command::new(binaries().join("reaper"))
         .arg(root)
         .env_clear()
         .current_dir("/")

@@ -2,6 +2,7 @@
 //! outside. A dropped system ends its processes and fails the test when one of them left a process behind or wrote
 //! a secret into its log; when the test failed, it shows what the processes wrote.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -12,6 +13,7 @@ use simulator::Simulator;
 use sqlx::Connection as _;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::account::Account;
 use crate::client::{Client, PATIENCE};
 use crate::database::{Database, Db};
 use crate::disk::Disk;
@@ -44,6 +46,7 @@ pub struct Builder {
     cli: Cli,
     sandbox: bool,
     stepped_clock: bool,
+    root: bool,
     enter: Vec<String>,
     env: Vec<(String, String)>,
 }
@@ -120,6 +123,13 @@ impl Builder {
         self
     }
 
+    /// All processes start as the tests' own user, which may be root.
+    #[must_use]
+    pub fn as_root(mut self) -> Self {
+        self.root = true;
+        self
+    }
+
     /// With a clock that [`System::step_clock`] can step.
     #[must_use]
     pub fn stepped_clock(mut self) -> Self {
@@ -130,8 +140,12 @@ impl Builder {
     /// Starts everything and waits until it is ready.
     pub async fn start(self) -> System {
         let folder = paths::folder('s');
+        let account = Account::of_product().filter(|_| !self.root);
         for name in ["data", "home", "run", "tmp"] {
             fs::create_dir(folder.join(name)).expect("a new folder");
+            if let Some(account) = account {
+                account.own(&folder.join(name)).expect("the folder is ours");
+            }
         }
         let database = match self.database {
             Some(database) => database,
@@ -195,6 +209,7 @@ impl Builder {
             folder,
             database,
             enter: self.enter,
+            account,
             env,
             simulator,
             _real: real,
@@ -232,6 +247,7 @@ pub struct System {
     folder: PathBuf,
     database: Database,
     enter: Vec<String>,
+    account: Option<Account>,
     env: Vec<(String, String)>,
     simulator: Option<Simulator>,
     _real: Option<SemaphorePermit<'static>>,
@@ -249,6 +265,7 @@ impl System {
             cli: Cli::Fake,
             sandbox: true,
             stepped_clock: false,
+            root: false,
             enter: Vec::new(),
             env: Vec::new(),
         }
@@ -453,6 +470,7 @@ impl System {
         };
         let mut process = Process::new(kind, index + 1, &self.folder, &self.env);
         process.enter.clone_from(&self.enter);
+        process.account = self.account;
         process.start().await;
         match kind {
             Kind::Worker => self.workers.push(process),
@@ -549,6 +567,8 @@ pub struct Process {
     folder: PathBuf,
     /// What stands before its working directory and command line, to have it run elsewhere.
     enter: Vec<String>,
+    /// The user that it runs as, unless the tests' own.
+    account: Option<Account>,
     env: Vec<(String, String)>,
     child: Option<Child>,
     /// How much of standard output belongs to earlier starts.
@@ -569,6 +589,7 @@ impl Process {
             name,
             folder,
             enter: Vec::new(),
+            account: None,
             env,
             child: None,
             old: 0,
@@ -598,15 +619,14 @@ impl Process {
                 .open(path)
                 .expect("a log file")
         };
-        let binary = paths::binary(program);
-        let mut command = match self.enter.split_first() {
-            None => Command::new(binary),
-            Some((first, more)) => {
-                let mut command = Command::new(first);
-                command.args(more).arg(&self.folder).arg(binary);
-                command
-            }
-        };
+        let mut words: Vec<OsString> = self.enter.iter().map(Into::into).collect();
+        if !words.is_empty() {
+            words.push(self.folder.clone().into());
+        }
+        words.extend(self.account.map(Account::words).unwrap_or_default());
+        words.push(paths::binary(program).into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
         let child = command
             .args(arguments)
             .env_clear()
@@ -797,6 +817,9 @@ pub async fn run(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> Finish
 pub fn command(name: &str, arguments: &[&str], env: &[(&str, &str)]) -> tokio::process::Command {
     let folder = paths::folder('r');
     let mut command = tokio::process::Command::new(paths::binary(name));
+    if let Some(account) = Account::of_product() {
+        command.uid(account.uid).gid(account.gid);
+    }
     command
         .args(arguments)
         .env_clear()
@@ -815,10 +838,11 @@ pub fn real_claude() -> PathBuf {
     let link = paths::repository().join("tools/claude/node_modules/.bin/claude");
     // The link leads to the native binary, which a sandbox can be given as the one file that it is.
     let binary = fs::canonicalize(&link);
-    binary.unwrap_or_else(|error| {
+    let binary = binary.unwrap_or_else(|error| {
         panic!(
             "the real Claude CLI isn't there: run `make test`, or scripts/install-claude.sh ({}: {error})",
             link.display()
         )
-    })
+    });
+    paths::reachable(binary)
 }

@@ -50,6 +50,8 @@ pub struct Config {
     pub backoff: Backoff,
     /// Whether runs are isolated. `SANDBOX_ENABLED`, true.
     pub sandbox: bool,
+    /// The ordinary user that the worker becomes if root starts it. `WORKER_USER`, none.
+    pub user: Option<String>,
     /// Memory that the processes of a run may hold together, in bytes. `RUN_MEMORY_MB`, none.
     pub run_memory: Option<u64>,
     /// What models cost. `PRICES_FILE`, the table that the program brings along.
@@ -224,6 +226,7 @@ impl Config {
                 most: vars.number("CLAUDE_RETRY_MAX_DELAY", 300.0, 0.01, 86_400.0)?,
             },
             sandbox,
+            user: vars.text("WORKER_USER")?,
             run_memory: run_memory(vars)?,
             prices: Arc::new(prices(vars)?),
             claude: Claude::from_vars(vars, sandbox)?,

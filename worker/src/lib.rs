@@ -2,6 +2,7 @@
 //!
 //! Start reading at [`queues`] (what wakes a slot), then [`run_job`] (the life of one run, top to bottom).
 
+pub mod account;
 mod api_watch;
 pub mod claude;
 pub mod config;
@@ -78,6 +79,9 @@ pub async fn run(
     let deliverer = deliverer(&config, &store, &wakeups, &shutdown);
     if !config.queues.jobs {
         return deliver_only(deliverer, ready).await;
+    }
+    if config.sandbox {
+        account::refuse_root()?;
     }
     // Absolute, since a run starts in a folder of its own.
     config.data_dir = bind_data_dir(&config.data_dir, &store).await?;

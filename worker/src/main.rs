@@ -9,7 +9,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use worker::{Config, Error};
+use worker::{Config, Error, account};
 
 /// How long what is still open may take to close when everything else has ended.
 const CLOSE: Duration = Duration::from_secs(2);
@@ -29,16 +29,7 @@ fn main() -> ExitCode {
         return worker::guard::main();
     }
     let Arguments {} = clap::Parser::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let ended = match runtime {
-        Ok(runtime) => {
-            let ended = runtime.block_on(serve());
-            runtime.shutdown_timeout(CLOSE);
-            ended
-        }
-        Err(error) => Err(Error::Threads(error)),
-    };
-    match ended {
+    match start() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(
@@ -51,8 +42,21 @@ fn main() -> ExitCode {
     }
 }
 
-async fn serve() -> Result<(), Error> {
-    let vars = Vars::from_process()?;
+/// Becomes the user that runs jobs, then starts the threads: each has the user that its maker has.
+fn start() -> Result<(), Error> {
+    let mut vars = Vars::from_process()?;
+    let folders = account::folders(&vars)?;
+    account::become_ordinary(&mut vars, &folders)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Threads)?;
+    let ended = runtime.block_on(serve(vars));
+    runtime.shutdown_timeout(CLOSE);
+    ended
+}
+
+async fn serve(vars: Vars) -> Result<(), Error> {
     telemetry::start(&vars)?;
     clock::start(&vars);
     let config = Config::from_vars(&vars)?;

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use shared::id::{JobId, SessionId};
 use uuid::Uuid;
 
+use crate::account::may_write;
+
 /// The directories of a session, or of a job without a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Folders {
@@ -203,11 +205,14 @@ pub struct Runtime {
 
 impl Runtime {
     /// Creates `<base>/claude-queue-<pid>-<8 hex digits>` and removes those of processes that have ended. `base` is
-    /// `XDG_RUNTIME_DIR`, or `/tmp` if it is unset, not a directory, or too long. Fails if the directory can't be created
+    /// `XDG_RUNTIME_DIR`, or `/tmp` if it is unset, not a directory of this user's, or too long. Fails if the directory can't be created
     /// or locked.
     pub fn create(base: Option<&Path>) -> io::Result<Self> {
         let fits = |base: &&Path| {
-            base.is_absolute() && base.is_dir() && base.as_os_str().len() + 34 <= MAX_RUNTIME_PATH
+            base.is_absolute()
+                && base.is_dir()
+                && base.as_os_str().len() + 34 <= MAX_RUNTIME_PATH
+                && may_write(base)
         };
         let base = base.filter(fits).unwrap_or(Path::new("/tmp"));
         remove_leftovers(base);

@@ -264,8 +264,9 @@ fn remedy(setting: impl Fn(&str) -> Option<String>) -> &'static str {
     } else if is("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
         "give bwrap an AppArmor profile with `userns`, or sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
     } else {
-        "it needs user namespaces; a container must allow them (Docker: --security-opt seccomp=unconfined \
-         --security-opt apparmor=unconfined --security-opt systempaths=unconfined)"
+        "it needs user namespaces; a container must allow them, and then run as an ordinary user, never as root \
+         (Docker: --user 1000:1000 --security-opt seccomp=unconfined --security-opt apparmor=unconfined \
+         --security-opt systempaths=unconfined; the last one lets root in the container write the host's /proc/sys)"
     }
 }
 
@@ -286,7 +287,14 @@ impl Bubblewrap {
         ]));
         args.extend(strings(&["--cap-drop", "ALL", "--hostname", "job"]));
         args.extend(self.system.iter().cloned());
-        args.extend(strings(&["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]));
+        args.extend(strings(&[
+            "--proc",
+            "/proc",
+            "--ro-bind",
+            "/proc/sys",
+            "/proc/sys",
+        ]));
+        args.extend(strings(&["--dev", "/dev", "--tmpfs", "/tmp"]));
         let mut bind = |how: &str, from: &Path, to: &str| {
             args.extend([how.to_owned(), text(from), to.to_owned()]);
         };
@@ -340,7 +348,7 @@ mod tests {
         let line = command.args.join(" ");
         let expected = "--unshare-user --uid 1000 --gid 1000 --unshare-pid --unshare-ipc --unshare-net --unshare-uts \
             --unshare-cgroup-try --die-with-parent --new-session --cap-drop ALL --hostname job --ro-bind /usr /usr \
-            --proc /proc --dev /dev --tmpfs /tmp --bind /data/jobs/job_1/home /home/agent \
+            --proc /proc --ro-bind /proc/sys /proc/sys --dev /dev --tmpfs /tmp --bind /data/jobs/job_1/home /home/agent \
             --bind /data/jobs/job_1/workspace /workspace --ro-bind /srv/claude /opt/claude \
             --ro-bind /tmp/cq/1/gateway.sock /run/gateway.sock --ro-bind /tmp/cq/1/system-prompt /run/system-prompt \
             --remount-ro / --chdir /workspace -- /opt/claude -p --verbose";
