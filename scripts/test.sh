@@ -18,6 +18,8 @@ scripts/install-python.sh
 scripts/install-node.sh
 step "format"
 cargo fmt --check
+step "supply chain"
+scripts/deny.sh
 step "lints"
 cargo clippy --workspace --all-targets -- -D warnings
 # Programs and tests in one go: asked for apart, they differ in the features of libraries, and each library that has
