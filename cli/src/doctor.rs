@@ -4,10 +4,10 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::Path;
 
-use shared::disk;
 use shared::env::Vars;
 use shared::storage::{DatabaseUrl, Inspection, inspect};
 use shared::telemetry::chain;
+use shared::{disk, permissions};
 use worker::account;
 use worker::claude::{program, sandbox};
 use worker::gateway::credentials::Credentials;
@@ -32,7 +32,15 @@ enum Finding {
 
 use Finding::{Bad, Good, Note};
 
-pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
+/// Options of the check.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Close files and folders of the service that other users of this machine may open
+    #[arg(long)]
+    fix: bool,
+}
+
+pub(crate) async fn run(vars: &Vars, arguments: &Arguments) -> Result<(), Failure> {
     let mut bad = 0;
     let mut tell = |name: &str, finding: Finding| {
         let (mark, text) = match finding {
@@ -62,6 +70,7 @@ pub(crate) async fn run(vars: &Vars) -> Result<(), Failure> {
     if let Some(config) = &config {
         let path = config.path.as_ref().map(OsString::from);
         tell("data", data_folder(&config.data_dir));
+        tell("modes", modes(vars, &config.data_dir, arguments.fix));
         match program::find_cli(config.claude.cli.as_deref(), path.as_deref()) {
             Ok(cli) => {
                 tell("claude", claude(&cli).await);
@@ -152,6 +161,33 @@ fn data_folder(folder: &Path) -> Finding {
         }
         Ok(()) => Good(format!("{} can be written", folder.display())),
         Err(error) => Bad(format!("DATA_DIR {} can't be written: {error}", folder.display())),
+    }
+}
+
+/// Whether other users of this machine may open what the service keeps.
+fn modes(vars: &Vars, data_dir: &Path, fix: bool) -> Finding {
+    let database = match DatabaseUrl::from_vars(vars) {
+        Ok(DatabaseUrl::Sqlite(file)) => Some(file),
+        _ => None,
+    };
+    let open = permissions::open_to_others(data_dir, database.as_deref());
+    let Some(first) = open.first() else {
+        return Good("the service's files are for its user only".to_owned());
+    };
+    let (count, first) = (open.len(), first.display());
+    if !fix {
+        return Note(format!(
+            "other users may open {count} files and folders of the service, {first} among them; `claude-queue doctor \
+             --fix` closes them"
+        ));
+    }
+    match permissions::close_to_others(&open) {
+        Ok(()) => Good(format!(
+            "closed {count} files and folders to other users, {first} among them"
+        )),
+        Err(error) => Bad(format!(
+            "{first} and others are open to other users, and can't be closed: {error}"
+        )),
     }
 }
 

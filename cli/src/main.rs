@@ -64,7 +64,7 @@ enum Command {
     /// Migrate the database to this version's schema (the services do so at start)
     Migrate,
     /// Check what the service needs on this machine, and say how to fix what is missing
-    Doctor,
+    Doctor(doctor::Arguments),
     /// Simulate the Anthropic API on loopback, for tests without an account
     Simulator(simulator_command::Arguments),
     /// Submit a job and print its id
@@ -140,7 +140,7 @@ async fn run(command: Command, vars: Vars) -> Result<(), Failure> {
     match command {
         Command::Up => up::run(&vars).await,
         Command::Migrate => migrate::run(&vars).await,
-        Command::Doctor => doctor::run(&vars).await,
+        Command::Doctor(arguments) => doctor::run(&vars, &arguments).await,
         Command::Submit(arguments) => submit::run(&vars, arguments).await,
         Command::Wait(arguments) => wait::run(&vars, arguments).await,
         Command::Logs(arguments) => logs::run(&vars, arguments).await,

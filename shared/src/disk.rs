@@ -1,4 +1,4 @@
-//! Checks whether a directory can be written. A full or read-only disk can still be read.
+//! Checks whether a directory can be written, and how much room there is. A full or read-only disk can still be read.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -14,6 +14,22 @@ pub fn try_to_write(directory: &Path) -> io::Result<()> {
     // Removed before it is written, so that a kill leaves no file either.
     fs::remove_file(&path)?;
     file.write_all(&SAMPLE)
+}
+
+/// The bytes that this user may still write where the file or folder is, or its folder. Blocks.
+pub fn free(path: &Path) -> io::Result<u64> {
+    let there = if path.exists() {
+        path
+    } else {
+        path.parent().unwrap_or(path)
+    };
+    let there = if there.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        there
+    };
+    let found = rustix::fs::statvfs(there)?;
+    Ok(found.f_bavail * found.f_frsize)
 }
 
 #[cfg(test)]

@@ -10,12 +10,14 @@
 //! before all of them but the claim lock, the shared lock of a lane before a group.
 
 mod audit;
+mod ballast;
 mod budget;
 mod claim;
 mod columns;
 mod connect;
 mod delivery;
 mod endpoint;
+mod erase;
 mod error;
 mod event;
 mod file_changes;

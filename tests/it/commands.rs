@@ -387,6 +387,28 @@ async fn the_doctor_says_what_is_missing() {
     }
     assert!(!well.stdout.contains("BAD") && !well.stdout.contains(KEYS[0]));
 
+    // As an older release left it.
+    std::fs::create_dir(&data).unwrap();
+    std::fs::set_permissions(&data, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    if let Some(account) = tests::account::Account::of_product() {
+        account.own(&data).unwrap();
+    }
+    let open = run(CLAUDE_QUEUE, &["doctor"], &env).await;
+    assert!(
+        open.stdout.contains("note  modes") && open.stdout.contains("--fix"),
+        "{open:#?}"
+    );
+    let fixed = run(CLAUDE_QUEUE, &["doctor", "--fix"], &env).await;
+    assert!(
+        fixed.stdout.contains("ok    modes       closed 1 files"),
+        "{fixed:#?}"
+    );
+    let closed = run(CLAUDE_QUEUE, &["doctor"], &env).await;
+    assert!(
+        closed.stdout.contains("ok    modes       the service's"),
+        "{closed:#?}"
+    );
+
     env.retain(|(name, _)| !matches!(*name, "CLAUDE_CLI_PATH" | "DATA_DIR"));
     env.push(("CLAUDE_CLI_PATH", "/nowhere/claude"));
     env.push(("DATA_DIR", "/proc/nowhere"));

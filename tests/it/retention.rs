@@ -182,6 +182,9 @@ async fn backlog(system: &System, count: usize, files: usize) -> Vec<PathBuf> {
             fs::write(deep.join("file"), "old").unwrap();
         }
     }
+    if let Some(account) = tests::account::Account::of_product() {
+        account.own_all(&system.folder().join("data"));
+    }
     folders
 }
 

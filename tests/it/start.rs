@@ -266,6 +266,9 @@ fn project(env: &str) -> (PathBuf, PathBuf) {
     let folder = paths::folder('d');
     let sub = folder.join("sub");
     fs::create_dir(&sub).unwrap();
+    if let Some(account) = tests::account::Account::of_product() {
+        account.own(&sub).unwrap();
+    }
     fs::write(folder.join(".env"), env).unwrap();
     (folder, sub)
 }

@@ -44,6 +44,20 @@ impl Account {
         )?)
     }
 
+    /// Gives a folder with all that is in it to this user.
+    pub fn own_all(self, folder: &Path) {
+        let user = format!("{}:{}", self.uid, self.gid);
+        let given = std::process::Command::new("chown")
+            .args(["-R", &user])
+            .arg(folder)
+            .status();
+        assert!(
+            given.is_ok_and(|status| status.success()),
+            "{} can't be given away",
+            folder.display()
+        );
+    }
+
     /// What stands before a command line to have it run as this user.
     pub fn words(self) -> Vec<OsString> {
         let words = [

@@ -46,7 +46,8 @@ pub struct Builder {
     cli: Cli,
     sandbox: bool,
     stepped_clock: bool,
-    root: bool,
+    /// The user that the processes run as, unless the tests' own.
+    account: Option<Account>,
     enter: Vec<String>,
     env: Vec<(String, String)>,
 }
@@ -126,7 +127,7 @@ impl Builder {
     /// All processes start as the tests' own user, which may be root.
     #[must_use]
     pub fn as_root(mut self) -> Self {
-        self.root = true;
+        self.account = None;
         self
     }
 
@@ -140,7 +141,7 @@ impl Builder {
     /// Starts everything and waits until it is ready.
     pub async fn start(self) -> System {
         let folder = paths::folder('s');
-        let account = Account::of_product().filter(|_| !self.root);
+        let account = self.account;
         for name in ["data", "home", "run", "tmp"] {
             fs::create_dir(folder.join(name)).expect("a new folder");
             if let Some(account) = account {
@@ -174,6 +175,8 @@ impl Builder {
                 "SECRET_KEY",
                 "kit-secret-key-which-is-long-enough-0123456789".to_owned(),
             ),
+            // A test's disk is small.
+            ("DISK_FLOOR_MB", "0".to_owned()),
             ("RATE_LIMIT_REQUESTS", "1000000".to_owned()),
             ("RATE_LIMIT_READ_REQUESTS", "1000000".to_owned()),
             (
@@ -265,7 +268,7 @@ impl System {
             cli: Cli::Fake,
             sandbox: true,
             stepped_clock: false,
-            root: false,
+            account: Account::of_product(),
             enter: Vec::new(),
             env: Vec::new(),
         }

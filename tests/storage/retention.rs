@@ -12,6 +12,36 @@ tests::both!(
     all_who_remove_at_once_get_the_same_answer
 );
 
+tests::once!(removed_text_leaves_the_files_of_a_sqlite_database);
+
+async fn removed_text_leaves_the_files_of_a_sqlite_database() {
+    const WORD: &str = "xylophone-4711-";
+    let world = World::new(Db::Sqlite).await;
+    let key = world.key("a", 1).await;
+    let mut new = job(&key);
+    // Longer than a page.
+    new.message = WORD.repeat(2_000);
+    let stored = world.submit(new).await;
+    let lease = world.claim_job(&stored).await;
+    world.finish(&lease, Ending::Done).await;
+    let file = world.store.file().unwrap();
+    let holds = || {
+        ["", "-wal"].map(|ending| {
+            let file = format!("{}{ending}", file.display());
+            let bytes = std::fs::read(file).unwrap_or_default();
+            bytes.windows(WORD.len()).any(|part| part == WORD.as_bytes())
+        })
+    };
+    world.store.erase_deleted().await.unwrap();
+    assert_eq!(holds(), [true, false]);
+
+    let removed = world.store.remove_data(stored.job_id, Workspace::Gone).await;
+    assert_eq!(removed.unwrap(), Removal::Removed);
+    world.store.erase_deleted().await.unwrap();
+
+    assert_eq!(holds(), [false, false]);
+}
+
 /// A job that ended at this second.
 async fn ended(world: &World, key: &shared::id::KeyId, second: u64) -> Job {
     let stored = world.submit(job(key)).await;

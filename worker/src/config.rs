@@ -52,8 +52,13 @@ pub struct Config {
     pub sandbox: bool,
     /// The ordinary user that the worker becomes if root starts it. `WORKER_USER`, none.
     pub user: Option<String>,
-    /// Memory that the processes of a run may hold together, in bytes. `RUN_MEMORY_MB`, none.
+    /// Memory that a run may hold, with its temporary files, in bytes. `RUN_MEMORY_MB`, default: a quarter of the
+    /// machine's, divided by the slots, at least 1024; 0 for no limit.
     pub run_memory: Option<u64>,
+    /// What a run may use of the disk, in bytes. `RUN_DISK_MB`, 10240; 0 for no limit.
+    pub run_disk: Option<u64>,
+    /// With less room than this, in bytes, no run starts, and the largest one ends. `DISK_FLOOR_MB`, 1024.
+    pub disk_floor: u64,
     /// What models cost. `PRICES_FILE`, the table that the program brings along.
     pub prices: Arc<Prices>,
     /// How the CLI is run.
@@ -193,6 +198,8 @@ impl Config {
             }
         }
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let cores = u32::try_from(cores).unwrap_or(2);
+        let concurrency = number(vars, "WORKER_CONCURRENCY", cores, 1, 1000)?;
         let sandbox = vars.flag("SANDBOX_ENABLED", true)?;
         if vars.or("SANDBOX_NETWORK", "none")? != "none" {
             let accepted = "none; to give runs a network, set SANDBOX_ENABLED=false on a machine that is a sandbox itself";
@@ -204,13 +211,7 @@ impl Config {
         }
         Ok(Self {
             data_dir: vars.resolve("DATA_DIR", vars.or("DATA_DIR", "./data")?.into()),
-            concurrency: number(
-                vars,
-                "WORKER_CONCURRENCY",
-                u32::try_from(cores).unwrap_or(2),
-                1,
-                1000,
-            )?,
+            concurrency,
             lease: seconds(vars, "LEASE_SECONDS", 30, 2, 3600)?,
             drain: vars.drain()?,
             first_output: seconds(vars, "JOB_FIRST_OUTPUT_SECONDS", 120, 1, 86_400)?,
@@ -227,7 +228,9 @@ impl Config {
             },
             sandbox,
             user: vars.text("WORKER_USER")?,
-            run_memory: run_memory(vars)?,
+            run_memory: run_memory(vars, concurrency)?,
+            run_disk: run_disk(vars)?,
+            disk_floor: vars.number("DISK_FLOOR_MB", 1024_u64, 0, 1024 * 1024)? << 20,
             prices: Arc::new(prices(vars)?),
             claude: Claude::from_vars(vars, sandbox)?,
             anthropic: Anthropic::from_vars(vars)?,
@@ -310,8 +313,11 @@ fn seconds(vars: &Vars, name: &'static str, default: u64, low: u64, high: u64) -
 }
 
 /// The CLI alone takes most of the least limit.
-fn run_memory(vars: &Vars) -> Result<Option<u64>, Error> {
-    let megabytes = vars.number("RUN_MEMORY_MB", 0_u64, 0, 1024 * 1024)?;
+fn run_memory(vars: &Vars, slots: u32) -> Result<Option<u64>, Error> {
+    let default = share_of_memory(machine_memory(), slots);
+    // The default is this machine's, too.
+    let megabytes = number(vars, "RUN_MEMORY_MB", default, 0, 1024 * 1024)?;
+    let megabytes = u64::from(megabytes);
     if (1..256).contains(&megabytes) {
         return Err(Error::new(
             "RUN_MEMORY_MB",
@@ -320,6 +326,26 @@ fn run_memory(vars: &Vars) -> Result<Option<u64>, Error> {
         ));
     }
     Ok((megabytes > 0).then_some(megabytes * 1024 * 1024))
+}
+
+fn run_disk(vars: &Vars) -> Result<Option<u64>, Error> {
+    let megabytes = vars.number("RUN_DISK_MB", 10_240_u64, 0, 1024 * 1024 * 1024)?;
+    Ok((megabytes > 0).then_some(megabytes << 20))
+}
+
+/// What a run may have if nobody says, in MiB.
+fn share_of_memory(bytes: u64, slots: u32) -> u32 {
+    let share = (bytes >> 20) / 4 / u64::from(slots.max(1));
+    u32::try_from(share).unwrap_or(u32::MAX).clamp(1024, 1024 * 1024)
+}
+
+/// The memory of this machine, or of the container that this is, in bytes.
+fn machine_memory() -> u64 {
+    let system = rustix::system::sysinfo();
+    let machine = system.totalram * u64::from(system.mem_unit);
+    let container = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let container = container.and_then(|text| text.trim().parse().ok());
+    machine.min(container.unwrap_or(u64::MAX))
 }
 
 /// The table of prices that is in force.
@@ -356,7 +382,10 @@ mod tests {
     fn a_limit_on_memory_leaves_room_for_the_cli() {
         let memory =
             |text| Config::from_vars(&Vars::of([("RUN_MEMORY_MB", text)])).map(|config| config.run_memory);
-        assert_eq!(Config::from_vars(&Vars::of([])).unwrap().run_memory, None);
+        let default = Config::from_vars(&Vars::of([])).unwrap().run_memory.unwrap();
+        assert!(default >= 1 << 30);
+        assert_eq!(share_of_memory(64 << 30, 4), 4096);
+        assert_eq!(share_of_memory(8 << 30, 8), 1024);
         assert_eq!(memory("0").unwrap(), None);
         assert_eq!(memory("256").unwrap(), Some(256 * 1024 * 1024));
         for text in ["1", "255", "-1", "much"] {

@@ -2,6 +2,7 @@
 
 use crate::claude::sandbox::Isolation;
 use crate::config::Config;
+use crate::disk_use::DiskUse;
 use crate::gateway::Upstream;
 use crate::gateway::credentials::Credentials;
 use crate::pause::Pause;
@@ -43,6 +44,8 @@ pub struct Context {
     pub claiming: tokio::sync::Mutex<()>,
     /// The runs that it holds.
     pub leases: Leases,
+    /// What its runs use of the disk.
+    pub disk_use: DiskUse,
     /// The slots that are taken.
     pub busy: tokio_util::task::TaskTracker,
     /// Whether this worker may begin runs.

@@ -11,7 +11,15 @@ use tracing::{info, warn};
 pub(crate) async fn check(ctx: &Context) -> bool {
     let data = ctx.config.data_dir.clone();
     let sockets = ctx.runtime.path().to_owned();
-    let looked = tokio::task::spawn_blocking(move || look(&data, &sockets)).await;
+    let (floor, store) = (ctx.config.disk_floor, ctx.store.clone());
+    let looked = tokio::task::spawn_blocking(move || {
+        let problem = look(&data, &sockets, floor);
+        if problem.is_none() {
+            store.make_ballast();
+        }
+        problem
+    })
+    .await;
     let problem = looked.unwrap_or_else(|error| Some(error.to_string()));
     let room = problem.is_none();
     if ctx.pause.for_room(problem.as_deref()) {
@@ -25,11 +33,18 @@ pub(crate) async fn check(ctx: &Context) -> bool {
 }
 
 /// What is wrong, in words.
-fn look(data: &Path, sockets: &Path) -> Option<String> {
+fn look(data: &Path, sockets: &Path, floor: u64) -> Option<String> {
     for (name, folder) in [("DATA_DIR", data), ("the folder for sockets", sockets)] {
         if let Err(error) = disk::try_to_write(folder) {
             return Some(format!("{name} can't be written: {error}."));
         }
+    }
+    let free = disk::free(data).unwrap_or(u64::MAX);
+    if free < floor {
+        let (free, floor) = (free >> 20, floor >> 20);
+        return Some(format!(
+            "DATA_DIR has {free} MiB left, less than DISK_FLOOR_MB ({floor})."
+        ));
     }
     None
 }

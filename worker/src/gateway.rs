@@ -16,6 +16,7 @@ pub mod upstream;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -146,7 +147,13 @@ impl Gateway {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let listener = UnixListener::bind(socket)?;
+        // The run sees the path in /proc/net/unix, so it is given relative to the open folder.
+        let folder = std::fs::File::open(socket.parent().unwrap_or(Path::new(".")))?;
+        let name = socket.file_name().unwrap_or_default();
+        let shown = Path::new("/proc/self/fd")
+            .join(folder.as_raw_fd().to_string())
+            .join(name);
+        let listener = UnixListener::bind(shown)?;
         std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
         let run = Arc::new(Run {
             credentials,

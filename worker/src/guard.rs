@@ -8,6 +8,7 @@
 pub mod cgroup;
 pub mod orphans;
 pub(crate) mod protocol;
+mod setup;
 pub(crate) mod tree;
 
 use std::io::{self, Write as _};
@@ -25,6 +26,8 @@ use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 
 use cgroup::Cgroup;
 use protocol::{EndedBy, GuardCommand, MonotonicTime, Report, StartCommand};
+
+pub use setup::Setup;
 
 pub use orphans::{kill_orphans, kill_stale_runs, marker};
 
@@ -44,6 +47,9 @@ const LAST_BEAT_TIMEOUT: Duration = Duration::from_millis(20);
 /// while another is moved, so it isn't done while the run starts; and no run does anything yet that the guard alone
 /// couldn't end.
 const CGROUP_DELAY: Duration = Duration::from_millis(100);
+
+/// Processes and threads that a run in the sandbox may have at once.
+const MAX_THREADS: u64 = 4096;
 
 /// Added to the out-of-memory score of a run, so that a machine without memory loses a run and not its worker.
 const OOM_SCORE: &str = "500";
@@ -115,8 +121,30 @@ fn guard(socket: &Path) -> io::Result<()> {
 /// Starts the main process of the run on the guard's own standard streams and lets go of these.
 #[expect(clippy::disallowed_methods, reason = "the one program that a guard starts")]
 fn start(run: &StartCommand) -> io::Result<i32> {
+    let sandbox = run.setup.as_ref().map(Setup::open).transpose()?;
+    if sandbox.is_some() {
+        // Counted for the run's own user namespace, on kernels since 5.14; before, for the whole user.
+        let most = Some(MAX_THREADS);
+        rustix::process::setrlimit(
+            Resource::Nproc,
+            Rlimit {
+                current: most,
+                maximum: most,
+            },
+        )?;
+    }
+    if run.file_limit.is_some() {
+        rustix::process::setrlimit(
+            Resource::Fsize,
+            Rlimit {
+                current: run.file_limit,
+                maximum: run.file_limit,
+            },
+        )?;
+    }
     let mut command = Command::new(&run.program);
     command
+        .args(sandbox.iter().flat_map(|open| &open.arguments))
         .args(&run.args)
         .env_clear()
         .envs(run.env.iter().map(|(name, value)| (name, value)));
@@ -225,7 +253,7 @@ impl Run {
                 }
                 () = &mut deadline => Some(EndedBy::Deadline),
                 () = &mut group_is_due, if group.is_some() => {
-                    self.cgroup = group.take().and_then(Cgroup::make);
+                    self.cgroup = group.take().and_then(|group| Cgroup::make(group, command.memory_limit));
                     if let Some(cgroup) = &self.cgroup {
                         cgroup.gather(|| tree::descendants(own_pid()));
                     }

@@ -9,6 +9,7 @@ pub mod config;
 pub mod context;
 pub mod deliver;
 mod disk_space;
+pub mod disk_use;
 pub mod gateway;
 pub mod guard;
 mod heartbeat;
@@ -32,6 +33,7 @@ use shared::clock;
 use shared::data_dir::DataDir;
 use shared::env;
 use shared::id::WorkerId;
+use shared::permissions;
 use shared::shutdown::Shutdown;
 use shared::storage::{self, Claimant, Store, Wakeups};
 use std::sync::Arc;
@@ -85,6 +87,15 @@ pub async fn run(
     }
     // Absolute, since a run starts in a folder of its own.
     config.data_dir = bind_data_dir(&config.data_dir, &store).await?;
+    let open = permissions::open_to_others(&config.data_dir, store.file().as_deref());
+    if let Some(first) = open.first() {
+        warn!(
+            "other users of this machine may open {} files and folders of the service, {} among them; `claude-queue \
+             doctor --fix` closes them",
+            open.len(),
+            first.display()
+        );
+    }
     // What a worker that was killed left behind on this machine writes into workspaces that others will get.
     let ended = tokio::task::spawn_blocking(guard::kill_orphans)
         .await
@@ -104,11 +115,19 @@ pub async fn run(
     let upstream = Upstream::new(&config.anthropic.base_url)?.of(&config.anthropic.provider);
     let runtime = workspace::Runtime::create(config.runtime_dir.as_deref()).map_err(Error::Runtime)?;
     let isolation = if config.sandbox {
-        Isolation::Sandbox(sandbox::check(&runtime, path).await?)
+        Isolation::Sandbox(
+            sandbox::check(&runtime, path)
+                .await?
+                .with_memory(config.run_memory),
+        )
     } else {
         Isolation::Off
     };
 
+    match config.run_memory {
+        Some(bytes) => info!("each run may use {} MiB of memory (RUN_MEMORY_MB)", bytes >> 20),
+        None => warn!("a run may use all memory of the machine (RUN_MEMORY_MB=0)"),
+    }
     let worker_id = WorkerId::new();
     let claimant = Claimant {
         worker_id,
@@ -129,6 +148,7 @@ pub async fn run(
         upstream,
         claiming: tokio::sync::Mutex::default(),
         leases: context::Leases::default(),
+        disk_use: disk_use::DiskUse::default(),
         busy: tokio_util::task::TaskTracker::new(),
         pause: Arc::default(),
         announcing: tokio::sync::Mutex::default(),

@@ -42,7 +42,7 @@ impl Folders {
         }
     }
 
-    /// Creates the directories, for this user only. Existing ones don't change.
+    /// Creates the directories, for this user only. Existing ones stay, and can be entered after this.
     pub async fn create(&self) -> io::Result<()> {
         let folders = self.clone();
         // A network disk may not respond.
@@ -52,8 +52,14 @@ impl Folders {
     }
 
     fn make(&self) -> io::Result<()> {
-        private_directory(&self.workspace)?;
-        private_directory(&self.home)
+        for folder in [&self.workspace, &self.home] {
+            private_directory(folder)?;
+            // An earlier run may have taken its own rights away; then no other could start here.
+            if fs::metadata(folder)?.permissions().mode() & 0o700 != 0o700 {
+                fs::set_permissions(folder, Permissions::from_mode(0o700))?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the directories with their content. No process of the run may be alive. Missing directories are no error,
@@ -61,6 +67,17 @@ impl Folders {
     pub async fn remove(&self) -> io::Result<()> {
         let root = self.root.clone();
         tokio::task::spawn_blocking(move || remove_tree(&root))
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    /// Removes what a run has filled the disk with. A session keeps its home, which has the conversation.
+    pub async fn remove_for_disk(&self, is_session: bool) -> io::Result<()> {
+        if !is_session {
+            return self.remove().await;
+        }
+        let workspace = self.workspace.clone();
+        tokio::task::spawn_blocking(move || remove_tree(&workspace))
             .await
             .map_err(io::Error::other)?
     }
@@ -366,6 +383,21 @@ mod tests {
             );
         }
         folders.make().unwrap();
+    }
+
+    #[tokio::test]
+    async fn directories_without_rights_get_them_back() {
+        let data = tempfile::tempdir().unwrap();
+        let folders = job_folders(data.path());
+        for folder in [&folders.workspace, &folders.home] {
+            fs::set_permissions(folder, Permissions::from_mode(0o000)).unwrap();
+        }
+
+        folders.create().await.unwrap();
+
+        for folder in [&folders.workspace, &folders.home] {
+            assert_eq!(fs::metadata(folder).unwrap().permissions().mode() & 0o777, 0o700);
+        }
     }
 
     #[tokio::test]

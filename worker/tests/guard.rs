@@ -129,6 +129,7 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
     let command = isolation.command(&places, args);
     let launch = Launch {
         program: command.program,
+        setup: command.setup,
         args: command.args,
         env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
         cwd: command.cwd,
@@ -138,6 +139,7 @@ async fn stand_with(sandboxed: Sandboxed, script: &str, more: &[&str]) -> Stand 
         deadline: Duration::from_mins(1),
         runtime_dir: dir.path().to_owned(),
         memory_limit: None,
+        file_limit: None,
         no_new_privileges: command.no_new_privileges,
     };
     Stand {

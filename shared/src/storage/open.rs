@@ -83,6 +83,8 @@ impl Store {
             // A 202 survives a power cut.
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(LOCK_TIMEOUT)
+            // What was deleted is overwritten.
+            .pragma("secure_delete", "on")
             .disable_statement_logging();
         let pool = |connections| {
             SqlitePoolOptions::new()

@@ -89,6 +89,7 @@ impl Store {
 
     /// Records that the database is unavailable.
     fn note_outage(&self, why: &str) {
+        self.give_up_ballast();
         *self.outage.last_error() = Some(Instant::now());
         let begins = self.outage.since.send_if_modified(|since| {
             let begins = since.is_none();

@@ -4,6 +4,8 @@
 //! network except the gateway's socket. The workspace is `/workspace` on every machine, so that a session can resume on
 //! any of them. The environment is passed at the spawn, not in arguments, which every user of the machine can read.
 
+mod seccomp;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
@@ -12,6 +14,7 @@ use std::time::Duration;
 
 use crate::claude::command::CliPaths;
 use crate::claude::program;
+use crate::guard::Setup;
 use crate::workspace::Runtime;
 
 const HOME: &str = "/home/agent";
@@ -97,6 +100,8 @@ pub struct Places {
 pub struct Command {
     /// An absolute path.
     pub program: PathBuf,
+    /// What bubblewrap is told beside its arguments; none without it.
+    pub setup: Option<Setup>,
     /// Without the program's name.
     pub args: Vec<String>,
     /// The working directory.
@@ -151,12 +156,16 @@ impl Isolation {
     pub fn command(&self, places: &Places, cli_args: Vec<String>) -> Command {
         match self {
             Self::Sandbox(bubblewrap) => {
-                let mut args = bubblewrap.arguments(places);
-                args.extend(["--".to_owned(), CLI.to_owned()]);
+                let mut args = vec!["--".to_owned(), CLI.to_owned()];
                 args.extend(cli_args);
+                let setup = Setup {
+                    options: bubblewrap.options(places),
+                    filter: bubblewrap.filter.clone(),
+                };
                 // Its own directory is of no matter: `--chdir` says where the CLI starts.
                 Command {
                     program: bubblewrap.program.clone(),
+                    setup: Some(setup),
                     args,
                     cwd: "/".into(),
                     no_new_privileges: false,
@@ -164,6 +173,7 @@ impl Isolation {
             }
             Self::Off => Command {
                 program: places.cli.clone(),
+                setup: None,
                 args: cli_args,
                 cwd: places.workspace.clone(),
                 no_new_privileges: true,
@@ -176,21 +186,56 @@ impl Isolation {
 #[derive(Clone, Debug)]
 pub struct Bubblewrap {
     program: PathBuf,
-    /// The arguments that show the system: the same for every run.
+    /// The options that show the system: the same for every run.
     system: Vec<String>,
+    /// The filter of system calls.
+    filter: PathBuf,
+    knows: Knows,
+    /// The limit on the memory of a run, in bytes.
+    memory: Option<u64>,
+}
+
+/// Options that came with a release of bubblewrap that some systems don't have yet.
+#[derive(Clone, Copy, Debug, Default)]
+struct Knows {
+    /// `--size`, of 0.7.
+    size: bool,
+    /// `--disable-userns`, of 0.8.
+    disable_userns: bool,
+}
+
+impl Bubblewrap {
+    /// The same with a limit on the memory of a run: what a run may put into its temporary files is a part of it.
+    #[must_use]
+    pub fn with_memory(mut self, limit: Option<u64>) -> Self {
+        self.memory = limit;
+        self
+    }
 }
 
 /// Finds bubblewrap on `path` (the variable `PATH`) and runs a program in the very sandbox that runs get. The
 /// worker doesn't start when this fails.
 pub async fn check(runtime: &Runtime, path: Option<&OsStr>) -> Result<Bubblewrap, Error> {
     let program = program::find_program(Path::new("bwrap"), path).ok_or(Error::Missing)?;
-    let bubblewrap = prepare(program, runtime).map_err(Error::Trial)?;
+    let help = program::output(&program, &["--help"], &[], TRIAL).await;
+    let help = help.map_err(Error::Trial)?;
+    let help = String::from_utf8_lossy(&help.stdout);
+    let knows = Knows {
+        size: help.contains("--size "),
+        disable_userns: help.contains("--disable-userns "),
+    };
+    if !(knows.size && knows.disable_userns) {
+        tracing::warn!(
+            "this bubblewrap is older than 0.8: runs can make user namespaces, and their /tmp has no size of its own"
+        );
+    }
+    let bubblewrap = prepare(program, runtime, knows).map_err(Error::Trial)?;
     try_it(&bubblewrap, runtime).await?;
     Ok(bubblewrap)
 }
 
 /// Writes the sandbox's own files and looks at the system once.
-fn prepare(program: PathBuf, runtime: &Runtime) -> io::Result<Bubblewrap> {
+fn prepare(program: PathBuf, runtime: &Runtime, knows: Knows) -> io::Result<Bubblewrap> {
     let etc = runtime.path().join("etc");
     fs::create_dir_all(&etc)?;
     for (name, text) in OWN_ETC {
@@ -216,7 +261,15 @@ fn prepare(program: PathBuf, runtime: &Runtime) -> io::Result<Bubblewrap> {
             format!("/etc/{name}"),
         ]);
     }
-    Ok(Bubblewrap { program, system })
+    let filter = runtime.path().join("filter");
+    fs::write(&filter, seccomp::program()?)?;
+    Ok(Bubblewrap {
+        program,
+        system,
+        filter,
+        knows,
+        memory: None,
+    })
 }
 
 async fn try_it(bubblewrap: &Bubblewrap, runtime: &Runtime) -> Result<(), Error> {
@@ -232,7 +285,10 @@ async fn try_it(bubblewrap: &Bubblewrap, runtime: &Runtime) -> Result<(), Error>
     fs::write(&places.gateway_socket, "").map_err(Error::Trial)?;
     let script = strings(&["-c", "test -w /workspace && ! test -w /usr && : > /tmp/x"]);
     let command = Isolation::Sandbox(bubblewrap.clone()).command(&places, script);
-    let args: Vec<&str> = command.args.iter().map(String::as_str).collect();
+    let descriptors = command.setup.as_ref().map(Setup::open).transpose();
+    let descriptors = descriptors.map_err(Error::Trial)?;
+    let first = descriptors.iter().flat_map(|open| &open.arguments);
+    let args: Vec<&str> = first.chain(&command.args).map(String::as_str).collect();
     let output = program::output(&command.program, &args, &[], TRIAL).await;
     let output = output.map_err(Error::Trial)?;
     if output.status.success() {
@@ -271,8 +327,8 @@ fn remedy(setting: impl Fn(&str) -> Option<String>) -> &'static str {
 }
 
 impl Bubblewrap {
-    /// All arguments before the program's.
-    fn arguments(&self, places: &Places) -> Vec<String> {
+    /// All options.
+    fn options(&self, places: &Places) -> Vec<String> {
         let mut args = strings(&["--unshare-user", "--uid", "1000", "--gid", "1000"]);
         args.extend(strings(&[
             "--unshare-pid",
@@ -285,6 +341,9 @@ impl Bubblewrap {
             "--die-with-parent",
             "--new-session",
         ]));
+        if self.knows.disable_userns {
+            args.push("--disable-userns".to_owned());
+        }
         args.extend(strings(&["--cap-drop", "ALL", "--hostname", "job"]));
         args.extend(self.system.iter().cloned());
         args.extend(strings(&[
@@ -294,7 +353,15 @@ impl Bubblewrap {
             "/proc/sys",
             "/proc/sys",
         ]));
-        args.extend(strings(&["--dev", "/dev", "--tmpfs", "/tmp"]));
+        args.extend(strings(&["--dev", "/dev"]));
+        // Each of these is memory. Two that are full leave a part of the limit for the processes.
+        for (folder, part) in [("/dev/shm", 4), ("/tmp", 2)] {
+            if let Some(memory) = self.memory.filter(|_| self.knows.size) {
+                args.extend(["--size".to_owned(), (memory / part).to_string()]);
+            }
+            args.extend(strings(&["--tmpfs", folder]));
+        }
+        args.extend(strings(&["--remount-ro", "/dev"]));
         let mut bind = |how: &str, from: &Path, to: &str| {
             args.extend([how.to_owned(), text(from), to.to_owned()]);
         };
@@ -338,6 +405,12 @@ mod tests {
         Isolation::Sandbox(Bubblewrap {
             program: "/usr/bin/bwrap".into(),
             system: strings(&["--ro-bind", "/usr", "/usr"]),
+            filter: "/tmp/cq/filter".into(),
+            knows: Knows {
+                size: true,
+                disable_userns: true,
+            },
+            memory: Some(4 << 20),
         })
     }
 
@@ -345,14 +418,18 @@ mod tests {
     fn the_sandbox_shows_the_run_its_own_places_and_nothing_else_of_the_machine() {
         let command = sandbox().command(&places(), strings(&["-p", "--verbose"]));
 
-        let line = command.args.join(" ");
+        let setup = command.setup.unwrap();
+        let line = setup.options.join(" ");
         let expected = "--unshare-user --uid 1000 --gid 1000 --unshare-pid --unshare-ipc --unshare-net --unshare-uts \
-            --unshare-cgroup-try --die-with-parent --new-session --cap-drop ALL --hostname job --ro-bind /usr /usr \
-            --proc /proc --ro-bind /proc/sys /proc/sys --dev /dev --tmpfs /tmp --bind /data/jobs/job_1/home /home/agent \
+            --unshare-cgroup-try --die-with-parent --new-session --disable-userns --cap-drop ALL --hostname job --ro-bind /usr /usr \
+            --proc /proc --ro-bind /proc/sys /proc/sys --dev /dev \
+            --size 1048576 --tmpfs /dev/shm --size 2097152 --tmpfs /tmp --remount-ro /dev --bind /data/jobs/job_1/home /home/agent \
             --bind /data/jobs/job_1/workspace /workspace --ro-bind /srv/claude /opt/claude \
             --ro-bind /tmp/cq/1/gateway.sock /run/gateway.sock --ro-bind /tmp/cq/1/system-prompt /run/system-prompt \
-            --remount-ro / --chdir /workspace -- /opt/claude -p --verbose";
+            --remount-ro / --chdir /workspace";
         assert_eq!(line, expected);
+        assert_eq!(command.args, ["--", "/opt/claude", "-p", "--verbose"]);
+        assert_eq!(setup.filter, Path::new("/tmp/cq/filter"));
         assert_eq!(command.program, Path::new("/usr/bin/bwrap"));
     }
 

@@ -57,7 +57,12 @@ pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
     /// Makes the group, with nothing in it yet; `None` where it can't be made.
-    pub(crate) fn make(group: &Path) -> Option<Self> {
+    /// The kernel keeps it to this memory, in bytes, where it lets this process say so.
+    pub(crate) fn make(group: &Path, memory: Option<u64>) -> Option<Self> {
+        if let Some(parent) = group.parent() {
+            // Refused while processes are in the parent itself, which isn't always this process' to change.
+            let _ = fs::write(parent.join("cgroup.subtree_control"), "+memory +pids");
+        }
         fs::create_dir(group).ok()?;
         let cgroup = Self(group.to_owned());
         // Kernels before 5.14 can't end a group.
@@ -65,7 +70,23 @@ impl Cgroup {
             cgroup.remove();
             return None;
         }
+        cgroup.limit(memory);
         Some(cgroup)
+    }
+
+    /// Each file is there only if its controller is. The guard looks at the memory as well.
+    fn limit(&self, memory: Option<u64>) {
+        let set = |file: &str, value: u64| {
+            let path = self.0.join(file);
+            if path.exists() {
+                let _ = fs::write(path, value.to_string());
+            }
+        };
+        set("pids.max", super::MAX_THREADS);
+        if let Some(memory) = memory {
+            set("memory.max", memory);
+            set("memory.swap.max", 0);
+        }
     }
 
     /// Moves these processes into the group, those that they have started meanwhile too: what is started in the group
@@ -152,6 +173,25 @@ mod tests {
         let bound = MOUNTS.replace("0:27 / ", "0:27 /docker/a ");
         let found = locate(&bound, "0::/docker/a/b\n");
         assert_eq!(found.as_deref(), Some(Path::new("/sys/fs/cgroup/b")));
+    }
+
+    #[test]
+    fn a_group_gets_the_limits_that_its_controllers_have() {
+        let folder = tempfile::tempdir().unwrap();
+        let group = folder.path().join("run");
+        fs::create_dir(&group).unwrap();
+        for file in ["memory.max", "pids.max"] {
+            fs::write(group.join(file), "max").unwrap();
+        }
+
+        Cgroup(group.clone()).limit(Some(1 << 30));
+
+        let read = |file| fs::read_to_string(group.join(file)).unwrap();
+        assert_eq!(
+            (read("memory.max"), read("pids.max")),
+            ("1073741824".to_owned(), "4096".to_owned())
+        );
+        assert!(!group.join("memory.swap.max").exists());
     }
 
     #[test]

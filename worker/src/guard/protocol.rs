@@ -8,6 +8,8 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+use super::Setup;
+
 /// The error of a start that came too late.
 pub(crate) const TOO_LATE: Errno = Errno::TIME;
 
@@ -41,6 +43,7 @@ impl MonotonicTime {
 #[derive(Serialize, Deserialize)]
 pub(crate) struct StartCommand {
     pub(crate) program: PathBuf,
+    pub(crate) setup: Option<Setup>,
     pub(crate) args: Vec<String>,
     /// The whole environment of the run.
     pub(crate) env: Vec<(String, String)>,
@@ -53,6 +56,8 @@ pub(crate) struct StartCommand {
     pub(crate) deadline_ms: u64,
     /// In bytes.
     pub(crate) memory_limit: Option<u64>,
+    /// The largest file that the run may write, in bytes.
+    pub(crate) file_limit: Option<u64>,
     /// No program of the run may gain another user's rights, so none can get out of the guard's reach.
     pub(crate) no_new_privileges: bool,
     /// When the lease was taken: the first beat. Nothing is started when it's too old already.

@@ -1,10 +1,15 @@
 //! Processes of this machine as `/proc` shows them, and how one is killed without hitting another.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
+
+/// How many open files of a run are looked at for its memory; a run may have more than a look has time for.
+const MAX_OPEN: usize = 50_000;
 
 /// One process. The pair of pid and start time never comes twice while the machine is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,14 +84,55 @@ fn below(root: i32, all: &[Process]) -> Vec<Process> {
         .collect()
 }
 
-/// The memory that the descendants of `root` alone hold, in bytes: anonymous and shared pages, not the pages of
-/// files, which all runs of one CLI have in common.
+/// The memory that the descendants of `root` alone hold, in bytes: anonymous pages, shared ones, and files in memory
+/// that no process need have mapped. Not the pages of files on disk, which all runs of one CLI have in common.
 pub(crate) fn memory(root: i32) -> u64 {
-    let of = |process: &Process| {
+    let family = descendants(root);
+    let (mut anonymous, mut shared) = (0, 0);
+    for process in &family {
         let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap_or_default();
-        parse_memory(&status)
+        anonymous += parse_memory(&status, "RssAnon:");
+        shared += parse_memory(&status, "RssShmem:");
+    }
+    // Most shared pages are pages of such files, so they aren't counted twice.
+    anonymous + shared.max(temporary_files(&family) + unnamed_files(&family))
+}
+
+/// What lies in the sandbox's own file systems in memory.
+fn temporary_files(family: &[Process]) -> u64 {
+    let device = |path: &str| fs::metadata(path).ok().map(|meta| meta.dev());
+    let outside = device("/tmp");
+    // The first processes of a sandbox still see the machine's folders.
+    let inside = family.iter().find(|process| {
+        let theirs = device(&format!("/proc/{}/root/tmp", process.pid));
+        theirs.is_some() && theirs != outside
+    });
+    let Some(inside) = inside else { return 0 };
+    let used = |folder: &str| {
+        let found = rustix::fs::statvfs(format!("/proc/{}/root/{folder}", inside.pid)).ok()?;
+        Some((found.f_blocks - found.f_bfree) * found.f_frsize)
     };
-    descendants(root).iter().map(of).sum()
+    ["tmp", "dev/shm"].into_iter().filter_map(used).sum()
+}
+
+/// What lies in files that have no name, and are there as long as a process has them open.
+fn unnamed_files(family: &[Process]) -> u64 {
+    let mut found = HashMap::new();
+    let open = family.iter().flat_map(|process| {
+        fs::read_dir(format!("/proc/{}/fd", process.pid))
+            .into_iter()
+            .flatten()
+            .flatten()
+    });
+    for file in open.take(MAX_OPEN) {
+        let path = file.path();
+        let unnamed =
+            fs::read_link(&path).is_ok_and(|target| target.as_os_str().as_bytes().starts_with(b"/memfd:"));
+        if unnamed && let Ok(meta) = fs::metadata(&path) {
+            found.insert((meta.dev(), meta.ino()), meta.blocks() * 512);
+        }
+    }
+    found.values().sum()
 }
 
 fn parse_stat(stat: &str) -> Option<Process> {
@@ -104,11 +150,11 @@ fn parse_stat(stat: &str) -> Option<Process> {
     })
 }
 
-fn parse_memory(status: &str) -> u64 {
+fn parse_memory(status: &str, name: &str) -> u64 {
     let kilobytes = |line: &str| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok();
     status
         .lines()
-        .filter(|line| line.starts_with("RssAnon:") || line.starts_with("RssShmem:"))
+        .filter(|line| line.starts_with(name))
         .filter_map(kilobytes)
         .map(|kilobytes| kilobytes * 1024)
         .sum()
@@ -175,6 +221,7 @@ mod tests {
         let status =
             "Name:\tx\nVmRSS:\t  900 kB\nRssAnon:\t  100 kB\nRssFile:\t 790 kB\nRssShmem:\t   10 kB\n";
 
-        assert_eq!(parse_memory(status), 110 * 1024);
+        assert_eq!(parse_memory(status, "RssAnon:"), 100 * 1024);
+        assert_eq!(parse_memory(status, "RssShmem:"), 10 * 1024);
     }
 }

@@ -11,6 +11,7 @@ use super::watchdog::IdleWatchdog;
 use crate::claude::command;
 use crate::claude::message::{Block, Message};
 use crate::claude::process::{EndedBy, Exit, Process};
+use crate::disk_use;
 use serde_json::json;
 use shared::clock;
 use shared::event::{EventType, NewEvent};
@@ -35,6 +36,14 @@ impl Run<'_> {
         let mut stop = StopSequence::new(started, self.total);
         let mut watchdog = IdleWatchdog::new(started);
         let mut steps = Steps::new(started);
+        let run = (self.lease.job.job_id, self.lease.job.attempt);
+        let folders = vec![
+            self.folders.workspace.clone(),
+            self.folders.home.clone(),
+            self.sockets.tmp(),
+        ];
+        let mut exceeded = Box::pin(disk_use::exceeded(self.ctx, run, folders));
+        let mut within_disk = true;
         let (first_output, idle) = (self.ctx.config.first_output, self.ctx.config.idle);
         loop {
             let (silent_until, too_silent) = watchdog.ends(first_output, idle);
@@ -73,6 +82,10 @@ impl Run<'_> {
                 () = sleep_until(silent_until), if stop.is_untouched() => {
                     stop.interrupt(too_silent, Instant::now())
                 }
+                limit = &mut exceeded, if within_disk => {
+                    within_disk = false;
+                    stop.kill(Stopped::DiskFull(limit), Instant::now())
+                }
                 () = sleep_until(lease_ends), if !stop.is_over() => {
                     stop.kill(Stopped::LeaseLost, Instant::now())
                 }
@@ -85,6 +98,7 @@ impl Run<'_> {
                 None => {}
             }
         }
+        drop(exceeded);
         self.end(&stop, recorder).await
     }
 
@@ -180,6 +194,13 @@ impl Run<'_> {
             EndedBy::GuardLost | EndedBy::Beat => Some(Stopped::GuardLost),
             EndedBy::Exited | EndedBy::Worker => None,
         });
+        if matches!(stopped, Some(Stopped::DiskFull(_))) {
+            // At once, and before the end is written: that needs room too.
+            let removed = folders.remove_for_disk(lease.job.session_id.is_some()).await;
+            if let Err(error) = removed {
+                warn!(%error, "could not remove the workspace of a run that filled the disk");
+            }
+        }
         let events = recorder.close().await;
 
         let spend = Spend {

@@ -105,8 +105,19 @@ pub enum Stopped {
     InitMismatch,
     /// The run's processes took more memory than they may.
     OutOfMemory,
+    /// The run used too much of the disk.
+    DiskFull(DiskLimit),
     /// The guard around the run died, and the run with it, or heard nothing of this worker in time.
     GuardLost,
+}
+
+/// Which limit on the disk a run came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskLimit {
+    /// Its own.
+    Run,
+    /// The disk has too little left, and it used most of all runs.
+    Floor,
 }
 
 /// The deadlines of a run. None of them needs a line to arrive.
@@ -265,6 +276,19 @@ pub fn judge(ended: &Ended) -> Verdict {
                 "The run's processes took more memory than they may",
                 "",
                 "Ask for less at once, or raise the worker's memory limit.",
+            ),
+        ),
+        Some(Stopped::DiskFull(limit)) => Verdict::failed(
+            ErrorCode::DiskFull,
+            sentence(
+                match limit {
+                    DiskLimit::Run => "The run's files took more of the disk than they may, and were removed",
+                    DiskLimit::Floor => {
+                        "The worker's disk was nearly full; of all runs this one used most, and its files were removed"
+                    }
+                },
+                "",
+                "Write less, or ask the operator for more room.",
             ),
         ),
         Some(Stopped::GuardLost) => Verdict::again(

@@ -153,6 +153,7 @@ impl<'a> Run<'a> {
         }
         let launch = Launch {
             program: command.program,
+            setup: command.setup,
             args: command.args,
             env,
             cwd: command.cwd,
@@ -163,6 +164,7 @@ impl<'a> Run<'a> {
             deadline: total + INTERRUPT_GRACE + CLOSE_GRACE + EXIT_GRACE,
             runtime_dir: sockets.path().to_owned(),
             memory_limit: ctx.config.run_memory,
+            file_limit: ctx.config.run_disk,
             no_new_privileges: command.no_new_privileges,
         };
         let process = Process::start(guard, launch, || recorder.lease_state().held_at.into_std()).await?;

@@ -9,13 +9,19 @@ use shared::id::JobId;
 use shared::job::Job;
 use shared::storage::{Result, Workspace};
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 use tracing::warn;
+
+/// How long deleted text may stay in the log of a SQLite database.
+const ERASE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Removes old data, again and again.
 #[derive(Debug, Default)]
 pub(super) struct Retention {
     /// Jobs whose workspaces couldn't be removed; each is told once.
     stuck: HashSet<JobId>,
+    /// When deleted text was last erased from the files of the database.
+    erased: Option<Instant>,
 }
 
 impl Retention {
@@ -23,6 +29,10 @@ impl Retention {
     /// sweep finds the rest.
     pub(super) async fn sweep(&mut self, ctx: &Context) -> Result<()> {
         self.finish_removals(ctx).await?;
+        if self.erased.is_none_or(|erased| erased.elapsed() > ERASE_INTERVAL) {
+            ctx.store.erase_deleted().await?;
+            self.erased = Some(Instant::now());
+        }
         if ctx.store.check_clock().await?.is_some() {
             return Ok(());
         }

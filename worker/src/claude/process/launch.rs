@@ -11,9 +11,9 @@ use tokio::process::{Child, Command};
 
 use super::streams::Streams;
 use super::supervisor::{Reports, kill_by_marker};
-use crate::guard::cgroup;
 use crate::guard::orphans::{GUARD_VARIABLE, RUN_VARIABLE};
 use crate::guard::protocol::{MonotonicTime, Report, StartCommand, TOO_LATE};
+use crate::guard::{Setup, cgroup};
 
 /// How long a guard may take to connect, on a machine where everything starts at once.
 const GUARD_START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -23,6 +23,8 @@ const GUARD_START_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Launch {
     /// The program, an absolute path: bubblewrap or the CLI.
     pub program: PathBuf,
+    /// What bubblewrap is told beside its arguments; none without it.
+    pub setup: Option<Setup>,
     /// Its arguments, without its name.
     pub args: Vec<String>,
     /// The whole environment of the run; the marker is added when it's missing.
@@ -41,6 +43,8 @@ pub struct Launch {
     pub runtime_dir: PathBuf,
     /// Memory that the processes of the run may hold together, in bytes, looked at every second.
     pub memory_limit: Option<u64>,
+    /// The largest file that the run may write, in bytes.
+    pub file_limit: Option<u64>,
     /// No program of the run may change its user (`sudo`), which would get it out of reach. Bubblewrap sets this
     /// itself, and where it's set-uid it can't start with it.
     pub no_new_privileges: bool,
@@ -174,6 +178,7 @@ async fn meet(
     }
     let command = StartCommand {
         program: launch.program.clone(),
+        setup: launch.setup.clone(),
         args: launch.args.clone(),
         env,
         cwd: launch.cwd.clone(),
@@ -181,6 +186,7 @@ async fn meet(
         beat_within_ms: milliseconds(launch.beat_within),
         deadline_ms: milliseconds(launch.deadline),
         memory_limit: launch.memory_limit,
+        file_limit: launch.file_limit,
         no_new_privileges: launch.no_new_privileges,
         held_at: MonotonicTime::of(held_at()),
     };

@@ -36,6 +36,8 @@ pub enum ErrorCode {
     ModelNotAllowed,
     /// The model doesn't exist, or not for this account.
     ModelNotFound,
+    /// The run used too much of the disk.
+    DiskFull,
     /// The run's processes took more memory than they may.
     OutOfMemory,
     /// The API is overloaded.
@@ -60,13 +62,14 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::ApiUnavailable,
         Self::AuthError,
         Self::BillingError,
         Self::BudgetExceeded,
         Self::ClaudeError,
         Self::ClaudeKilled,
+        Self::DiskFull,
         Self::Incomplete,
         Self::Internal,
         Self::InvalidOutput,
@@ -113,6 +116,7 @@ impl ErrorCode {
             Self::BudgetExceeded => "budget_exceeded",
             Self::ClaudeError => "claude_error",
             Self::ClaudeKilled => "claude_killed",
+            Self::DiskFull => "disk_full",
             Self::Incomplete => "incomplete",
             Self::Internal => "internal",
             Self::InvalidOutput => "invalid_output",

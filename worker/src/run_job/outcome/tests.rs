@@ -615,6 +615,7 @@ fn the_worker_knows_best_why_it_ended_a_run() {
         Stopped::Cancelled,
         Stopped::Shutdown,
         timeout,
+        Stopped::DiskFull(DiskLimit::Floor),
         Stopped::OutOfMemory,
         Stopped::GuardLost,
     ] {
