@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure that programs are there: as root it installs their Debian packages, otherwise it says which are missing.
-# Usage: install-debian.sh PROGRAM…   with PROGRAM one of cc, bwrap, npm, pgbouncer, postgres, python.
+# Usage: install-debian.sh PROGRAM…   with PROGRAM one of cc, bwrap, curl, jq, npm, pgbouncer, postgres, python.
 # Prints nothing when there is nothing to do.
 set -eu
 
@@ -24,6 +24,8 @@ package_of() {
     case $1 in
         cc) echo "gcc libc6-dev" ;;
         bwrap) echo "bubblewrap" ;;
+        curl) echo "curl" ;;
+        jq) echo "jq" ;;
         npm) echo "nodejs npm" ;;
         pgbouncer) echo "pgbouncer" ;;
         postgres) echo "postgresql" ;;

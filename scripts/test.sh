@@ -12,10 +12,11 @@ step() {
 
 step "what the tests need"
 scripts/need-rust.sh
-scripts/install-debian.sh cc bwrap pgbouncer postgres
+scripts/install-debian.sh cc bwrap curl jq pgbouncer postgres
 scripts/install-claude.sh
 scripts/install-python.sh
 scripts/install-node.sh
+scripts/install-typescript.sh
 step "format"
 cargo fmt --check
 step "supply chain"

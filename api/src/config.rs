@@ -7,6 +7,7 @@ use shared::money::MicroUsd;
 use shared::storage::Rate;
 use shared::webhook::address::Guard;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::gate::caller::{Exposure, Keys};
@@ -36,6 +37,10 @@ pub struct Config {
     pub allow_anonymous: bool,
     /// The web pages that may call. `CORS_ORIGINS`, `*`.
     pub cors: Cors,
+    /// Where the workers keep the workspaces. `DATA_DIR`, default `./data`.
+    pub data_dir: PathBuf,
+    /// Whether the API describes itself, at `/openapi.json` and `/docs`. `ENABLE_DOCS`, true.
+    pub enable_docs: bool,
     /// What stands before the code in a problem's `type`. `PROBLEM_TYPE_BASE`, `urn:problem:`.
     pub problem_type_base: String,
     /// How long a request may ask to wait. `WAIT_MAX_SECONDS`, 50, at most 300.
@@ -78,6 +83,8 @@ impl Default for Config {
             rates: Rates::default(),
             allow_anonymous: false,
             cors: Cors::any(),
+            data_dir: PathBuf::from("./data"),
+            enable_docs: true,
             problem_type_base: "urn:problem:".to_owned(),
             wait_max: Duration::from_secs(50),
             head_timeout: Duration::from_secs(10),
@@ -110,6 +117,8 @@ impl Config {
             rates: rates(vars)?,
             allow_anonymous: vars.flag("ALLOW_ANONYMOUS", default.allow_anonymous)?,
             cors: cors(vars)?,
+            data_dir: vars.resolve("DATA_DIR", vars.or("DATA_DIR", "./data")?.into()),
+            enable_docs: vars.flag("ENABLE_DOCS", default.enable_docs)?,
             problem_type_base: vars.or("PROBLEM_TYPE_BASE", &default.problem_type_base)?,
             wait_max: seconds(vars, "WAIT_MAX_SECONDS", default.wait_max, 0, 300)?,
             head_timeout: seconds(vars, "API_HEAD_SECONDS", default.head_timeout, 1, 300)?,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::files::Files;
 use crate::gate::keyring::Keyring;
 use crate::gate::limits::Limits;
 use crate::gate::streams::Streams;
@@ -35,6 +36,8 @@ pub struct Parts {
     pub streams: Streams,
     /// The requests that wait for a job.
     pub waits: Waits,
+    /// What requests for files share.
+    pub files: Files,
     /// Tells who waits for a job that it changed.
     pub wakeups: Wakeups,
     /// Cancelled when the process begins to stop: whoever waits stops waiting.
@@ -95,6 +98,7 @@ impl Context {
             limits: Limits::new(store.clone()),
             streams: Streams::new(store.clone()),
             waits: Waits::default(),
+            files: Files::default(),
             config,
             store,
             wakeups,

@@ -9,6 +9,8 @@ pub mod audit;
 pub mod budgets;
 pub mod config;
 pub mod context;
+pub mod docs;
+pub mod files;
 pub mod gate;
 pub mod health;
 pub mod housekeeping;

@@ -19,10 +19,10 @@ use crate::context::Context;
 use crate::gate::limits::{Decided, Policy};
 use crate::gate::{self, Rule};
 use crate::http::problem::Problem;
-use crate::http::request::{Request, Segment};
+use crate::http::request::{Request, Segment, Tail};
 use crate::http::serve::App;
 use crate::http::{cors, reply};
-use crate::{audit, budgets, health, jobs, keys, queue, sessions, usage, webhooks};
+use crate::{audit, budgets, docs, files, health, jobs, keys, queue, sessions, usage, webhooks};
 
 /// Who may call a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,8 @@ impl Access {
 /// A path of the API.
 struct Route {
     path: String,
+    /// The names of its variable parts.
+    variables: &'static [&'static str],
     access: Access,
     filter: BoxedFilter<(Response,)>,
 }
@@ -60,10 +62,18 @@ macro_rules! scope {
 }
 
 /// A path whose handler gets the context, the request, and the path's variable parts: `keyed` also its caller, who is
-/// known then and may call it, `open` for everybody. In brackets stands for each method the scope that it needs, the limit
-/// it counts for, and the names that its query may have.
+/// known then and may call it, `open` for everybody. After a semicolon stands the variable that is the rest of the path.
+/// In brackets stands for each method the scope that it needs, the limit it counts for, and the names that its query may
+/// have.
 macro_rules! route {
-    (keyed $($part:tt)/ + $(, $param:ident)* => $handler:path [$($method:ident $scope:ident $policy:ident ($($query:ident)*)),+]) => {{
+    (keyed $($part:tt)/ + $(, $param:ident)* => $handler:path [$($rules:tt)+]) => {
+        route!(@ warp::path!($($part)/ +), stringify!($($part)/ +), [$($param: Segment,)*] $handler [$($rules)+])
+    };
+    (keyed $($part:tt)/ + $(, $param:ident)*; $rest:ident => $handler:path [$($rules:tt)+]) => {
+        route!(@ warp::path!($($part)/ + / ..).and(rest()), concat!(stringify!($($part)/ +), "/ Segment"),
+            [$($param: Segment,)* $rest: Tail,] $handler [$($rules)+])
+    };
+    (@ $filter:expr, $parts:expr, [$($param:ident: $kind:ty,)*] $handler:path [$($method:ident $scope:ident $policy:ident ($($query:ident)*)),+]) => {{
         const METHODS: &[Method] = &[$(Method::$method),+];
         const RULES: &[Rule] = &[$(Rule {
             method: Method::$method,
@@ -71,10 +81,10 @@ macro_rules! route {
             policy: Policy::$policy,
             query: &[$(stringify!($query)),*],
         }),+];
-        let filter = warp::path!($($part)/ +)
+        let filter = $filter
             .and(warp::ext::get::<Context>())
             .and(warp::ext::get::<Arc<Request>>())
-            .then(|$($param: Segment,)* context: Context, request: Arc<Request>| async move {
+            .then(|$($param: $kind,)* context: Context, request: Arc<Request>| async move {
                 let handled = async {
                     let admission = gate::admit(&context, &request, METHODS, RULES).await;
                     let handled = async {
@@ -87,7 +97,12 @@ macro_rules! route {
                 answer(&context, &request, handled.boxed()).await
             })
             .boxed();
-        Route { path: written(stringify!($($part)/ +)), access: Access::Keyed(RULES), filter }
+        Route {
+            path: written($parts),
+            variables: &[$(stringify!($param)),*],
+            access: Access::Keyed(RULES),
+            filter,
+        }
     }};
     (open $($part:tt)/ + => $handler:path) => {{
         let filter = warp::path!($($part)/ +)
@@ -98,7 +113,7 @@ macro_rules! route {
                 answer(&context, &request, handled.boxed()).await
             })
             .boxed();
-        Route { path: written(stringify!($($part)/ +)), access: Access::Open, filter }
+        Route { path: written(stringify!($($part)/ +)), variables: &[], access: Access::Open, filter }
     }};
 }
 
@@ -124,6 +139,14 @@ fn table() -> Vec<Route> {
         route!(keyed "api" / "v1" / "sessions" / Segment / "jobs", name => jobs::of_session
             [GET JobsRead Read (limit cursor view fields status kind order custom_id created_after created_before),
              POST JobsWrite Submit (wait)]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "files", name => files::of_session
+            [GET FilesRead Read (path page limit recursive), POST FilesWrite Read (path)]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "files", name; path => files::session_file
+            [GET FilesRead Read (), DELETE FilesWrite Read ()]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "files", id => files::of_job
+            [GET FilesRead Read (path page limit recursive)]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "files", id; path => files::job_file [GET FilesRead Read ()]),
+        route!(keyed "api" / "v1" / "jobs" / Segment / "archive", id => files::archive [GET FilesRead Read ()]),
         route!(keyed "api" / "v1" / "keys" => keys::collection
             [GET KeysAdmin Read (limit cursor status name), POST KeysAdmin Read ()]),
         route!(keyed "api" / "v1" / "keys" / "me" => keys::me [GET any Read ()]),
@@ -161,6 +184,12 @@ fn table() -> Vec<Route> {
             [POST WebhooksWrite Read ()]),
         route!(keyed "api" / "v1" / "queue" / "resume" => queue::resume [POST QueueAdmin Read ()]),
         route!(open "api" / "v1" / "health" => health::health),
+        route!(open "openapi.json" => docs::openapi),
+        route!(open "docs" => docs::page),
+        route!(open "docs" / "start.js" => docs::start),
+        route!(open "docs" / "swagger-ui-bundle.js" => docs::script),
+        route!(open "docs" / "swagger-ui.css" => docs::style),
+        route!(open "redoc" => docs::redoc),
         route!(open "livez" => health::livez),
         route!(open "readyz" => health::readyz),
     ]
@@ -195,13 +224,37 @@ pub fn listed() -> Vec<(String, Access)> {
         .collect()
 }
 
+/// The same, with the names of the variable parts: `/api/v1/jobs/{id}`.
+pub fn named() -> Vec<(String, Access)> {
+    let named = |route: Route| {
+        let fill = |path: String, name: &&str| path.replacen("{}", &format!("{{{name}}}"), 1);
+        (route.variables.iter().fold(route.path, fill), route.access)
+    };
+    table().into_iter().map(named).collect()
+}
+
+/// What is left of the path.
+fn rest() -> impl Filter<Extract = (Tail,), Error = std::convert::Infallible> + Clone {
+    warp::path::tail().map(|tail: warp::path::Tail| Tail::new(tail.as_str()))
+}
+
 /// Whether everybody may ask for this path.
 pub fn is_open(path: &str) -> bool {
     OPEN.contains(&path)
 }
 
 /// The paths that are open.
-const OPEN: [&str; 3] = ["/api/v1/health", "/livez", "/readyz"];
+const OPEN: [&str; 9] = [
+    "/api/v1/health",
+    "/openapi.json",
+    "/docs",
+    "/docs/start.js",
+    "/docs/swagger-ui-bundle.js",
+    "/docs/swagger-ui.css",
+    "/redoc",
+    "/livez",
+    "/readyz",
+];
 
 /// A path of the table as it is written in an address.
 fn written(parts: &str) -> String {
@@ -237,6 +290,8 @@ async fn answer(
     if let Some(decided) = decided {
         decided.apply_to(response.headers_mut());
     }
+    #[cfg(debug_assertions)]
+    docs::compare(request, &response);
     response
 }
 

@@ -61,6 +61,15 @@ impl DataDir {
         }
     }
 
+    /// The folder that the database knows by the name `known`. It isn't made if it isn't there.
+    pub fn existing(data_dir: &Path, instance_id: &str, known: &str) -> Result<Self, Error> {
+        if data_dir.join(FILE).exists() {
+            Self::open(data_dir, instance_id, Some(known))
+        } else {
+            Err(another(data_dir, instance_id, known))
+        }
+    }
+
     /// Makes sure that it is the folder that the database knows.
     pub fn confirm(self, known: &str) -> Result<Self, Error> {
         if self.id == known {
@@ -129,6 +138,9 @@ mod tests {
 
         assert!(refused.to_string().contains("shared file system"), "{refused}");
         assert!(!second.join(FILE).exists(), "it takes no name");
+        let third = folder.path().join("third");
+        assert!(DataDir::existing(&third, "one", &known).is_err() && !third.exists());
+        assert_eq!(DataDir::existing(&first, "one", &known).unwrap().id, known);
         // Two that began at the same time: the database knows one of them.
         let late = DataDir::open(&second, "one", None).unwrap();
         assert_eq!(late.confirm(&known).unwrap_err().variable, "DATA_DIR");

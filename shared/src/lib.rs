@@ -16,6 +16,7 @@ pub mod delivery;
 pub mod disk;
 pub mod env;
 pub mod event;
+pub mod files;
 pub mod id;
 pub mod job;
 pub mod key;

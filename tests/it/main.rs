@@ -14,11 +14,13 @@ mod crash; // Processes that are killed and stopped: nothing lost, nothing run t
 mod deliveries;
 mod drain; // A process that is told to stop.
 mod events; // The stream of a job's events: replayed, live, resumed.
+mod files; // Files in and out of workspaces.
 mod gate; // Keys, request ids, slow clients, the drain.
 mod idempotency; // A retried submission makes one job.
 mod jobs; // From submission to result, and what can be read in between.
 mod keys; // Keys of the database: created, used, rotated, revoked.
 mod limits; // How often a key may ask, and that the headers say it.
+mod openapi; // The description of the API: others make clients from it.
 mod order; // Which job runs when.
 mod outages;
 mod outcomes; // What a run can end as.

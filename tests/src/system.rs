@@ -513,6 +513,15 @@ impl Drop for System {
                 "processes outlived their workers by {BUSY:?}: {left:#?}"
             );
             assert!(leaks.is_empty(), "the logs hold secrets: {leaks:#?}");
+            // In builds for tests the API compares each of its answers with the document.
+            let undeclared = logged
+                .lines()
+                .filter(|line| line.contains("is not in the OpenAPI document"));
+            let undeclared = undeclared.collect::<Vec<_>>();
+            assert!(
+                undeclared.is_empty(),
+                "add it to api/src/docs/operations.rs: {undeclared:#?}"
+            );
         }
     }
 }

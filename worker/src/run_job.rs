@@ -1,5 +1,6 @@
 //! The life of one run, top to bottom: claim, prepare, follow, finish.
 
+mod changes;
 mod finish;
 mod follow;
 pub mod outcome;

@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use shared::files::{Owner, WORKSPACE};
 use shared::id::{JobId, SessionId};
 use uuid::Uuid;
 
@@ -26,17 +27,18 @@ pub struct Folders {
 impl Folders {
     /// `DATA_DIR/jobs/<job>`. `data_dir` should be absolute.
     pub fn of_job(data_dir: &Path, job: &JobId) -> Self {
-        Self::at(data_dir.join("jobs").join(job.to_string()))
+        Self::at(data_dir, Owner::Job(*job))
     }
 
     /// `DATA_DIR/sessions/<session>`. `data_dir` should be absolute.
     pub fn of_session(data_dir: &Path, session: &SessionId) -> Self {
-        Self::at(data_dir.join("sessions").join(session.to_string()))
+        Self::at(data_dir, Owner::Session(*session))
     }
 
-    fn at(root: PathBuf) -> Self {
+    fn at(data_dir: &Path, owner: Owner) -> Self {
+        let root = data_dir.join(owner.directories().join("/"));
         Self {
-            workspace: root.join("workspace"),
+            workspace: root.join(WORKSPACE),
             home: root.join("home"),
             root,
         }

@@ -9,7 +9,7 @@ use warp::reply::Response;
 
 use crate::http::problem::Problem;
 use crate::http::reply::Headers;
-use crate::http::request::Request;
+use crate::http::request::{Query, Request};
 
 /// A position in a list: that of the last item seen, bound to the filters under which it was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +105,40 @@ impl Pagination {
             LINK,
             format!("<{}?{}>; rel=\"next\"", request.path(), query.finish()),
         )
+    }
+}
+
+/// The `pagination` of a list that is read by page numbers, as in the Python service.
+#[derive(Debug, Serialize)]
+pub struct PageNumbers {
+    limit: i64,
+    page: i64,
+    pages: i64,
+    total: i64,
+}
+
+impl PageNumbers {
+    /// For a page of a list of `total` items.
+    pub fn new(total: i64, page: i64, limit: i64) -> Self {
+        Self {
+            limit,
+            page,
+            pages: total.saturating_add(limit - 1) / limit,
+            total,
+        }
+    }
+
+    /// The page and the limit that the query asks for. What is out of range is moved into it.
+    pub fn asked(query: &Query, default_limit: i64) -> Result<(i64, i64), Problem> {
+        let number = |name| query.integer(name, i64::MIN..=i64::MAX);
+        let page = number("page")?.unwrap_or(1).clamp(1, 1_000_000);
+        Ok((page, number("limit")?.unwrap_or(default_limit).clamp(1, 100)))
+    }
+
+    /// How many items stand before the page, and how many on it.
+    pub fn range(page: i64, limit: i64) -> (usize, usize) {
+        let number = |number| usize::try_from(number).unwrap_or_default();
+        (number((page - 1) * limit), number(limit))
     }
 }
 

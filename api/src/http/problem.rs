@@ -1,7 +1,7 @@
 //! Everything that can be wrong with a request, as `application/problem+json` (RFC 9457): the only file that knows
 //! which HTTP status a problem has. A problem is a value; it is rendered, and logged, once at the edge.
 
-use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -43,6 +43,8 @@ pub struct BudgetExceeded {
 pub enum Problem {
     /// The request as a whole makes no sense; the sentence says why.
     BadRequest(Cow<'static, str>),
+    /// No file has this path, or what it leads to can't be used; the sentence says why.
+    InvalidPath(Cow<'static, str>),
     /// The `cursor` isn't one of ours, or the filters changed between two pages.
     InvalidCursor,
     /// `X-API-Key` and `Authorization` hold different keys.
@@ -106,8 +108,14 @@ pub enum Problem {
     TooLarge(usize),
     /// The body isn't JSON by its `Content-Type`.
     UnsupportedMediaType,
+    /// The body isn't a form with parts by its `Content-Type`.
+    NotMultipart,
     /// The body is compressed.
     UnsupportedEncoding,
+    /// The file has no byte of the range that is asked for; it has this many bytes.
+    RangeNotSatisfiable(u64),
+    /// The workspace has more files, or larger ones, than go into an archive.
+    ArchiveTooLarge,
     /// As many requests of the key wait as may.
     TooManyWaits(i64),
     /// The path and query are longer than this many bytes.
@@ -178,6 +186,7 @@ impl Problem {
     pub const fn status(&self) -> StatusCode {
         match self {
             Self::BadRequest(_)
+            | Self::InvalidPath(_)
             | Self::InvalidCursor
             | Self::AmbiguousCredentials
             | Self::NoSuchTemplate(_) => StatusCode::BAD_REQUEST,
@@ -199,6 +208,7 @@ impl Problem {
             | Self::KeyReadOnly
             | Self::KeyNotActive
             | Self::KeyActive
+            | Self::ArchiveTooLarge
             | Self::TooManySecrets
             | Self::EndpointDisabled
             | Self::TooManyEndpoints
@@ -206,7 +216,10 @@ impl Problem {
             Self::DataRemoved | Self::DeliveryGone => StatusCode::GONE,
             Self::PreconditionFailed(_) => StatusCode::PRECONDITION_FAILED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::UnsupportedMediaType | Self::UnsupportedEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::UnsupportedMediaType | Self::NotMultipart | Self::UnsupportedEncoding => {
+                StatusCode::UNSUPPORTED_MEDIA_TYPE
+            }
+            Self::RangeNotSatisfiable(_) => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::UriTooLong(_) => StatusCode::URI_TOO_LONG,
             Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::Invalid(_) | Self::IdempotencyKeyReused | Self::WebhookUrlNotAllowed { .. } => {
@@ -228,6 +241,7 @@ impl Problem {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::BadRequest(_) => "bad-request",
+            Self::InvalidPath(_) => "invalid-path",
             Self::InvalidCursor => "invalid-cursor",
             Self::AmbiguousCredentials => "ambiguous-credentials",
             Self::Unauthorized | Self::AnonymousFromWeb | Self::AnonymousThroughProxy => "unauthorized",
@@ -251,7 +265,11 @@ impl Problem {
             Self::DataRemoved => "data-removed",
             Self::PreconditionFailed(_) => "precondition-failed",
             Self::TooLarge(_) => "payload-too-large",
-            Self::UnsupportedMediaType | Self::UnsupportedEncoding => "unsupported-media-type",
+            Self::UnsupportedMediaType | Self::NotMultipart | Self::UnsupportedEncoding => {
+                "unsupported-media-type"
+            }
+            Self::RangeNotSatisfiable(_) => "range-not-satisfiable",
+            Self::ArchiveTooLarge => "archive-too-large",
             Self::TooManyWaits(_) => "too-many-waits",
             Self::UriTooLong(_) => "uri-too-long",
             Self::HeadersTooLarge => "headers-too-large",
@@ -274,7 +292,7 @@ impl Problem {
     /// The sentence for people.
     pub fn detail(&self) -> Cow<'static, str> {
         match self {
-            Self::BadRequest(why) => why.clone(),
+            Self::BadRequest(why) | Self::InvalidPath(why) => why.clone(),
             Self::InvalidCursor => "The cursor is not valid for this list and these filters".into(),
             Self::AmbiguousCredentials => "X-API-Key and Authorization hold different keys; send one".into(),
             Self::Unauthorized => "Invalid or missing API key".into(),
@@ -311,6 +329,11 @@ impl Problem {
             Self::PreconditionFailed(why) => (*why).into(),
             Self::TooLarge(limit) => format!("Request body exceeds {limit} bytes").into(),
             Self::UnsupportedMediaType => "Content-Type must be application/json".into(),
+            Self::NotMultipart => "Content-Type must be multipart/form-data with a boundary".into(),
+            Self::RangeNotSatisfiable(size) => format!("The file has {size} bytes, and none in this range").into(),
+            Self::ArchiveTooLarge => {
+                "The workspace holds more than 50,000 files, or more than 10 GiB; fetch its files one by one".into()
+            }
             Self::UnsupportedEncoding => {
                 "Content-Encoding must be identity: send the body without compression".into()
             }
@@ -446,6 +469,11 @@ impl Problem {
             Self::MethodNotAllowed(methods) => {
                 if let Ok(value) = HeaderValue::from_str(&allow(methods)) {
                     insert(ALLOW, value);
+                }
+            }
+            Self::RangeNotSatisfiable(size) => {
+                if let Ok(value) = HeaderValue::from_str(&format!("bytes */{size}")) {
+                    insert(CONTENT_RANGE, value);
                 }
             }
             Self::BudgetExceeded(exceeded) => {

@@ -4,6 +4,7 @@ pub mod fields;
 pub mod headers;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, stream};
 use http::request::Parts;
 use http::{HeaderMap, Method, Uri, header};
 use http_body_util::BodyExt;
@@ -13,10 +14,13 @@ use sha2::{Digest, Sha256};
 use shared::clock::Timestamp;
 use shared::key::hex;
 use std::borrow::Cow;
+use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
+use std::task::{Poll, ready};
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -145,6 +149,39 @@ impl Request {
             self.unread().body = Some(body);
         }
         read.unwrap_or(Err(Problem::TooSlow))
+    }
+
+    /// The body piece by piece. One that says that it is larger than `limit` bytes isn't begun; the reader counts, and
+    /// keeps the time.
+    pub fn stream(
+        &self,
+        limit: usize,
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, Problem> {
+        {
+            let mut unread = self.unread();
+            let lower = unread.body.as_ref().map_or(0, |body| body.size_hint().lower());
+            if lower > limit as u64 {
+                return Err(Problem::TooLarge(limit));
+            }
+            unread.held_back = false;
+        }
+        Ok(stream::poll_fn(move |cx| {
+            let mut unread = self.unread();
+            let Some(body) = &mut unread.body else {
+                return Poll::Ready(None);
+            };
+            loop {
+                match ready!(Pin::new(&mut *body).poll_frame(cx)) {
+                    None => return Poll::Ready(None),
+                    Some(Err(error)) => return Poll::Ready(Some(Err(io::Error::other(error)))),
+                    Some(Ok(frame)) => {
+                        if let Ok(data) = frame.into_data() {
+                            return Poll::Ready(Some(Ok(data)));
+                        }
+                    }
+                }
+            }
+        }))
     }
 
     /// Reads what the handler left of the body, within bounds.
@@ -347,6 +384,22 @@ impl Segment {
     /// The identifier that this part is. What isn't one names nothing: `what` isn't found.
     pub fn id<T: FromStr>(&self, what: &'static str) -> Result<T, Problem> {
         self.0.parse().map_err(|_| Problem::NoSuch(what))
+    }
+}
+
+/// The end of a path, as it came: its percent signs aren't decoded.
+#[derive(Debug)]
+pub struct Tail(String);
+
+impl Tail {
+    /// What `warp` left.
+    pub fn new(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+
+    /// As it came.
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 }
 

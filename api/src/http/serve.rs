@@ -2,7 +2,8 @@
 //! Around every request: its id, its time, the headers that every answer has. What answers is given from outside.
 
 use http::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+    CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_SECURITY_POLICY, REFERRER_POLICY, VARY,
+    X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
@@ -246,9 +247,12 @@ type Compressed = BoxCloneService<http::Request<Empty<Bytes>>, Answer, Infallibl
 type Answer = http::Response<UnsyncBoxBody<Bytes, BoxError>>;
 
 /// The same, with its larger answers compressed for clients that ask for it. Streams never are: an event would wait in
-/// the compressor until more come.
+/// the compressor until more come. Neither are files: their tag and size are those of what is stored.
 fn compressed(app: App) -> Compressed {
-    let predicate = SizeAbove::new(COMPRESS_ABOVE).and(NotForContentType::SSE);
+    let no_file = |_, _, headers: &HeaderMap, _: &_| !headers.contains_key(CONTENT_DISPOSITION);
+    let predicate = SizeAbove::new(COMPRESS_ABOVE)
+        .and(NotForContentType::SSE)
+        .and(no_file);
     let compressed = Compression::new(app).compress_when(predicate);
     let boxed = |response: http::Response<_>| response.map(boxed);
     BoxCloneService::new(ServiceExt::<http::Request<Empty<Bytes>>>::map_response(

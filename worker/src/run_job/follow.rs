@@ -1,5 +1,6 @@
 //! Follows a run to its end: reads its messages, records them, and stops it when it must not go on.
 
+use super::changes::Changes;
 use super::outcome::{self, Deadline, Ended, Stopped};
 use super::output;
 use super::prepare::Run;
@@ -15,6 +16,7 @@ use crate::disk_use;
 use serde_json::json;
 use shared::clock;
 use shared::event::{EventType, NewEvent};
+use shared::files::Owner;
 use shared::job::{Report, Spend};
 use shared::storage::RunDirective;
 use std::time::Duration;
@@ -169,12 +171,13 @@ impl Run<'_> {
             lease,
             spec,
             folders,
+            before,
             gateway,
             meter,
             process,
             sockets,
             total,
-            output,
+            mut output,
             unreadable: _,
             reported,
         } = self;
@@ -201,6 +204,11 @@ impl Run<'_> {
                 warn!(%error, "could not remove the workspace of a run that filled the disk");
             }
         }
+        let owner = lease
+            .job
+            .session_id
+            .map_or(Owner::Job(lease.job.job_id), Owner::Session);
+        output.changes = Changes::since(before, &ctx.config.data_dir, owner).await;
         let events = recorder.close().await;
 
         let spend = Spend {

@@ -1,5 +1,6 @@
 //! What a run wrote, and the wire's `Result` of it.
 
+use super::changes::Changes;
 use super::outcome::{Ended, ErrorCode};
 use crate::claude::command::RunSpec;
 use crate::claude::process::Exit;
@@ -24,6 +25,8 @@ pub(super) struct RunOutput {
     tools_cut: bool,
     /// The Claude session that couldn't be continued.
     pub(super) session_lost: Option<String>,
+    /// The files that it changed.
+    pub(super) changes: Changes,
 }
 
 impl RunOutput {
@@ -38,6 +41,7 @@ impl RunOutput {
             tool_room: MAX_KEPT_BYTES,
             tools_cut: false,
             session_lost: None,
+            changes: Changes::default(),
         }
     }
 
@@ -97,9 +101,13 @@ pub(super) fn result(output: &RunOutput, spend: &Spend, spec: &RunSpec) -> Optio
         }).collect::<serde_json::Map<_, _>>(),
         "permission_denials": line.map_or(&[][..], |line| &line.permission_denials),
         "stop_reason": line.and_then(|line| line.stop_reason.clone()),
+        "files_changed": output.changes.files,
     });
     if truncated {
         result["truncated"] = json!(true);
+    }
+    if output.changes.truncated {
+        result["files_changed_truncated"] = json!(true);
     }
     if output.session_lost.is_some() {
         result["session_lost"] = json!(true);

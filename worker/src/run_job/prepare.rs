@@ -1,5 +1,6 @@
 //! Starts a run: folders, the conversation to continue, gateway, guard, sandbox, CLI.
 
+use super::changes::Before;
 use super::outcome::ErrorCode;
 use super::output::RunOutput;
 use super::recorder::Recorder;
@@ -16,6 +17,7 @@ use crate::guard;
 use crate::spend::{Meter, Reported};
 use crate::workspace::{Folders, RunDir};
 use shared::clock::{self, Timestamp};
+use shared::files::Owner;
 use shared::job::{Ending, Hold, Lease, Report, Spend};
 use shared::model::AllowedModels;
 use shared::storage::RunDirective;
@@ -38,6 +40,8 @@ pub(super) struct Run<'a> {
     pub(super) lease: Arc<Lease>,
     pub(super) spec: RunSpec,
     pub(super) folders: Folders,
+    /// The workspace as the run found it.
+    pub(super) before: Before,
     pub(super) gateway: Gateway,
     pub(super) meter: Arc<Meter>,
     pub(super) process: Process,
@@ -90,6 +94,11 @@ impl<'a> Run<'a> {
         let sockets = ctx.runtime.run()?;
         let guard = PendingGuard::spawn(&marker, sockets.path())?;
         folders.create().await?;
+        // All that is in the workspace of a job without a session comes from this job, also from an earlier attempt.
+        let before = match job.session_id {
+            Some(session_id) => Before::of(&ctx.config.data_dir, Owner::Session(session_id)).await,
+            None => Before::empty(),
+        };
         let resume = transcript::find(&folders, &lease).await?;
         let session_lost = transcript::lost(&lease, resume.as_ref());
         let spec = spec(ctx, &lease, resume.as_ref())?;
@@ -173,6 +182,7 @@ impl<'a> Run<'a> {
             lease,
             spec,
             folders,
+            before,
             gateway,
             meter,
             process,
