@@ -14,6 +14,7 @@ mod crash; // Processes that are killed and stopped: nothing lost, nothing run t
 mod deliveries;
 mod drain; // A process that is told to stop.
 mod events; // The stream of a job's events: replayed, live, resumed.
+mod examples; // The examples do what they say.
 mod files; // Files in and out of workspaces.
 mod gate; // Keys, request ids, slow clients, the drain.
 mod idempotency; // A retried submission makes one job.
