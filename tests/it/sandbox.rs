@@ -19,6 +19,7 @@ once!(
     a_run_gets_what_tools_need_and_nothing_more_of_the_kernel,
     files_in_memory_count_as_memory,
     a_home_without_rights_doesnt_break_the_session,
+    a_run_without_the_sandbox_cant_read_the_workers_memory,
     a_run_that_fills_the_disk_stops_nobody_else,
     a_run_that_takes_more_of_the_disk_than_it_may_ends,
 );
@@ -254,4 +255,20 @@ async fn a_run_that_takes_more_of_the_disk_than_it_may_ends() {
     let job = client.finished(&id).await;
     assert_eq!(job["error_code"], "disk_full", "{job:#}");
     assert!(!system.workspace(&id).exists());
+}
+
+async fn a_run_without_the_sandbox_cant_read_the_workers_memory() {
+    let mut system = System::builder().sandbox(false).start().await;
+    let pid = system.worker(0).pid().unwrap();
+
+    let script = format!(
+        "for file in environ maps mem; do head -c 1 /proc/{pid}/$file >/dev/null 2>&1 && echo READ $file; done >out; \
+         tr '\\0' ' ' </proc/{pid}/cmdline >>out"
+    );
+    let said = prints(&system, &script).await;
+
+    assert!(
+        !said.contains("READ") && said.contains("claude-queue-worker"),
+        "{said}"
+    );
 }

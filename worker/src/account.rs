@@ -3,7 +3,7 @@
 //! becomes the ordinary user that `WORKER_USER` names.
 
 use rustix::fs::{Access, access, chown};
-use rustix::process::{Gid, Uid};
+use rustix::process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use shared::env::{Error, Vars};
 use shared::storage::DatabaseUrl;
@@ -80,6 +80,12 @@ pub fn become_ordinary(vars: &mut Vars, folders: &[(&'static str, PathBuf)]) -> 
         .map_err(|error| Error::new(VARIABLE, format!("can't be taken on: {error}"), ACCEPTED))?;
     vars.replace("HOME", &account.home);
     Ok(())
+}
+
+/// Keeps the memory and the environment of this process, where its credentials are, from other processes of the same user:
+/// an agent without the sandbox is one. Root can still look. Programs that this process starts aren't affected.
+pub fn private_memory() -> io::Result<()> {
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 /// Fails if this process is root, whose runs the sandbox wouldn't keep from the machine.

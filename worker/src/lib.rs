@@ -85,6 +85,9 @@ pub async fn run(
     if config.sandbox {
         account::refuse_root()?;
     }
+    if let Err(error) = account::private_memory() {
+        warn!(%error, "other processes of this user can read the memory of the worker");
+    }
     // Absolute, since a run starts in a folder of its own.
     config.data_dir = bind_data_dir(&config.data_dir, &store).await?;
     let open = permissions::open_to_others(&config.data_dir, store.file().as_deref());
