@@ -20,3 +20,4 @@ target/release/examples/bench
 target/release/examples/bench-gateway
 target/release/examples/bench-reads
 target/release/examples/bench-claims
+target/release/examples/bench-webhooks

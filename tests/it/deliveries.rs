@@ -106,9 +106,18 @@ async fn a_delivery_survives_its_worker(db: Db) {
     let job = waiting(&client, &receiver.url("/before")).await;
     client.cancel(&job).await;
     assert_eq!(deliveries(&client, "status=pending").await.len(), 1);
+    let tickets = match db {
+        Db::Sqlite => "select count(*) from Jobs where job_type = 'webhooks' and status = 'Pending'",
+        Db::Postgres => "select count(*) from apalis.jobs where job_type = 'webhooks' and status = 'Pending'",
+    };
+    assert_eq!(system.database().number(tickets).await, 1);
     system.worker(0).start().await;
     receiver.wait(1, PATIENCE).await;
     all_succeed(&client, 1).await;
+    eventually(PATIENCE, "a worker that takes the ticket", async || {
+        (system.database().number(tickets).await == 0).then_some(())
+    })
+    .await;
 
     // During: one receiver never answers. After: the other has answered, and the worker couldn't record it.
     for path in ["/during", "/after"] {

@@ -9,7 +9,7 @@ use tests::client::{Client, PATIENCE, at_once};
 use tests::database::Db;
 use tests::receiver::{Reaction, Received, Receiver};
 use tests::script::{answer, steps};
-use tests::system::{Builder, KEYS, System};
+use tests::system::{Builder, KEYS, System, run};
 use tests::{both, eventually, once};
 
 both!(
@@ -430,6 +430,16 @@ async fn a_worker_that_only_delivers_needs_no_cli() {
         .await;
 
     receiver.wait(1, PATIENCE).await;
+
+    // What the API has sealed can't be opened with another key, and nothing is sent unsigned.
+    let env = [
+        ("DATABASE_URL", system.database().url()),
+        ("WORKER_QUEUES", "webhooks"),
+        ("SECRET_KEY", "another-one-than-the-database-was-set-up-with"),
+    ];
+    let refused = run("claude-queue-worker", &[], &env).await;
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains("SECRET_KEY"), "{refused:#?}");
 }
 
 async fn budgets_and_keys_tell_their_endpoints(db: Db) {

@@ -115,6 +115,11 @@ impl Receiver {
             .clone()
     }
 
+    /// How many requests it got so far.
+    pub fn count(&self) -> usize {
+        self.received.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// How many whole answers it has given.
     pub fn answered(&self) -> usize {
         self.answered.load(Ordering::Relaxed)
@@ -122,10 +127,7 @@ impl Receiver {
 
     /// What it got, as soon as that is so much.
     pub async fn wait(&self, count: usize, limit: Duration) -> Vec<Received> {
-        eventually(limit, "webhooks", async || {
-            (self.received().len() >= count).then_some(())
-        })
-        .await;
+        eventually(limit, "webhooks", async || (self.count() >= count).then_some(())).await;
         self.received()
     }
 }

@@ -9,7 +9,7 @@ use crate::config::Deliveries;
 use crate::tickets::{self, Fetches, Source, Told};
 use bytes::Bytes;
 use client::Sender;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use shared::clock;
 use shared::delivery::{ClaimedDelivery, DeliveryOutcome};
@@ -45,6 +45,9 @@ const SENT_PER_HOST: usize = 10;
 
 /// An attempt that took no longer was quick.
 const QUICK: Duration = Duration::from_millis(200);
+
+/// Jobs are read together, so many at most: each takes a connection to PostgreSQL.
+const READ_AT_ONCE: usize = 4;
 
 /// Results are recorded together, so many at most.
 const RECORDED: usize = 100;
@@ -309,17 +312,23 @@ async fn claim(deliverer: &Deliverer, busy: &Busy) -> Result<Claim> {
     }
     let due = store.due_deliveries(busy, now).await?;
     let mut bodies = Vec::new();
-    for delivery in due.iter().filter(|delivery| !delivery.has_body) {
-        match body::of_job(store, delivery, deliverer.retention).await {
-            Ok(body) => bodies.push((delivery.delivery_id, body)),
-            Err(body::Error::Storage(error)) if store.note(&error) => return Err(error),
-            Err(error) => {
-                warn!(
-                    delivery.id = %delivery.delivery_id,
-                    error = %chain(&error),
-                    "delivery {} has nothing to tell and ends", delivery.delivery_id
-                );
-                store.end_unreadable(delivery.delivery_id, now).await?;
+    let new: Vec<_> = due.iter().filter(|delivery| !delivery.has_body).collect();
+    for some in new.chunks(READ_AT_ONCE) {
+        let reading = some
+            .iter()
+            .map(|delivery| body::of_job(store, delivery, deliverer.retention));
+        for (delivery, body) in some.iter().zip(join_all(reading).await) {
+            match body {
+                Ok(body) => bodies.push((delivery.delivery_id, body)),
+                Err(body::Error::Storage(error)) if store.note(&error) => return Err(error),
+                Err(error) => {
+                    warn!(
+                        delivery.id = %delivery.delivery_id,
+                        error = %chain(&error),
+                        "delivery {} has nothing to tell and ends", delivery.delivery_id
+                    );
+                    store.end_unreadable(delivery.delivery_id, now).await?;
+                }
             }
         }
     }

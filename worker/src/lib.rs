@@ -78,6 +78,7 @@ pub async fn run(
     shutdown: Shutdown,
     ready: impl FnOnce(WorkerId) + Send,
 ) -> Result<(), Error> {
+    check_secret_key(&config, &store).await?;
     let deliverer = deliverer(&config, &store, &wakeups, &shutdown);
     if !config.queues.jobs {
         return deliver_only(deliverer, ready).await;
@@ -181,6 +182,20 @@ pub async fn run(
     let _ = ctx.store.remove_worker(worker_id).await;
     info!("the worker has stopped");
     Ok(())
+}
+
+/// With another `SECRET_KEY` than the API's no delivery could be signed.
+async fn check_secret_key(config: &Config, store: &Store) -> Result<(), Error> {
+    match &config.secret_key {
+        Some(secret_key) if config.queues.webhooks && !store.bind_secret(secret_key.check()).await? => {
+            Err(Error::Configuration(env::Error::new(
+                "SECRET_KEY",
+                "isn't the one that this database was set up with",
+                "the value that the API has",
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What delivers webhooks in this process, if it is to.
