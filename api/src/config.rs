@@ -1,5 +1,6 @@
 //! The settings of the API: each a variable of the environment, its default here and nowhere else.
 
+use shared::approved;
 use shared::env::{Error, Vars};
 use shared::key::SecretKey;
 use shared::model::Aliases;
@@ -53,14 +54,25 @@ pub struct Config {
     pub stream_max: Duration,
     /// How many attempts a job gets that doesn't say. `JOB_MAX_ATTEMPTS`, 3, at most 5.
     pub job_max_attempts: i64,
-    /// The longest attempt that a job may ask for, in seconds. `JOB_TIMEOUT_MAX_SECONDS`, 3600.
+    /// The longest attempt that a job may ask for, in seconds. `JOB_TIMEOUT_MAX_SECONDS`, 86400.
     pub job_timeout_max_seconds: i64,
+    /// What an attempt of a chat may take at most, in seconds. `CLAUDE_TIMEOUT_SECONDS`, 300; the workers have the same.
+    pub chat_timeout_seconds: i64,
+    /// Settings by name, for sessions and jobs. `TEMPLATES_FILE`, those that the program brings along.
+    pub templates_file: Option<PathBuf>,
     /// What all attempts of a job together may cost at most. `CLAUDE_MAX_COST_PER_REQUEST`, 5.0 dollars.
     pub max_cost_per_request: MicroUsd,
     /// What a key may spend in all, unless it has a budget of its own. `CLAUDE_MAX_COST_PER_USER`, 50.0 dollars.
     pub max_cost_per_user: MicroUsd,
     /// How many jobs of one key run at once. `KEY_MAX_RUNNING_JOBS`, 16.
     pub key_max_running_jobs: i64,
+    /// The folder in which a session may be given one to work in. `APPROVED_DIRECTORY`, none.
+    pub approved_directory: Option<PathBuf>,
+    /// A session that is created again goes on with its conversation if it was used within this time.
+    /// `SESSION_TIMEOUT_HOURS`, 24.
+    pub session_timeout: Duration,
+    /// How many sessions a key may have: for another one the least recently used is deleted. `MAX_SESSIONS_PER_USER`, 10.
+    pub max_sessions_per_user: i64,
     /// How long an idempotency key is remembered. `IDEMPOTENCY_TTL_HOURS`, 24.
     pub idempotency_ttl: Duration,
     /// How long the data of an ended job is kept: shown as `expires_at`; the workers remove it.
@@ -91,10 +103,15 @@ impl Default for Config {
             body_timeout: Duration::from_secs(30),
             stream_max: Duration::from_hours(1),
             job_max_attempts: 3,
-            job_timeout_max_seconds: 3_600,
+            job_timeout_max_seconds: 86_400,
+            chat_timeout_seconds: 300,
+            templates_file: None,
             max_cost_per_request: MicroUsd(5_000_000),
             max_cost_per_user: MicroUsd(50_000_000),
             key_max_running_jobs: 16,
+            approved_directory: None,
+            session_timeout: Duration::from_hours(24),
+            max_sessions_per_user: 10,
             idempotency_ttl: Duration::from_hours(24),
             retention: Duration::from_hours(30 * 24),
             drain: Duration::from_secs(30),
@@ -131,6 +148,13 @@ impl Config {
                 1,
                 86_400,
             )?,
+            chat_timeout_seconds: vars.number(
+                "CLAUDE_TIMEOUT_SECONDS",
+                default.chat_timeout_seconds,
+                1,
+                86_400,
+            )?,
+            templates_file: vars.path("TEMPLATES_FILE")?,
             max_cost_per_request: dollars(vars, "CLAUDE_MAX_COST_PER_REQUEST", default.max_cost_per_request)?,
             max_cost_per_user: dollars(vars, "CLAUDE_MAX_COST_PER_USER", default.max_cost_per_user)?,
             key_max_running_jobs: vars.number(
@@ -138,6 +162,14 @@ impl Config {
                 default.key_max_running_jobs,
                 1,
                 1_000,
+            )?,
+            approved_directory: approved::from_vars(vars)?,
+            session_timeout: Duration::from_hours(vars.number("SESSION_TIMEOUT_HOURS", 24, 1, 876_000)?),
+            max_sessions_per_user: vars.number(
+                "MAX_SESSIONS_PER_USER",
+                default.max_sessions_per_user,
+                1,
+                100_000,
             )?,
             idempotency_ttl: vars.idempotency_ttl()?,
             retention: vars.retention()?,

@@ -16,6 +16,7 @@ use crate::gate::streams::Streams;
 use crate::gate::waits::Waits;
 use crate::http::problem::Problem;
 use crate::http::request::Request;
+use crate::templates::Templates;
 
 /// What handlers share. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -32,6 +33,8 @@ pub struct Parts {
     pub keyring: Keyring,
     /// How often a caller may ask.
     pub limits: Limits,
+    /// Settings by name.
+    pub templates: Templates,
     /// The event streams that are open.
     pub streams: Streams,
     /// The requests that wait for a job.
@@ -92,6 +95,7 @@ impl Context {
                 clock::now(),
             )
             .await?;
+        let templates = Templates::open(&config)?;
         let stopping = CancellationToken::new();
         Ok(Self(Arc::new(Parts {
             keyring: Keyring::new(store.clone(), config.keys.clone(), config.secret_key.clone()),
@@ -99,6 +103,7 @@ impl Context {
             streams: Streams::new(store.clone()),
             waits: Waits::default(),
             files: Files::default(),
+            templates,
             config,
             store,
             wakeups,

@@ -105,6 +105,45 @@ pub async fn of_session(
     }
 }
 
+/// `/api/v1/sessions/{s}/jobs/{id}`.
+pub async fn item_of_session(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    name: &Segment,
+    id: &Segment,
+) -> Result<Response, Problem> {
+    let job = find_in_session(context, caller, name, id).await?;
+    read::show(context, request, caller, job.job_id).await
+}
+
+/// `/api/v1/sessions/{s}/jobs/{id}/cancel`.
+pub async fn cancel_of_session(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    name: &Segment,
+    id: &Segment,
+) -> Result<Response, Problem> {
+    let job = find_in_session(context, caller, name, id).await?;
+    cancel::cancel_of_session(context, request, &job).await
+}
+
+async fn find_in_session(
+    context: &Context,
+    caller: &Caller,
+    name: &Segment,
+    id: &Segment,
+) -> Result<Job, Problem> {
+    let session = sessions::find(context, caller, name.as_ref()).await?;
+    let job = find(context, caller, id).await?;
+    if job.session_id == Some(session.session_id) {
+        Ok(job)
+    } else {
+        Err(Problem::NoSuch("Job"))
+    }
+}
+
 /// The job of this id, if it exists for the caller.
 async fn find(context: &Context, caller: &Caller, id: &Segment) -> Result<Job, Problem> {
     read::find(context, caller, id.id("Job")?).await

@@ -7,6 +7,7 @@
 
 pub mod audit;
 pub mod budgets;
+pub mod chat;
 pub mod config;
 pub mod context;
 pub mod docs;
@@ -22,6 +23,8 @@ pub mod routes;
 pub mod service;
 pub mod sessions;
 pub mod settings;
+pub mod templates;
+pub mod tokens;
 pub mod usage;
 pub mod webhooks;
 

@@ -22,7 +22,10 @@ use crate::http::problem::Problem;
 use crate::http::request::{Request, Segment, Tail};
 use crate::http::serve::App;
 use crate::http::{cors, reply};
-use crate::{audit, budgets, docs, files, health, jobs, keys, queue, sessions, usage, webhooks};
+use crate::{
+    audit, budgets, chat, docs, files, health, jobs, keys, queue, sessions, templates, tokens, usage,
+    webhooks,
+};
 
 /// Who may call a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +138,12 @@ fn table() -> Vec<Route> {
         route!(keyed "api" / "v1" / "jobs" / Segment / "cancel", id => jobs::cancel [POST JobsWrite Read ()]),
         route!(keyed "api" / "v1" / "sessions" => sessions::collection
             [GET SessionsRead Read (page limit user_id), POST SessionsWrite Read ()]),
-        route!(keyed "api" / "v1" / "sessions" / Segment, name => sessions::item [GET SessionsRead Read ()]),
+        route!(keyed "api" / "v1" / "sessions" / Segment, name => sessions::item
+            [GET SessionsRead Read (), PATCH SessionsWrite Read (), DELETE SessionsWrite Read ()]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "repo", name => sessions::repo
+            [POST SessionsWrite Read ()]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "history", name => sessions::history
+            [GET SessionsRead Read (limit before)]),
         route!(keyed "api" / "v1" / "sessions" / Segment / "jobs", name => jobs::of_session
             [GET JobsRead Read (limit cursor view fields status kind order custom_id created_after created_before),
              POST JobsWrite Submit (wait)]),
@@ -147,6 +155,18 @@ fn table() -> Vec<Route> {
             [GET FilesRead Read (path page limit recursive)]),
         route!(keyed "api" / "v1" / "jobs" / Segment / "files", id; path => files::job_file [GET FilesRead Read ()]),
         route!(keyed "api" / "v1" / "jobs" / Segment / "archive", id => files::archive [GET FilesRead Read ()]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "jobs" / Segment, name, id => jobs::item_of_session
+            [GET JobsRead Read (view fields wait)]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "jobs" / Segment / "cancel", name, id =>
+            jobs::cancel_of_session [POST JobsWrite Read ()]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "chat", name => chat::chat
+            [POST JobsWrite Submit (cancel_on_disconnect wait)]),
+        route!(keyed "api" / "v1" / "sessions" / Segment / "chat" / "stream", name => chat::stream
+            [POST JobsWrite Submit (cancel_on_disconnect)]),
+        route!(keyed "api" / "v1" / "templates" => templates::list [GET any Read ()]),
+        route!(keyed "api" / "v1" / "templates" / "reload" => templates::reload [POST TemplatesWrite Read ()]),
+        route!(keyed "api" / "v1" / "templates" / Segment, name => templates::item [GET any Read ()]),
+        route!(keyed "api" / "v1" / "tokens" / "count" => tokens::count [POST any Read ()]),
         route!(keyed "api" / "v1" / "keys" => keys::collection
             [GET KeysAdmin Read (limit cursor status name), POST KeysAdmin Read ()]),
         route!(keyed "api" / "v1" / "keys" / "me" => keys::me [GET any Read ()]),
@@ -162,7 +182,7 @@ fn table() -> Vec<Route> {
         route!(keyed "api" / "v1" / "usage" => usage::summary [GET UsageRead Read (user_id)]),
         route!(keyed "api" / "v1" / "usage" / "ledger" => usage::ledger
             [GET UsageRead Read (limit cursor group_by from to user_id)]),
-        route!(keyed "api" / "v1" / "audit" => audit::list [GET KeysAdmin Read (kind limit before user_id)]),
+        route!(keyed "api" / "v1" / "audit" => audit::list [GET any Read (kind limit before user_id)]),
         route!(keyed "api" / "v1" / "webhooks" / "secret" => webhooks::secret::show [GET WebhooksRead Read ()]),
         route!(keyed "api" / "v1" / "webhooks" / "secret" / "rotate" => webhooks::secret::rotate
             [POST WebhooksWrite Read ()]),
@@ -317,7 +337,8 @@ mod tests {
     fn making_a_job_counts_as_a_submission_and_nothing_else_does() {
         for (path, access) in listed() {
             for rule in access.rules() {
-                let makes_a_job = rule.method == Method::POST && path.ends_with("/jobs");
+                let makes_a_job =
+                    rule.method == Method::POST && (path.ends_with("/jobs") || path.contains("/chat"));
                 assert_eq!(
                     rule.policy == Policy::Submit,
                     makes_a_job,

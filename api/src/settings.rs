@@ -22,13 +22,13 @@ pub struct Settings {
     pub system_prompt: Option<String>,
     /// The model, by name or alias.
     pub model: Option<String>,
-    /// Turns at most, 1 to 100.
+    /// Turns at most, 1 to 1000.
     pub max_turns: Option<i64>,
     /// What the agent may do without asking.
     pub permission_mode: Option<String>,
     /// How hard the model thinks.
     pub effort: Option<String>,
-    /// Rules that allow tools.
+    /// Rules that allow tools; an empty list: there are no tools.
     pub allowed_tools: Option<Vec<String>>,
     /// Rules that forbid tools.
     pub disallowed_tools: Option<Vec<String>>,
@@ -39,18 +39,36 @@ pub struct Settings {
 impl Settings {
     /// Reads the settings from a body; `system` is what the system prompt is called there.
     pub fn read(body: &mut Fields, system: &str, config: &Config) -> Self {
-        Self {
-            system_prompt: body.optional(system, text(0..=50_000)),
-            model: body.optional("model", model),
-            max_turns: body.optional("max_turns", integer(1..=100)),
-            permission_mode: body
-                .optional("permission_mode", choice(&PERMISSION_MODES))
-                .map(str::to_owned),
-            effort: body.optional("effort", choice(&EFFORTS)).map(str::to_owned),
-            allowed_tools: body.optional("allowed_tools", rules),
-            disallowed_tools: body.optional("disallowed_tools", rules),
-            max_cost_usd: body.optional("max_cost_usd", dollars(config.max_cost_per_request)),
+        let mut settings = Self::default();
+        settings.change(body, system, config);
+        settings
+    }
+
+    /// Changes the settings that a body names; null leaves one to others again.
+    pub fn change(&mut self, body: &mut Fields, system: &str, config: &Config) {
+        fn put<T>(setting: &mut Option<T>, wanted: Option<Option<T>>) {
+            if let Some(wanted) = wanted {
+                *setting = wanted;
+            }
         }
+        let owned = |wanted: Option<Option<&'static str>>| wanted.map(|word| word.map(str::to_owned));
+        put(&mut self.system_prompt, body.change(system, text(0..=50_000)));
+        put(&mut self.model, body.change("model", model));
+        put(&mut self.max_turns, body.change("max_turns", integer(1..=1_000)));
+        let mode = body.change("permission_mode", choice(&PERMISSION_MODES));
+        put(&mut self.permission_mode, owned(mode));
+        put(&mut self.effort, owned(body.change("effort", choice(&EFFORTS))));
+        let tools = |wanted: Option<Option<Option<Vec<String>>>>| wanted.map(Option::flatten);
+        put(
+            &mut self.allowed_tools,
+            tools(body.change("allowed_tools", tool_rules)),
+        );
+        put(
+            &mut self.disallowed_tools,
+            tools(body.change("disallowed_tools", tool_rules)),
+        );
+        let cost = body.change("max_cost_usd", dollars(config.max_cost_per_request));
+        put(&mut self.max_cost_usd, cost);
     }
 
     /// These settings, and where they say nothing, those.
@@ -82,6 +100,12 @@ impl Settings {
             _ => Ok(()),
         }
     }
+}
+
+/// Rules for tools. An empty text is no rule of its own, as in the Python service; an empty list is: no tool at all.
+fn tool_rules(value: Value) -> Reading<Option<Vec<String>>> {
+    let blank = value.as_str().is_some_and(|text| text.trim().is_empty());
+    if blank { Ok(None) } else { rules(value).map(Some) }
 }
 
 /// The name of a model becomes an argument of the CLI, so it can't look like an option or hold blanks.

@@ -181,7 +181,7 @@ impl Position {
 }
 
 /// Whose usage is asked for: `user_id`, which only an administrator may set to another's.
-fn owner(caller: &Caller, query: &Query) -> Result<Option<KeyId>, Problem> {
+pub fn owner(caller: &Caller, query: &Query) -> Result<Option<KeyId>, Problem> {
     match query.text("user_id").filter(|user| *user != "default") {
         Some(user) if user == caller.key_id.as_str() => Ok(Some(caller.key_id.clone())),
         Some(user) if caller.admin && budgets::is_key_id(user) => Ok(Some(KeyId::known(user))),

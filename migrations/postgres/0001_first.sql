@@ -41,11 +41,16 @@ create table session (
   total_turns bigint not null default 0,
   created_at bigint not null,
   updated_at bigint not null,
-  unique (key_id, name)
+  working_dir text collate "C",                   -- in its place the agent works; null: in a folder of its own
+  version bigint not null default 1,    -- of its settings
+  deleted_at bigint,                    -- its jobs keep its name
+  remove_requested boolean not null default false -- its folder is still to be removed
 );
-create index session_used on session (key_id, updated_at desc, session_number desc);
-create index session_used_all on session (updated_at desc, session_number desc);
-create index session_name on session (name, session_number desc);
+create unique index session_owned on session (key_id, name) where deleted_at is null;
+create index session_used on session (key_id, updated_at desc, session_number desc) where deleted_at is null;
+create index session_used_all on session (updated_at desc, session_number desc) where deleted_at is null;
+create index session_name on session (name, session_number desc) where deleted_at is null;
+create index session_remove on session (session_number) where remove_requested;
 create index session_claude on session (claude_session_id, session_number desc) where claude_session_id is not null;
 
 create table job (
@@ -97,7 +102,8 @@ create table job (
   remove_requested boolean not null default false, -- by its owner: its workspace is still to be removed
   counted boolean not null default false -- its end is in the sums of usage
 );
-create index job_queue on job (key_id, hold, priority desc, job_number) where status = 'queued';
+-- Of one priority, 'chat' comes before 'job': somebody waits for it.
+create index job_queue on job (key_id, hold, priority desc, kind, job_number) where status = 'queued';
 create index job_running on job (key_id, status) where status = 'running';
 create index job_group on job (key_id, group_key, job_number) where group_key is not null and status in ('queued', 'running');
 create unique index job_group_head on job (key_id, group_key)
@@ -116,6 +122,9 @@ create index job_status_all on job (kind, status, job_number desc) where status 
 create index job_custom_id on job (key_id, custom_id, job_number desc) where custom_id is not null;
 create index job_custom_id_all on job (custom_id, job_number desc) where custom_id is not null;
 create index job_session on job (session_id, job_number desc) where session_id is not null;
+-- The messages of sessions.
+create index job_message on job (key_id, job_number desc) where session_id is not null and started_at is not null and not data_removed;
+create index job_message_all on job (job_number desc) where session_id is not null and started_at is not null and not data_removed;
 
 create table prompt (
   job_id text collate "C" primary key,

@@ -107,6 +107,10 @@ pub enum CancelReason {
     Deadline,
     /// Its key was revoked, and its jobs with it.
     KeyRevoked,
+    /// Its session was deleted.
+    SessionDeleted,
+    /// The client that waited for it left, and had asked for that.
+    ClientDisconnect,
 }
 
 impl CancelReason {
@@ -116,6 +120,8 @@ impl CancelReason {
             Self::User => "user",
             Self::Deadline => "deadline",
             Self::KeyRevoked => "key_revoked",
+            Self::SessionDeleted => "session_deleted",
+            Self::ClientDisconnect => "client_disconnect",
         }
     }
 }
@@ -149,6 +155,9 @@ pub struct RunOptions {
     /// The JSON Schema that the structured output must match.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub json_schema: Option<Value>,
+    /// The job fails if the conversation of its session is lost, instead of beginning a new one.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub fail_on_session_lost: bool,
 }
 
 /// What a job gets that doesn't say: written into its row by its first claim, so that each attempt runs alike.
@@ -160,10 +169,27 @@ pub struct RunDefaults {
     pub effort: Option<String>,
     /// The permission mode.
     pub permission_mode: String,
-    /// Turns at most.
+    /// Turns at most of a chat, or of a job in a session; other jobs have no limit.
     pub max_turns: i64,
-    /// Seconds an attempt may take.
+    /// Seconds an attempt of a chat may take.
+    pub chat_timeout_seconds: i64,
+    /// Seconds an attempt of another job may take.
     pub timeout_seconds: i64,
+}
+
+impl RunDefaults {
+    /// Turns at most of this job.
+    pub fn turns_of(&self, job: &Job) -> Option<i64> {
+        (job.kind == JobKind::Chat || job.session_id.is_some()).then_some(self.max_turns)
+    }
+
+    /// Seconds an attempt of this job may take.
+    pub const fn timeout_of(&self, job: &Job) -> i64 {
+        match job.kind {
+            JobKind::Chat => self.chat_timeout_seconds,
+            JobKind::Job => self.timeout_seconds,
+        }
+    }
 }
 
 /// A job that passed the gate and isn't stored yet.
@@ -329,6 +355,8 @@ pub struct Lease {
     pub allowed_models: Vec<String>,
     /// What this run may cost: reserved in every budget that applies.
     pub reserved: MicroUsd,
+    /// The folder of the host that its session works in, instead of one of its own.
+    pub working_dir: Option<String>,
     /// The Claude sessions that the run may continue, best first; the first whose transcript is there is taken.
     pub resume: Vec<Resume>,
     /// Whether its key had endpoints for events when the run began.

@@ -9,6 +9,7 @@
 //! * What may be printed of text from outside: [`text`].
 //! * Webhooks, as far as no I/O is needed: [`webhook`], with [`sealed`], [`network`] and [`mod@retry_after`].
 
+pub mod approved;
 pub mod budget;
 pub mod clock;
 pub mod data_dir;

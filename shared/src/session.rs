@@ -28,4 +28,8 @@ pub struct Session {
     pub created_at: Timestamp,
     /// When it was last used or changed.
     pub updated_at: Timestamp,
+    /// The folder of the host in which its jobs work; `None`: a folder of its own.
+    pub working_dir: Option<String>,
+    /// Grows with every change of its settings.
+    pub version: i64,
 }

@@ -80,7 +80,10 @@ pub use limit::{Quota, Rate};
 pub use retention::{Removal, Workspace};
 pub use run::{Finish, RunDirective};
 #[doc(hidden)]
-pub use session::{SESSIONS_OF_ALL, SESSIONS_OF_KEY};
+pub use session::{
+    EXCHANGES_OF_ALL, EXCHANGES_OF_KEY, EXCHANGES_OF_SESSION, SESSIONS_OF_ALL, SESSIONS_OF_KEY,
+};
+pub use session::{Exchange, MessagesOf};
 pub use sweep::{RunningLease, Swept};
 pub use ticket::{Queue, Ticket};
 pub use tx::Tx;

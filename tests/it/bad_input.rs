@@ -108,7 +108,7 @@ async fn a_wrong_member_is_named() {
             "greater_than_equal",
         ),
         (
-            json!({ "max_turns": 101 }),
+            json!({ "max_turns": 1_001 }),
             "body -> max_turns",
             "less_than_equal",
         ),

@@ -6,6 +6,7 @@ mod bad_input; // What may not be submitted: each its own problem, and nothing w
 mod budgets; // Money: never more than the limit, whoever dies.
 mod cancel; // A cancel, a timeout: final, paid for, and no process left.
 mod chaos; // Everything at once, and what holds afterwards.
+mod chat; // Chat: a job that somebody waits for.
 mod clocks; // A machine whose clock is wrong.
 mod commands; // What people type: the demo, the service, the client.
 mod config; // Bad settings stop the start and say which.
@@ -33,6 +34,7 @@ mod requests; // What a request may say, and that nothing of it is overheard.
 mod retention; // What ended jobs have left is removed.
 mod retries; // What passes is tried again, what doesn't isn't.
 mod sandbox;
+mod sessions; // Sessions: made, changed, read, deleted.
 mod spend; // Only the gateway is believed about money and models.
 mod start; // How programs start, and on what they depend.
 mod survivors; // A run that does everything to live on doesn't.

@@ -58,8 +58,13 @@ impl Owned {
         let object = |start: &str| path.starts_with(start);
         let parts: Vec<&str> = if object("/api/v1/jobs/{}") {
             vec![&self.job, "file"]
+        } else if object("/api/v1/sessions/{}/jobs/{}") {
+            vec![&self.session, &self.job]
         } else if object("/api/v1/sessions/{}") {
             vec![&self.session, "file"]
+        } else if object("/api/v1/templates/{}") {
+            // Templates are everybody's, and nobody has one of this name.
+            vec!["none"]
         } else if object("/api/v1/keys/{}") {
             vec![&self.key]
         } else if object("/api/v1/webhooks/endpoints/{}") {

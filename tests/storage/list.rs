@@ -26,7 +26,7 @@ async fn a_filter_shows_what_it_says(db: Db) {
     let world = World::new(db).await;
     let (a, b) = (world.key("a", 9).await, world.key("b", 9).await);
     let mut tx = world.store.begin().await.unwrap();
-    let (session, _) = tx.put_session(&a, "main", "{}", at(0)).await.unwrap();
+    let (session, _) = tx.put_session(&a, "main", "{}", at(0), at(0)).await.unwrap();
     tx.commit().await.unwrap();
     let named = |name: &str, seconds, wanted: NewJob| NewJob {
         custom_id: Some(name.to_owned()),
@@ -34,6 +34,8 @@ async fn a_filter_shows_what_it_says(db: Db) {
         ..wanted
     };
     let done = world.submit(named("done", 1, job(&a))).await;
+    let lease = world.claim_job(&done).await;
+    world.finish(&lease, Ending::Done).await;
     world
         .submit(named(
             "chat",
@@ -56,8 +58,6 @@ async fn a_filter_shows_what_it_says(db: Db) {
         ))
         .await;
     world.submit(named("other", 4, job(&b))).await;
-    let lease = world.claim_job(&done).await;
-    world.finish(&lease, Ending::Done).await;
 
     let own = JobFilter {
         key_id: Some(a.clone()),

@@ -239,6 +239,7 @@ fn claimant() -> Claimant {
             effort: None,
             permission_mode: "acceptEdits".to_owned(),
             max_turns: 25,
+            chat_timeout_seconds: 60,
             timeout_seconds: 300,
         },
     }

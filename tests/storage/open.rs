@@ -1,6 +1,8 @@
 //! Opening, migrating, and that the two schemas are one.
 
 use super::{World, job, open};
+use shared::storage::{DatabaseUrl, Store};
+use sqlx::{AssertSqlSafe, Connection, Executor, SqliteConnection};
 use std::collections::BTreeSet;
 use tests::database::{Database, Db};
 use tests::paths;
@@ -11,7 +13,10 @@ tests::both!(
     a_transaction_that_is_dropped_leaves_no_trace,
     a_database_keeps_its_name
 );
-tests::once!(both_databases_have_the_same_tables);
+tests::once!(
+    both_databases_have_the_same_tables,
+    a_file_of_another_program_is_refused_and_left_as_it_is,
+);
 
 async fn a_database_opens_again(db: Db) {
     let database = Database::empty(db, &paths::folder('s')).await;
@@ -128,4 +133,54 @@ fn assert_same(sqlite: &[String], postgres: &[String]) {
         only(&sqlite, &postgres),
         only(&postgres, &sqlite)
     );
+}
+
+async fn a_file_of_another_program_is_refused_and_left_as_it_is() {
+    for (tables, log, sentence) in [
+        (&["sessions", "messages", "jobs"][..], false, "Python service"),
+        (&["sessions", "messages", "jobs"], true, "Python service"),
+        (&["notes"], false, "another program"),
+    ] {
+        let folder = paths::folder('s');
+        let file = folder.join("sessions.db");
+        let mode = if log { "wal" } else { "delete" };
+        let mut connection = SqliteConnection::connect(&format!("sqlite://{}?mode=rwc", file.display()))
+            .await
+            .unwrap();
+        let pragma = format!("pragma journal_mode = {mode}");
+        connection.execute(AssertSqlSafe(pragma)).await.unwrap();
+        for table in tables {
+            let sql = format!("create table {table} (id integer primary key)");
+            connection.execute(AssertSqlSafe(sql)).await.unwrap();
+        }
+        // With a log, the other program is still at work.
+        let connection = if log {
+            Some(connection)
+        } else {
+            connection.close().await.unwrap();
+            None
+        };
+        let content = || {
+            let mut files = std::fs::read_dir(&folder)
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .filter(|path| !path.to_string_lossy().ends_with("-shm"))
+                .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+                .collect::<Vec<_>>();
+            files.sort();
+            files
+        };
+        let before = content();
+
+        let url = DatabaseUrl::parse(&format!("sqlite+aiosqlite:///{}", file.display())).unwrap();
+        let error = Store::open(&url, 1).await.unwrap_err();
+
+        let error = shared::telemetry::chain(&error);
+        assert!(
+            error.contains(sentence) && error.contains("DATABASE_URL"),
+            "{error}"
+        );
+        assert_eq!(content(), before);
+        drop(connection);
+    }
 }

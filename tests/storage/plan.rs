@@ -57,7 +57,7 @@ const HOT: &[Hot] = &[
     Hot {
         what: "the lane's first job",
         sql: "select * from job where key_id = $1 and status = 'queued' and hold = ''
-              order by priority desc, job_number limit 2",
+              order by priority desc, kind, job_number limit 2",
         arguments: &["'big'"],
         sqlite: "job_queue",
         postgres: "job_queue",
@@ -134,7 +134,8 @@ const HOT: &[Hot] = &[
         what: "the place of a ready job",
         sql: "select 1 from job as earlier
               where earlier.key_id = job.key_id and earlier.status = 'queued' and earlier.hold = ''
-                and earlier.priority = job.priority and earlier.job_number < job.job_number
+                and earlier.priority = job.priority and earlier.kind = job.kind
+                and earlier.job_number < job.job_number
               limit 1000",
         arguments: &[],
         sqlite: "job_queue",
@@ -383,6 +384,17 @@ async fn every_filter_reads_little_of_a_large_table(full: &World, empty: &World)
             format!("sessions of {key}"),
             sql,
             &[text(key), number(20), number(0)],
+        )
+        .await;
+        let sql = if key == "*" {
+            storage::EXCHANGES_OF_ALL
+        } else {
+            storage::EXCHANGES_OF_KEY
+        };
+        look(
+            format!("messages of {key}"),
+            sql,
+            &[text(key), number(i64::MAX), number(50)],
         )
         .await;
         let sql = if key == "*" {

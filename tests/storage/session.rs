@@ -3,9 +3,10 @@
 use super::{NOW, World, at, job, report};
 use shared::clock::Timestamp;
 use shared::id::KeyId;
-use shared::job::{Ending, Job, NewJob, Resume};
+use shared::job::{CancelReason, Ending, Job, JobKind, JobStatus, NewJob, Resume};
 use shared::money::MicroUsd;
 use shared::session::Session;
+use shared::storage::{JobPart, MessagesOf};
 use tests::database::Db;
 
 tests::both!(
@@ -13,13 +14,17 @@ tests::both!(
     a_session_is_found_by_name_number_and_claude_session,
     sessions_are_listed_last_touched_first,
     a_job_resumes_what_its_session_left,
+    a_session_used_long_ago_begins_anew_when_it_is_created_again,
+    a_deleted_session_takes_no_job_and_frees_its_name,
+    only_idle_sessions_give_way_to_new_ones,
+    chats_go_before_other_jobs_of_their_key,
     a_session_and_its_job_in_one_transaction_do_not_deadlock_with_a_finish
 );
 
 async fn put(world: &World, key: &KeyId, name: &str, now: Timestamp) -> (Session, bool) {
     let mut tx = world.store.begin().await.unwrap();
     let put = tx
-        .put_session(key, name, r#"{"model":"opus"}"#, now)
+        .put_session(key, name, r#"{"model":"opus"}"#, NOW, now)
         .await
         .unwrap();
     tx.commit().await.unwrap();
@@ -160,7 +165,7 @@ async fn a_session_and_its_job_in_one_transaction_do_not_deadlock_with_a_finish(
             tokio::spawn(async move {
                 for _ in 0..10 {
                     let mut tx = store.begin().await.unwrap();
-                    let (session, _) = tx.put_session(&key, "main", "{}", NOW).await.unwrap();
+                    let (session, _) = tx.put_session(&key, "main", "{}", NOW, NOW).await.unwrap();
                     let session_id = Some(session.session_id);
                     tx.insert_job(&NewJob {
                         session_id,
@@ -187,4 +192,160 @@ async fn a_session_and_its_job_in_one_transaction_do_not_deadlock_with_a_finish(
         chat.await.unwrap();
     }
     assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn a_session_used_long_ago_begins_anew_when_it_is_created_again(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 1).await;
+    put(&world, &key, "main", at(5)).await;
+    world
+        .database
+        .execute("update session set claude_session_id = 'c'")
+        .await;
+    let again = async |forgotten_before| {
+        let mut tx = world.store.begin().await.unwrap();
+        let (session, _) = tx
+            .put_session(&key, "main", "{}", forgotten_before, at(5))
+            .await
+            .unwrap();
+        tx.commit().await.unwrap();
+        session.claude_session_id
+    };
+    assert_eq!(again(at(5)).await.as_deref(), Some("c"));
+    assert_eq!(again(at(6)).await, None);
+}
+
+async fn a_deleted_session_takes_no_job_and_frees_its_name(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let (session, _) = put(&world, &key, "main", NOW).await;
+    let running = in_session(&world, &key, &session).await;
+    let waiting = in_session(&world, &key, &session).await;
+    let lease = world.claim_job(&running).await;
+    let usable = async || {
+        let mut tx = world.store.begin().await.unwrap();
+        let usable = tx.use_session(session.session_id, at(1)).await.unwrap();
+        tx.commit().await.unwrap();
+        usable
+    };
+    assert!(usable().await);
+
+    assert!(
+        world
+            .store
+            .delete_session(session.session_id, at(2))
+            .await
+            .unwrap()
+    );
+
+    assert!(
+        !world
+            .store
+            .delete_session(session.session_id, at(2))
+            .await
+            .unwrap()
+    );
+    assert!(!usable().await);
+    let named = [session.name.clone(), session.session_number.to_string()];
+    for name in &named {
+        assert!(world.store.session(Some(&key), name).await.unwrap().is_none());
+    }
+    assert_eq!(world.store.cancel_jobs_of_session(&session).await.unwrap(), 1);
+    let waiting = world.store.job(waiting.job_id).await.unwrap().unwrap();
+    assert_eq!(waiting.cancel_reason, Some(CancelReason::SessionDeleted));
+    assert_eq!(waiting.status, JobStatus::Cancelled);
+    world.finish(&lease, Ending::Cancelled).await;
+    assert_eq!(world.store.cancel_jobs_of_session(&session).await.unwrap(), 0);
+    let left = world.store.sessions_to_remove(0).await.unwrap();
+    assert_eq!(left.len(), 1);
+    assert_eq!(
+        (left[0].session_id, left[0].settings.as_str()),
+        (session.session_id, "{}")
+    );
+    world.store.session_removed(session.session_id).await.unwrap();
+    assert!(world.store.sessions_to_remove(0).await.unwrap().is_empty());
+    // Its jobs keep its name; a new session of that name is another one.
+    let (new, is_new) = put(&world, &key, "main", at(3)).await;
+    assert!(is_new && new.session_id != session.session_id);
+    let details = world
+        .store
+        .job_details(running.job_id, None, None, JobPart::Brief)
+        .await;
+    assert_eq!(details.unwrap().unwrap().session_name.as_deref(), Some("main"));
+    let exchanges = world
+        .store
+        .exchanges(MessagesOf::Key(&key), i64::MAX, 10)
+        .await
+        .unwrap();
+    let numbers: Vec<_> = exchanges.iter().map(|exchange| exchange.job_number).collect();
+    assert_eq!(numbers, [running.job_number], "what never ran was never said");
+    assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn only_idle_sessions_give_way_to_new_ones(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let limited = async |name: &str, now| {
+        let mut tx = world.store.begin().await.unwrap();
+        let (session, _) = tx.put_session(&key, name, "{}", NOW, now).await.unwrap();
+        let evicted = tx.limit_sessions(&session, 2, now).await.unwrap();
+        match evicted {
+            Some(evicted) => {
+                tx.commit().await.unwrap();
+                Some(
+                    evicted
+                        .into_iter()
+                        .map(|session| session.name)
+                        .collect::<Vec<_>>(),
+                )
+            }
+            None => {
+                tx.rollback().await.unwrap();
+                None
+            }
+        }
+    };
+    assert_eq!(limited("first", at(1)).await, Some(vec![]));
+    assert_eq!(limited("second", at(2)).await, Some(vec![]));
+    let first = world.store.session(Some(&key), "first").await.unwrap().unwrap();
+    in_session(&world, &key, &first).await;
+    assert_eq!(limited("third", at(3)).await, Some(vec!["second".to_owned()]));
+    let third = world.store.session(Some(&key), "third").await.unwrap().unwrap();
+    in_session(&world, &key, &third).await;
+    assert_eq!(limited("fourth", at(4)).await, None);
+    let other = world.key("b", 1).await;
+    assert!(
+        put(&world, &other, "fourth", at(4)).await.1,
+        "each key has its own"
+    );
+    assert_eq!(world.faults().await, [""; 0]);
+}
+
+async fn chats_go_before_other_jobs_of_their_key(db: Db) {
+    let world = World::new(db).await;
+    let key = world.key("a", 9).await;
+    let background = world.submit(job(&key)).await;
+    let chat = world
+        .submit(NewJob {
+            kind: JobKind::Chat,
+            ..job(&key)
+        })
+        .await;
+    let position = async |job: &Job| {
+        let details = world
+            .store
+            .job_details(job.job_id, None, None, JobPart::Brief)
+            .await;
+        details.unwrap().unwrap().position().unwrap().ahead
+    };
+    assert_eq!((position(&chat).await, position(&background).await), (0, 1));
+    let first = world.claim().await.unwrap();
+    assert_eq!(first.job.job_id, chat.job_id);
+    assert_eq!(
+        (first.job.max_turns, first.job.timeout_seconds),
+        (Some(25), Some(60))
+    );
+    let second = world.claim().await.unwrap();
+    assert_eq!(second.job.job_id, background.job_id);
+    assert_eq!(second.job.max_turns, None);
 }

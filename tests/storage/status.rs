@@ -60,6 +60,7 @@ impl Change {
             options: RunOptions::default(),
             reserved: MicroUsd::ZERO,
             resume: Vec::new(),
+            working_dir: None,
             endpoints: false,
         };
         let ending = match self {

@@ -181,7 +181,7 @@ async fn totals_follow_jobs_whatever_is_counted(db: Db) {
         let before = usage().await;
         let (now, sessions) = (of(&before), before.sessions());
         let mut tx = world.store.begin().await.unwrap();
-        tx.put_session(&key, &format!("session {count}"), "{}", at(0))
+        tx.put_session(&key, &format!("session {count}"), "{}", at(0), at(0))
             .await
             .unwrap();
         tx.commit().await.unwrap();

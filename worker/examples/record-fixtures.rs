@@ -576,6 +576,7 @@ async fn record(case: &Case, claude: &Path, simulator: &Simulator) -> Outcome<(S
         max_cost: MicroUsd(5_000_000),
         system_prompt_file: None,
         json_schema: None,
+        no_tools: false,
         allowed_tools: vec!["Bash".to_owned(), "WebSearch".to_owned()],
         disallowed_tools: Vec::new(),
         prompt: "Do what the scenario says.".to_owned(),

@@ -5,6 +5,7 @@ mod anthropic;
 pub mod provider;
 
 use crate::spend::price::Prices;
+use shared::approved;
 use shared::env::{Error, Vars};
 use shared::job::{EFFORTS, PERMISSION_MODES, RunDefaults};
 use shared::key::SecretKey;
@@ -36,8 +37,12 @@ pub struct Config {
     pub first_output: Duration,
     /// From one line of a run to the next. `JOB_IDLE_SECONDS`, 600.
     pub idle: Duration,
-    /// What an attempt may take if the job doesn't say. `CLAUDE_TIMEOUT_SECONDS`, 300.
+    /// What an attempt may take if the job doesn't say. `JOB_TIMEOUT_SECONDS`, 3600.
     pub timeout: Duration,
+    /// What an attempt of a chat may take if it doesn't say. `CLAUDE_TIMEOUT_SECONDS`, 300.
+    pub chat_timeout: Duration,
+    /// The folder in which sessions may be given one to work in. `APPROVED_DIRECTORY`, none.
+    pub approved_directory: Option<PathBuf>,
     /// How long a job may wait for the Messages API, from its first wait. `JOB_WAIT_MAX_HOURS`, 24.
     pub longest_wait: Duration,
     /// How long an ended job keeps its prompt, result, events and workspace. `JOB_RETENTION_DAYS`, 30.
@@ -166,7 +171,7 @@ pub struct Claude {
     pub effort: Option<String>,
     /// `CLAUDE_PERMISSION_MODE`, `acceptEdits`.
     pub permission_mode: String,
-    /// `CLAUDE_MAX_TURNS`, 25.
+    /// `CLAUDE_MAX_TURNS`, 25; for chats and for jobs in sessions.
     pub max_turns: u32,
     /// `CLAUDE_SYSTEM_PROMPT`; the CLI's own when unset.
     pub system_prompt: Option<String>,
@@ -216,7 +221,9 @@ impl Config {
             drain: vars.drain()?,
             first_output: seconds(vars, "JOB_FIRST_OUTPUT_SECONDS", 120, 1, 86_400)?,
             idle: seconds(vars, "JOB_IDLE_SECONDS", 600, 1, 86_400)?,
-            timeout: seconds(vars, "CLAUDE_TIMEOUT_SECONDS", 300, 1, 86_400)?,
+            timeout: seconds(vars, "JOB_TIMEOUT_SECONDS", 3_600, 1, 86_400)?,
+            chat_timeout: seconds(vars, "CLAUDE_TIMEOUT_SECONDS", 300, 1, 86_400)?,
+            approved_directory: approved::from_vars(vars)?,
             longest_wait: Duration::from_hours(vars.number("JOB_WAIT_MAX_HOURS", 24, 1, 8760)?),
             retention: vars.retention()?,
             idempotency_ttl: vars.idempotency_ttl()?,
@@ -251,9 +258,14 @@ impl Config {
             effort: self.claude.effort.clone(),
             permission_mode: self.claude.permission_mode.clone(),
             max_turns: i64::from(self.claude.max_turns),
-            timeout_seconds: i64::try_from(self.timeout.as_secs()).unwrap_or(i64::MAX),
+            chat_timeout_seconds: whole_seconds(self.chat_timeout),
+            timeout_seconds: whole_seconds(self.timeout),
         }
     }
+}
+
+fn whole_seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }
 
 impl Claude {

@@ -44,6 +44,12 @@ impl Folders {
         }
     }
 
+    /// The same with another working directory, which isn't removed with them.
+    #[must_use]
+    pub fn working_in(self, workspace: PathBuf) -> Self {
+        Self { workspace, ..self }
+    }
+
     /// Creates the directories, for this user only. Existing ones stay, and can be entered after this.
     pub async fn create(&self) -> io::Result<()> {
         let folders = self.clone();

@@ -130,7 +130,7 @@ requests {
         /// A model of the CLI: an alias or an id.
         #[schema(min_length = 1, max_length = 100, example = "sonnet")]
         model: Option<String>,
-        #[schema(minimum = 1, maximum = 100)]
+        #[schema(minimum = 1, maximum = 1_000)]
         max_turns: Option<i64>,
         permission_mode: Option<PermissionMode>,
         effort: Option<Effort>,
@@ -159,6 +159,8 @@ requests {
         max_attempts: Option<i64>,
         /// What happens when its worker is lost: `resume` or `fail`.
         on_worker_lost: Option<OnWorkerLost>,
+        /// What happens when the conversation of its session is lost: `restart` or `fail`.
+        on_session_lost: Option<OnSessionLost>,
         /// For each attempt; at most JOB_TIMEOUT_MAX_SECONDS.
         #[schema(minimum = 1, maximum = 86_400)]
         timeout_seconds: Option<i64>,
@@ -189,7 +191,7 @@ requests {
         system_prompt: Option<String>,
         #[schema(min_length = 1, max_length = 100)]
         model: Option<String>,
-        #[schema(minimum = 1, maximum = 100)]
+        #[schema(minimum = 1, maximum = 1_000)]
         max_turns: Option<i64>,
         permission_mode: Option<PermissionMode>,
         effort: Option<Effort>,

@@ -5,6 +5,7 @@ use http::header::{ALLOW, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTI
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
+use shared::id::JobId;
 use shared::job::JobStatus;
 use shared::key::Scope;
 use std::borrow::Cow;
@@ -12,6 +13,8 @@ use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::time::Duration;
 use warp::reply::Response;
+
+use crate::http::reply::X_JOB_ID;
 
 /// One member that can't be used, as the client sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -36,6 +39,32 @@ pub struct BudgetExceeded {
     pub retry_after: Option<Duration>,
     /// The headers that say how it stands.
     pub headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// Why a job that the client waited for has no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunFailure {
+    /// Its time was used up.
+    Timeout,
+    /// The budget was used up.
+    Budget,
+    /// Somebody cancelled it.
+    Cancelled,
+    /// It hasn't ended yet.
+    Waits,
+    /// Claude, or what it needs, has failed.
+    Claude,
+}
+
+/// A job that the client waited for and that has no answer.
+#[derive(Clone, Debug)]
+pub struct FailedRun {
+    /// Why.
+    pub failure: RunFailure,
+    /// The same for people.
+    pub detail: String,
+    /// The job.
+    pub job_id: JobId,
 }
 
 /// Why a request isn't done.
@@ -74,6 +103,8 @@ pub enum Problem {
     },
     /// As many of the key's jobs wait as may.
     QueueFull(i64),
+    /// The key has as many sessions as it may, and jobs in all of them.
+    TooManySessions(i64),
     /// As many of the key's event streams are open as may.
     TooManyStreams(i64),
     /// The key is one of the environment, which only its operator can change.
@@ -143,10 +174,16 @@ pub enum Problem {
     DeliveryGone,
     /// Members of the body or of the query are wrong: all of them.
     Invalid(Vec<FieldFault>),
-    /// There's no template of this name.
+    /// There's no template of this name, which a session or a job was to be made from.
     NoSuchTemplate(String),
+    /// There's no template of this name, which was asked for.
+    UnknownTemplate(String),
+    /// The file of templates can't be used.
+    BrokenTemplates(String),
     /// The owner, or everybody together, has spent what may be spent.
     BudgetExceeded(Box<BudgetExceeded>),
+    /// The job that the client waited for has no answer.
+    Run(FailedRun),
     /// Requests can't be served: which check says so.
     NotReady {
         /// What the database does.
@@ -198,7 +235,7 @@ impl Problem {
             | Self::InsufficientScope(_)
             | Self::IpNotAllowed
             | Self::ModelNotAllowed(_) => StatusCode::FORBIDDEN,
-            Self::NoSuchPath | Self::NoSuch(_) => StatusCode::NOT_FOUND,
+            Self::NoSuchPath | Self::NoSuch(_) | Self::UnknownTemplate(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable => StatusCode::NOT_ACCEPTABLE,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
@@ -222,17 +259,26 @@ impl Problem {
             Self::RangeNotSatisfiable(_) => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::UriTooLong(_) => StatusCode::URI_TOO_LONG,
             Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            Self::Invalid(_) | Self::IdempotencyKeyReused | Self::WebhookUrlNotAllowed { .. } => {
-                StatusCode::UNPROCESSABLE_ENTITY
-            }
+            Self::BrokenTemplates(_)
+            | Self::Invalid(_)
+            | Self::IdempotencyKeyReused
+            | Self::WebhookUrlNotAllowed { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Self::BudgetExceeded(_)
             | Self::RateLimited { .. }
             | Self::QueueFull(_)
+            | Self::TooManySessions(_)
             | Self::TooManyStreams(_)
             | Self::TooManyWaits(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::NotReady { .. } | Self::Unavailable { .. } | Self::TooManyConnections => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
+            Self::Run(run) => match run.failure {
+                RunFailure::Timeout => StatusCode::GATEWAY_TIMEOUT,
+                RunFailure::Budget => StatusCode::TOO_MANY_REQUESTS,
+                RunFailure::Cancelled => StatusCode::CONFLICT,
+                RunFailure::Waits => StatusCode::SERVICE_UNAVAILABLE,
+                RunFailure::Claude => StatusCode::BAD_GATEWAY,
+            },
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -251,11 +297,12 @@ impl Problem {
             Self::ModelNotAllowed(_) => "model-not-allowed",
             Self::RateLimited { .. } => "rate-limited",
             Self::QueueFull(_) => "queue-full",
+            Self::TooManySessions(_) => "too-many-sessions",
             Self::TooManyStreams(_) => "too-many-streams",
             Self::KeyReadOnly => "key-read-only",
             Self::KeyNotActive => "key-not-active",
             Self::KeyActive => "key-active",
-            Self::NoSuchPath | Self::NoSuch(_) => "not-found",
+            Self::NoSuchPath | Self::NoSuch(_) | Self::UnknownTemplate(_) => "not-found",
             Self::MethodNotAllowed(_) => "method-not-allowed",
             Self::NotAcceptable => "not-acceptable",
             Self::TooSlow => "request-timeout",
@@ -280,11 +327,18 @@ impl Problem {
             Self::TooManyEndpoints => "too-many-endpoints",
             Self::DeliveryInProgress => "delivery-in-progress",
             Self::DeliveryGone => "delivery-gone",
-            Self::Invalid(_) => "validation-error",
+            Self::Invalid(_) | Self::BrokenTemplates(_) => "validation-error",
             Self::IdempotencyKeyReused => "idempotency-key-reused",
             Self::NoSuchTemplate(_) => "template-not-found",
             Self::BudgetExceeded(_) => "budget-exceeded",
             Self::NotReady { .. } | Self::Unavailable { .. } => "unavailable",
+            Self::Run(run) => match run.failure {
+                RunFailure::Timeout => "claude-timeout",
+                RunFailure::Budget => "budget-exceeded",
+                RunFailure::Cancelled => "job-cancelled",
+                RunFailure::Waits => "unavailable",
+                RunFailure::Claude => "claude-error",
+            },
             Self::Internal(_) => "internal-error",
         }
     }
@@ -311,6 +365,11 @@ impl Problem {
             Self::ModelNotAllowed(model) => format!("This key may not use the model {model}").into(),
             Self::RateLimited { .. } => "Rate limit exceeded".into(),
             Self::QueueFull(max) => format!("This key has {max} waiting jobs, which is its maximum").into(),
+            Self::TooManySessions(max) => format!(
+                "This key has {max} sessions, which is the maximum, and jobs wait or run in all of them; delete one, \
+                 or wait"
+            )
+            .into(),
             Self::TooManyStreams(max) => {
                 format!("This key has {max} open event streams, which is its maximum").into()
             }
@@ -351,12 +410,14 @@ impl Problem {
             Self::TooManyEndpoints => "The key has 20 endpoints already; delete one first".into(),
             Self::DeliveryInProgress => "The delivery is on its way".into(),
             Self::DeliveryGone => "What was delivered was removed, or its endpoint was deleted".into(),
+            Self::BrokenTemplates(why) => format!("TEMPLATES_FILE {why}; the templates stay as they were").into(),
+            Self::Run(run) => run.detail.clone().into(),
             Self::Invalid(faults) => match faults.as_slice() {
                 [one] => format!("{}: {}", one.field, one.message).into(),
                 many => format!("{} fields are not valid", many.len()).into(),
             },
             Self::IdempotencyKeyReused => "This Idempotency-Key was used with another request body".into(),
-            Self::NoSuchTemplate(name) => format!("Template '{name}' not found").into(),
+            Self::NoSuchTemplate(name) | Self::UnknownTemplate(name) => format!("Template '{name}' not found").into(),
             Self::BudgetExceeded(exceeded) => exceeded.detail.clone().into(),
             Self::NotReady { draining: true, .. } => "The service is shutting down".into(),
             Self::NotReady {
@@ -376,9 +437,11 @@ impl Problem {
         match self {
             Self::RateLimited { retry_after, .. } => Some(*retry_after),
             Self::BudgetExceeded(exceeded) => exceeded.retry_after,
-            Self::QueueFull(_) | Self::TooManyStreams(_) | Self::TooManyWaits(_) => {
-                Some(Duration::from_secs(5))
-            }
+            Self::Run(run) if run.failure == RunFailure::Waits => Some(Duration::from_secs(5)),
+            Self::QueueFull(_)
+            | Self::TooManySessions(_)
+            | Self::TooManyStreams(_)
+            | Self::TooManyWaits(_) => Some(Duration::from_secs(5)),
             Self::TooManyConnections => Some(Duration::from_secs(5)),
             Self::JobNotFinished => Some(Duration::from_secs(2)),
             Self::NotReady { .. } | Self::Unavailable { .. } => Some(Duration::from_secs(5)),
@@ -391,7 +454,8 @@ impl Problem {
         match self {
             Self::TooSlow => false,
             // The next period may be weeks away.
-            Self::BudgetExceeded(_) => true,
+            // A job that is repeated is paid for once more.
+            Self::BudgetExceeded(_) | Self::Run(_) => true,
             _ => self.status().is_client_error() && self.retry_after().is_none(),
         }
     }
@@ -409,6 +473,7 @@ impl Problem {
                 "error",
                 json!({"code": "PAYLOAD_TOO_LARGE", "message": self.detail(), "request_id": request_id}),
             )),
+            Self::Run(run) => Some(("job_id", json!(run.job_id))),
             Self::RateLimited { policy, .. } => Some(("violated-policies", json!([policy]))),
             Self::BudgetExceeded(exceeded) => Some(("budget", exceeded.summary.clone())),
             Self::NotReady { database, draining } => {
@@ -433,11 +498,28 @@ impl Problem {
         response
     }
 
+    /// The `type` by which clients of the Python service know a failure of Claude.
+    const fn type_of_python_service(&self) -> Option<&'static str> {
+        match self {
+            Self::Run(FailedRun {
+                failure: RunFailure::Timeout,
+                ..
+            }) => Some("claude:timeout"),
+            Self::Run(FailedRun {
+                failure: RunFailure::Claude,
+                ..
+            }) => Some("claude:ClaudeProcessError"),
+            _ => None,
+        }
+    }
+
     /// The body of that answer, as JSON.
     pub(super) fn body(&self, type_base: &str, instance: &str, request_id: &str) -> Vec<u8> {
         let (status, code) = (self.status(), self.code());
         let body = Body {
-            kind: format!("{type_base}{code}"),
+            kind: self
+                .type_of_python_service()
+                .map_or_else(|| format!("{type_base}{code}"), str::to_owned),
             title: title(status),
             status: status.as_u16(),
             detail: &self.detail(),
@@ -465,6 +547,11 @@ impl Problem {
         match self {
             Self::Unauthorized | Self::AnonymousFromWeb | Self::AnonymousThroughProxy => {
                 insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"api\""));
+            }
+            Self::Run(run) => {
+                if let Ok(value) = HeaderValue::from_str(&run.job_id.to_string()) {
+                    insert(X_JOB_ID, value);
+                }
             }
             Self::MethodNotAllowed(methods) => {
                 if let Ok(value) = HeaderValue::from_str(&allow(methods)) {

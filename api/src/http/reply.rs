@@ -82,7 +82,16 @@ pub fn long_list<T: Serialize + Send + 'static, P: Serialize>(
         meta: Meta::of(request),
         pagination: Some(pagination),
     };
-    let around = serde_json::to_string(&around).map_err(Problem::internal)?;
+    long(&around, items, report)
+}
+
+/// The same in any JSON whose first list is empty: the items go there.
+pub fn long<T: Serialize + Send + 'static>(
+    around: &impl Serialize,
+    items: impl Stream<Item = Result<T, Problem>> + Send + 'static,
+    report: impl Fn(&Problem) + Send + 'static,
+) -> Result<Response, Problem> {
+    let around = serde_json::to_string(around).map_err(Problem::internal)?;
     // The first member is `data`, whose brackets the items go between.
     let (begin, end) = around
         .split_once("[]")

@@ -47,6 +47,8 @@ pub struct JobCreate {
     pub max_attempts: Option<i64>,
     /// What a lost worker means.
     pub on_worker_lost: OnWorkerLost,
+    /// Whether it fails when the conversation of its session is lost.
+    pub fail_on_session_lost: bool,
     /// Seconds an attempt may take.
     pub timeout_seconds: Option<i64>,
     /// The client's own name for it.
@@ -66,6 +68,8 @@ pub struct JobCreate {
 pub enum Source {
     /// The routes of jobs.
     Api,
+    /// The routes of chat.
+    Chat,
 }
 
 impl Source {
@@ -73,6 +77,7 @@ impl Source {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Api => "api",
+            Self::Chat => "chat",
         }
     }
 }
@@ -132,6 +137,12 @@ pub async fn accept(
         webhooks::ensure_secret(context, &new.key_id).await?;
     }
     let mut tx = context.store.begin_submission(&new.key_id).await?;
+    if let Some(session_id) = new.session_id
+        && !tx.use_session(session_id, new.created_at).await?
+    {
+        tx.rollback().await?;
+        return Err(Problem::NoSuch("Session"));
+    }
     let accepted = Accepted {
         job: tx.insert_job(&new).await?,
         message: new.message,
@@ -175,6 +186,7 @@ fn new_job(
             allowed_tools: settings.allowed_tools,
             disallowed_tools: settings.disallowed_tools,
             json_schema: create.json_schema,
+            fail_on_session_lost: create.fail_on_session_lost,
         },
         session_id: session.map(|session| session.session_id),
         concurrency_key: create.concurrency_key,
@@ -226,6 +238,7 @@ mod tests {
             cancel_after: None,
             max_attempts: None,
             on_worker_lost: OnWorkerLost::Resume,
+            fail_on_session_lost: false,
             timeout_seconds: None,
             custom_id: None,
             webhook_url: None,
@@ -285,6 +298,8 @@ mod tests {
             total_turns: 0,
             created_at: NOW,
             updated_at: NOW,
+            working_dir: None,
+            version: 1,
         };
         let settings = Settings {
             effort: Some("max".to_owned()),

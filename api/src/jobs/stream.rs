@@ -21,6 +21,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_unti
 use warp::reply::{Reply, Response};
 
 use super::wait::Wait;
+use crate::chat::Leaving;
 use crate::context::Context;
 use crate::gate::caller::Caller;
 use crate::gate::streams::StreamPermit;
@@ -73,15 +74,20 @@ pub async fn stream(
     let permit = context.streams.enter(&caller.key_id, max).await?;
     let permit = permit.ok_or(Problem::TooManyStreams(max))?;
     let live = Live::new(context.clone(), caller, permit, job.job_id, after);
+    Ok(as_stream(live, job.job_id))
+}
+
+/// The response that is this stream.
+pub fn as_stream(live: Live, job_id: JobId) -> Response {
     let chunks = stream::unfold(live, async |mut live| {
         let chunk = live.next().await?;
         Some((Ok::<_, Infallible>(chunk), live))
     });
     let response = warp::reply::stream(SyncStream::new(chunks)).into_response();
-    Ok(response
+    response
         .with(CONTENT_TYPE, "text/event-stream; charset=utf-8")
         .with(HeaderName::from_static("x-accel-buffering"), "no")
-        .with(X_JOB_ID, job.job_id.to_string()))
+        .with(X_JOB_ID, job_id.to_string())
 }
 
 /// The events as one JSON list, waiting for the first if the client wants to.
@@ -186,8 +192,12 @@ fn frame(text: &mut String, event: &Event) {
     );
 }
 
+/// How an event is written, if it is.
+type Frame = fn(&mut String, &Event);
+
 /// A stream that is open.
-struct Live {
+#[derive(Debug)]
+pub struct Live {
     context: Context,
     caller: Caller,
     /// When to check whether the caller's key is still valid.
@@ -199,12 +209,16 @@ struct Live {
     wakeup: JobWakeup,
     pings: Interval,
     until: Instant,
+    frame: Frame,
     greeted: bool,
     ended: bool,
+    /// What happens when the client leaves before the end.
+    leaving: Option<Leaving>,
 }
 
 impl Live {
-    fn new(context: Context, caller: &Caller, permit: StreamPermit, job_id: JobId, after: i64) -> Self {
+    /// The events of this job after this one.
+    pub fn new(context: Context, caller: &Caller, permit: StreamPermit, job_id: JobId, after: i64) -> Self {
         // Registered before the first look at the table.
         let wakeup = context.wakeups.job(job_id);
         let mut pings = interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
@@ -220,14 +234,29 @@ impl Live {
             wakeup,
             pings,
             until,
+            frame,
             greeted: false,
             ended: false,
+            leaving: None,
+        }
+    }
+
+    /// The same in other words, for a client that may leave.
+    pub fn in_words_of(self, frame: Frame, leaving: Leaving) -> Self {
+        Self {
+            frame,
+            greeted: true,
+            leaving: Some(leaving),
+            ..self
         }
     }
 
     /// What to send next; `None` at the end.
     async fn next(&mut self) -> Option<Bytes> {
         if self.ended {
+            if let Some(leaving) = self.leaving.take() {
+                leaving.stay();
+            }
             return None;
         }
         let mut text = String::new();
@@ -245,6 +274,9 @@ impl Live {
             self.read(&mut text).await;
             if !text.is_empty() {
                 return Some(text.into());
+            }
+            if self.ended {
+                return None;
             }
             tokio::select! {
                 () = self.wakeup.changed() => {}
@@ -273,7 +305,7 @@ impl Live {
         {
             Ok(events) => {
                 for event in &events {
-                    frame(text, event);
+                    (self.frame)(text, event);
                     self.after = event.seq;
                     self.ended |= event.event_type.is_last();
                 }

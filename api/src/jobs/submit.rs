@@ -39,16 +39,44 @@ pub async fn submit(
     let wait = Wait::of(request, context.config.wait_max)?;
     let body = request.json().await?;
     let idempotent = IdempotentRequest::of(request, caller, &body, context.config.idempotency_ttl)?;
-    let create = SubmitRequest::read(body.fields()?, request, &context.config, within.is_none())?.0;
+    let create = SubmitRequest::read(body.fields()?, request, context, within.is_none())?.0;
+    submitted(
+        context,
+        request,
+        caller,
+        (create, Source::Api),
+        within,
+        idempotent,
+        wait,
+    )
+    .await
+}
+
+/// What is kept as the answer to a submission: the job without its prompt.
+pub fn kept_answer(retention: Duration) -> impl Fn(&Accepted) -> Result<String, Problem> {
+    move |accepted| {
+        let view = shown(accepted, retention);
+        view.without_message().map_err(Problem::internal)
+    }
+}
+
+/// Accepts the job, and answers with it, after the wait that the client wants.
+pub async fn submitted(
+    context: &Context,
+    request: &Request,
+    caller: &Caller,
+    source: (JobCreate, Source),
+    within: Option<Session>,
+    idempotent: Option<IdempotentRequest>,
+    wait: Wait,
+) -> Result<Response, Problem> {
+    let create = &source.0;
     // For a replay: the request is the same, so its prompt is.
     let message = idempotent.as_ref().map(|_| create.message.clone());
     let retention = context.config.retention;
-    let kept = |accepted: &Accepted| {
-        let view = shown(accepted, retention);
-        view.without_message().map_err(Problem::internal)
-    };
+    let kept = kept_answer(retention);
     // Boxed, since it is most of this future and only a part of its time.
-    let accepting = accept(context, caller, (create, Source::Api), within, idempotent, kept);
+    let accepting = accept(context, caller, source, within, idempotent, kept);
     let accepted = match Box::pin(accepting).await? {
         Acceptance::New(accepted) => accepted,
         Acceptance::Replay(first) => {
@@ -171,6 +199,7 @@ pub const MEMBERS: &[&str] = &[
     "cancel_after",
     "max_attempts",
     "on_worker_lost",
+    "on_session_lost",
     "timeout_seconds",
     "custom_id",
     "metadata",
@@ -185,14 +214,20 @@ struct SubmitRequest(JobCreate);
 
 impl SubmitRequest {
     /// Reads the body, and `Cancel-After`. `top_level`: the job may name its session.
-    fn read(mut body: Fields, request: &Request, config: &Config, top_level: bool) -> Result<Self, Problem> {
+    fn read(
+        mut body: Fields,
+        request: &Request,
+        context: &Context,
+        top_level: bool,
+    ) -> Result<Self, Problem> {
+        let config = &context.config;
         let after = headers::cancel_after(&request.headers)
             .map_err(|why| invalid("header -> Cancel-After", why, "value_error"))?;
         let create = Self::members(&mut body, config, top_level, clock::now());
         let (create, template) = create;
         let mut create = body.finish(create)?;
         if let Some(name) = template {
-            return Err(Problem::NoSuchTemplate(name));
+            create.settings = create.settings.or(context.templates.settings(&name)?);
         }
         create.cancel_after = create.cancel_after.or(after);
         Ok(Self(create))
@@ -226,6 +261,7 @@ impl SubmitRequest {
         let cancel_after = body.optional("cancel_after", integer(1..=604_800));
         let max_attempts = body.optional("max_attempts", integer(1..=5));
         let on_worker_lost = body.optional("on_worker_lost", choice(&["resume", "fail"]));
+        let on_session_lost = body.optional("on_session_lost", choice(&["restart", "fail"]));
         let timeout_seconds = body.optional("timeout_seconds", integer(1..=config.job_timeout_max_seconds));
         let custom_id = body.optional("custom_id", parsed(1..=64, custom_id));
         let metadata = body.optional("metadata", metadata).unwrap_or_default();
@@ -233,6 +269,10 @@ impl SubmitRequest {
         let events = list(3, choice(&["started", "progress", "completed"]));
         let webhook_events = body.optional("webhook_events", events).unwrap_or_default();
         let template = body.optional("template", text(1..=128));
+        if template.is_some() && (session.is_some() || !top_level) {
+            let why = "A job in a session has its session's settings; create the session from the template";
+            body.fault("template", Fault::value(why));
+        }
         let create = message.map(|message| JobCreate {
             kind: JobKind::Job,
             message,
@@ -251,6 +291,7 @@ impl SubmitRequest {
             } else {
                 OnWorkerLost::Resume
             },
+            fail_on_session_lost: on_session_lost == Some("fail"),
             timeout_seconds,
             custom_id,
             webhook_url,
@@ -263,7 +304,7 @@ impl SubmitRequest {
 }
 
 /// A prompt: 1 to 1,000,000 characters, of which one at least can be seen.
-fn message(value: Value) -> Reading<String> {
+pub fn message(value: Value) -> Reading<String> {
     parsed(1..=1_000_000, |message| {
         if message.trim().is_empty() {
             Err("Message should not be only white space")
@@ -286,7 +327,7 @@ fn custom_id(id: String) -> Result<String, &'static str> {
 
 /// The JSON Schema of the output: `{"type": "json_schema", "schema": {…}}`, or the schema alone. `{"type": "json"}`
 /// is any object, `{"type": "text"}` none.
-fn output_format(value: Value) -> Reading<Option<Value>> {
+pub fn output_format(value: Value) -> Reading<Option<Value>> {
     let mut value = object(64 * 1024)(value)?;
     let alone = value.as_object().is_some_and(|members| members.len() == 1);
     let schema = match value["type"].as_str() {
@@ -345,8 +386,9 @@ mod tests {
             ("max_attempts", json!(6), "less_than_equal"),
             ("max_turns", json!(0), "greater_than_equal"),
             ("max_cost_usd", json!(5.01), "less_than_equal"),
-            ("timeout_seconds", json!(3_601), "less_than_equal"),
+            ("timeout_seconds", json!(86_401), "less_than_equal"),
             ("on_worker_lost", json!("cry"), "enum"),
+            ("on_session_lost", json!("resume"), "enum"),
             ("effort", json!("huge"), "enum"),
             ("permission_mode", json!("yolo"), "enum"),
             ("custom_id", json!("a b"), "value_error"),

@@ -1,5 +1,5 @@
-//! The claim: which job runs next. Highest priority first; within a priority keys take turns; within a key the
-//! oldest. Claims are made one at a time, so caps, turns and budgets are exact.
+//! The claim: which job runs next. Highest priority first; within a priority keys take turns; within a key chats go
+//! before other jobs, and then the oldest. Claims are made one at a time, so caps, turns and budgets are exact.
 
 use super::budget::{self, Allowance};
 use super::columns::columns;
@@ -126,16 +126,19 @@ impl Store {
             Ok((run, self.resumable(&job).await?))
         };
         match read.await {
-            Ok(((message, options, allowed_models), resume)) => Ok(Claim::Run(Box::new(Lease {
-                job,
-                held_at,
-                message,
-                options,
-                allowed_models,
-                reserved,
-                resume,
-                endpoints,
-            }))),
+            Ok(((message, options, allowed_models), (resume, working_dir))) => {
+                Ok(Claim::Run(Box::new(Lease {
+                    job,
+                    held_at,
+                    message,
+                    options,
+                    allowed_models,
+                    reserved,
+                    resume,
+                    working_dir,
+                    endpoints,
+                })))
+            }
             Err(error) => match self.release_run(job_id, attempt, now).await {
                 Ok(_) => Err(error),
                 Err(error) => Err(error.after_commit()),
@@ -181,11 +184,12 @@ impl Store {
     }
 
     /// The Claude sessions that the next run might continue, best first: this job's earlier attempts, then what its
-    /// session's last job left.
-    async fn resumable(&self, job: &Job) -> Result<Vec<Resume>> {
+    /// session's last job left. And the folder that its session works in, if that isn't its own.
+    async fn resumable(&self, job: &Job) -> Result<(Vec<Resume>, Option<String>)> {
         if job.attempt == 1 && job.session_id.is_none() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), None));
         }
+        let mut working_dir = None;
         let attempts = read!(
             self,
             "read earlier attempts",
@@ -195,12 +199,9 @@ impl Store {
             job.attempt
         )?;
         // The CLI couldn't continue a conversation whose transcript is there: trying again would end the same way.
-        if attempts
+        let futile = attempts
             .iter()
-            .any(|(.., code)| code.as_deref() == Some("session_not_found"))
-        {
-            return Ok(Vec::new());
-        }
+            .any(|(.., code)| code.as_deref() == Some("session_not_found"));
         let mut resumable: Vec<Resume> = attempts
             .into_iter()
             .map(|(attempt, claude_session_id, _)| Resume {
@@ -212,17 +213,21 @@ impl Store {
             let session = read!(
                 self,
                 "read a session",
-                fetch_optional => (Option<String>,),
-                "select claude_session_id from session where session_id = $1",
+                fetch_optional => (Option<String>, Option<String>),
+                "select claude_session_id, working_dir from session where session_id = $1",
                 session_id
             )?;
-            let left = session.and_then(|row| row.0);
+            let (left, in_place) = session.unwrap_or_default();
+            working_dir = in_place;
             resumable.extend(left.map(|claude_session_id| Resume {
                 claude_session_id,
                 interrupted: None,
             }));
         }
-        Ok(resumable)
+        if futile {
+            resumable.clear();
+        }
+        Ok((resumable, working_dir))
     }
 
     /// Fails a waiting job that no budget leaves enough money for, if that is still so.
@@ -261,7 +266,7 @@ impl Tx {
             "find the lane's first job",
             fetch_all => Job,
             concat!("select ", columns!(Job), " from job where key_id = $1 and status = 'queued' and hold = ''
-             order by priority desc, job_number limit 2"),
+             order by priority desc, kind, job_number limit 2"),
             key_id
         )?;
         let mut jobs = jobs.into_iter();
@@ -295,8 +300,8 @@ impl Tx {
             &defaults.model,
             &defaults.effort,
             &defaults.permission_mode,
-            defaults.max_turns,
-            defaults.timeout_seconds
+            defaults.turns_of(&job),
+            defaults.timeout_of(&job)
         )?;
         execute!(
             self,

@@ -20,7 +20,7 @@ macro_rules! columns {
     };
     (Session) => {
         "session_number, session_id, key_id, name, settings, claude_session_id, total_cost, total_turns, created_at, \
-         updated_at"
+         updated_at, working_dir, version"
     };
     (ApiKey) => {
         "key_number, key_id, name, secret_digest, last4, previous_digest, previous_valid_until, scopes, allowed_ips, \

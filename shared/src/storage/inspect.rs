@@ -3,6 +3,7 @@
 use super::{DatabaseUrl, Error, Result, connect};
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Connection};
+use std::path::Path;
 
 /// The same statements on either connection. Without the table of migrations there is none of the others.
 macro_rules! look {
@@ -76,4 +77,45 @@ pub async fn inspect(url: &DatabaseUrl) -> Result<Inspection> {
         known,
         has_keys,
     })
+}
+
+/// The tables of the Python service "Claude Code API".
+const PYTHON_SERVICE: [&str; 3] = ["sessions", "messages", "jobs"];
+
+/// Refuses a SQLite file that holds the tables of another program: ours would be mixed with them. Nothing is written, not
+/// even a file beside it.
+pub(super) async fn refuse_foreign(path: &Path) -> Result<()> {
+    let used = path.metadata().is_ok_and(|file| file.is_file() && file.len() > 0);
+    if !used {
+        return Ok(());
+    }
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .read_only(true)
+        // Without a log there is nothing to read but the file; with one, its files are there already.
+        .immutable(!Path::new(&log).exists())
+        .disable_statement_logging();
+    let failed = || Error::during("look into the database");
+    let mut connection = options.connect().await.map_err(failed())?;
+    let names = sqlx::query_scalar::<_, String>("select name from sqlite_master where type = 'table'")
+        .fetch_all(&mut connection)
+        .await;
+    let _ = connection.close().await;
+    let names = names.map_err(failed())?;
+    let has = |name: &str| names.iter().any(|there| there == name);
+    if has("migration") || names.iter().all(|name| name.starts_with("sqlite_")) {
+        return Ok(());
+    }
+    let whose = if PYTHON_SERVICE.into_iter().all(has) {
+        "is the database of the Python service \"Claude Code API\", whose data is not migrated"
+    } else {
+        "holds the tables of another program"
+    };
+    let text = format!(
+        "{} {whose}; nothing was written to it. Set DATABASE_URL to a file of its own",
+        path.display()
+    );
+    Err(Error::during("use the database")(text))
 }

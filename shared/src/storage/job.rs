@@ -95,9 +95,14 @@ macro_rules! ahead {
            where better.key_id = job.key_id and better.status = 'queued' and better.hold = ''
              and better.priority > job.priority
            union all
+           select 1 from job as sooner
+           where sooner.key_id = job.key_id and sooner.status = 'queued' and sooner.hold = ''
+             and sooner.priority = job.priority and sooner.kind < job.kind
+           union all
            select 1 from job as earlier
            where earlier.key_id = job.key_id and earlier.status = 'queued' and earlier.hold = ''
-             and earlier.priority = job.priority and earlier.job_number < job.job_number
+             and earlier.priority = job.priority and earlier.kind = job.kind
+             and earlier.job_number < job.job_number
            limit 1000) as ahead)"
     };
 }

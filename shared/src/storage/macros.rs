@@ -126,6 +126,15 @@ macro_rules! lock {
             ")"
         )
     };
+    ($shared:literal, $number:literal, of = sessions) => {
+        concat!(
+            "select pg_advisory_xact_lock",
+            $shared,
+            "(1668638073, ",
+            $number,
+            ")"
+        )
+    };
     ($shared:literal, $number:literal, of = lanes) => {
         concat!(
             "select pg_advisory_xact_lock",

@@ -3,7 +3,8 @@
 use super::group_commit::GroupCommit;
 use super::notifier::Notifier;
 use super::{
-    DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, connect, limit, liveness, read,
+    DatabaseUrl, Db, Error, LOCK_TIMEOUT, Result, Store, WRITER_TIMEOUT, connect, inspect, limit, liveness,
+    read,
 };
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgPool, PgPoolOptions};
@@ -70,6 +71,11 @@ impl Store {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(".migrate-lock");
         let lock = path.with_file_name(name);
+        // Before anything is written, also beside it. Where the lock file is, this program has been before, and may be
+        // writing just now.
+        if !lock.exists() {
+            inspect::refuse_foreign(path).await?;
+        }
         let lock =
             std::fs::File::create(&lock).map_err(Error::with("make the lock file of the database", &lock))?;
         let lock = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock))

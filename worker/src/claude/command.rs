@@ -58,6 +58,8 @@ pub struct RunSpec {
     pub system_prompt_file: Option<PathBuf>,
     /// The schema of the structured output. At most 64 KiB as JSON.
     pub json_schema: Option<Value>,
+    /// Whether there are no tools at all.
+    pub no_tools: bool,
     /// Rules that allow tools: `Bash`, `Bash(git *)`.
     pub allowed_tools: Vec<String>,
     /// Rules that forbid tools; a bare name takes the tool away.
@@ -109,6 +111,9 @@ pub fn arguments(spec: &RunSpec) -> Vec<String> {
     }
     if let Some(turns) = spec.max_turns {
         flag("max-turns", &turns.to_string());
+    }
+    if spec.no_tools {
+        flag("tools", "");
     }
     if !spec.allowed_tools.is_empty() {
         flag("allowedTools", &spec.allowed_tools.join(","));

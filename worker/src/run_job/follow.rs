@@ -3,7 +3,7 @@
 use super::changes::Changes;
 use super::outcome::{self, Deadline, Ended, Stopped};
 use super::output;
-use super::prepare::Run;
+use super::prepare::{Run, session_lost_event};
 use super::recorder::Recorder;
 use super::steps::Steps;
 use super::stop::{StopAction, StopSequence};
@@ -13,9 +13,7 @@ use crate::claude::command;
 use crate::claude::message::{Block, Message};
 use crate::claude::process::{EndedBy, Exit, Process};
 use crate::disk_use;
-use serde_json::json;
 use shared::clock;
-use shared::event::{EventType, NewEvent};
 use shared::files::Owner;
 use shared::job::{Report, Spend};
 use shared::storage::RunDirective;
@@ -30,8 +28,7 @@ impl Run<'_> {
         self.process.send(&command::user_line(&self.spec));
         if let Some(claude_session_id) = &self.output.session_lost {
             warn!("the session's conversation isn't in DATA_DIR, the run begins a new one");
-            let data = json!({ "claude_session_id": claude_session_id });
-            recorder.event(NewEvent::new(EventType::SessionLost, data));
+            recorder.event(session_lost_event(claude_session_id));
         }
 
         let started = Instant::now();

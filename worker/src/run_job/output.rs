@@ -165,6 +165,7 @@ mod tests {
             max_cost: MicroUsd(1),
             system_prompt_file: None,
             json_schema: None,
+            no_tools: false,
             allowed_tools: Vec::new(),
             disallowed_tools: Vec::new(),
             prompt: String::new(),

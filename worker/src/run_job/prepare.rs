@@ -16,12 +16,15 @@ use crate::gateway::request::Permissions;
 use crate::guard;
 use crate::spend::{Meter, Reported};
 use crate::workspace::{Folders, RunDir};
+use serde_json::json;
 use shared::clock::{self, Timestamp};
 use shared::files::Owner;
+use shared::event::{EventType, NewEvent};
 use shared::job::{Ending, Hold, Lease, Report, Spend};
 use shared::model::AllowedModels;
 use shared::storage::RunDirective;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -93,6 +96,10 @@ impl<'a> Run<'a> {
         }
         let sockets = ctx.runtime.run()?;
         let guard = PendingGuard::spawn(&marker, sockets.path())?;
+        let folders = match &lease.working_dir {
+            Some(directory) => folders.working_in(approved(ctx, directory).await?),
+            None => folders,
+        };
         folders.create().await?;
         // All that is in the workspace of a job without a session comes from this job, also from an earlier attempt.
         let before = match job.session_id {
@@ -101,6 +108,17 @@ impl<'a> Run<'a> {
         };
         let resume = transcript::find(&folders, &lease).await?;
         let session_lost = transcript::lost(&lease, resume.as_ref());
+        if let Some(claude_session_id) = &session_lost
+            && lease.options.fail_on_session_lost
+        {
+            return Err(io::Error::other(Refusal {
+                code: ErrorCode::SessionLost,
+                message: "The conversation of the session is lost, and the job was to fail then; without \
+                          `on_session_lost: \"fail\"` it begins a new one"
+                    .to_owned(),
+                event: Some(session_lost_event(claude_session_id)),
+            }));
+        }
         let spec = spec(ctx, &lease, resume.as_ref())?;
 
         let mut places = Places {
@@ -195,6 +213,43 @@ impl<'a> Run<'a> {
     }
 }
 
+/// Why the job itself can't be run, whoever tries.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+struct Refusal {
+    code: ErrorCode,
+    message: String,
+    event: Option<NewEvent>,
+}
+
+/// The folder in whose place the session works, if it may: what was approved once may be a link by now.
+async fn approved(ctx: &Context, directory: &str) -> io::Result<PathBuf> {
+    let (root, wanted) = (ctx.config.approved_directory.clone(), directory.to_owned());
+    let resolved =
+        tokio::task::spawn_blocking(
+            move || match shared::approved::resolve(root.as_deref(), &wanted) {
+                Ok(real) if real == wanted => Ok(PathBuf::from(real)),
+                Ok(_) => Err(format!("Directory {wanted} has become a link")),
+                Err(refused) => Err(refused.to_string()),
+            },
+        );
+    resolved.await.map_err(io::Error::other)?.map_err(|why| {
+        io::Error::other(Refusal {
+            code: ErrorCode::WorkingDirectory,
+            message: format!("The session can't work where `repo` has put it: {why}"),
+            event: None,
+        })
+    })
+}
+
+/// The event of a conversation that couldn't be continued.
+pub(super) fn session_lost_event(claude_session_id: &str) -> NewEvent {
+    NewEvent::new(
+        EventType::SessionLost,
+        json!({ "claude_session_id": claude_session_id }),
+    )
+}
+
 /// A run that lost its lease has ended by now, unless its worker and its guard are both stopped, or were killed in the
 /// same moment; then this worker is the one who can end it, if it's on the same machine. Only while it holds the lease
 /// itself: after that, what it would find may be its successor.
@@ -219,7 +274,7 @@ pub(super) async fn start_failed(
         recorder.holds(ctx.config.lease)(),
         recorder.lease_state().signal == RunDirective::Lost,
     );
-    let events = recorder.close().await;
+    let mut events = recorder.close().await;
     if lost {
         warn!("the lease was lost before the run could start");
         return None;
@@ -234,8 +289,19 @@ pub(super) async fn start_failed(
         StartFailure::DiskFull
     };
     let pause = ctx.config.backoff.jittered_pause(lease.job.failures + 1);
+    let refusal = error
+        .get_ref()
+        .and_then(|source| source.downcast_ref::<Refusal>());
+    events.extend(refusal.and_then(|refusal| refusal.event.clone()));
+    let ending = match refusal {
+        Some(refusal) if held => Ending::Failed {
+            code: refusal.code.as_str().to_owned(),
+            message: refusal.message.clone(),
+        },
+        _ => why.ending(clock::now().plus(pause)),
+    };
     Some(Report {
-        ending: why.ending(clock::now().plus(pause)),
+        ending,
         result: None,
         spend: Spend::default(),
         duration: Duration::ZERO,
@@ -298,6 +364,7 @@ fn spec(ctx: &Context, lease: &Lease, resume: Option<&transcript::Found>) -> io:
         max_cost: lease.reserved,
         system_prompt_file: None,
         json_schema: options.json_schema.clone(),
+        no_tools: options.allowed_tools.as_ref().is_some_and(Vec::is_empty),
         allowed_tools: options
             .allowed_tools
             .clone()

@@ -1,11 +1,11 @@
 //! Retention: what ended jobs have left is removed when it is old enough, or when its owner has removed the rest. The
-//! workspaces of sessions stay, they are their sessions'.
+//! workspaces of sessions stay until their sessions are deleted.
 
 use super::MAX_BATCHES;
 use crate::context::Context;
 use crate::workspace::Folders;
 use shared::clock;
-use shared::id::JobId;
+use shared::id::{JobId, SessionId};
 use shared::job::Job;
 use shared::storage::{Result, Workspace};
 use std::collections::HashSet;
@@ -22,6 +22,8 @@ pub(super) struct Retention {
     stuck: HashSet<JobId>,
     /// When deleted text was last erased from the files of the database.
     erased: Option<Instant>,
+    /// The same of deleted sessions.
+    stuck_sessions: HashSet<SessionId>,
 }
 
 impl Retention {
@@ -33,6 +35,7 @@ impl Retention {
             ctx.store.erase_deleted().await?;
             self.erased = Some(Instant::now());
         }
+        self.remove_sessions(ctx).await?;
         if ctx.store.check_clock().await?.is_some() {
             return Ok(());
         }
@@ -70,6 +73,32 @@ impl Retention {
             }
             let Some(job) = jobs.last() else { break };
             last = job.job_number;
+        }
+        Ok(())
+    }
+
+    /// Removes the folders of deleted sessions, each once no job of it runs any more; and cancels what whoever deleted the
+    /// session has left.
+    async fn remove_sessions(&mut self, ctx: &Context) -> Result<()> {
+        let mut last = 0;
+        for _ in 0..MAX_BATCHES {
+            let sessions = ctx.store.sessions_to_remove(last).await?;
+            for session in &sessions {
+                if ctx.store.cancel_jobs_of_session(session).await? > 0 {
+                    continue;
+                }
+                let folders = Folders::of_session(&ctx.config.data_dir, &session.session_id);
+                match folders.remove().await {
+                    Ok(()) => ctx.store.session_removed(session.session_id).await?,
+                    Err(error) => {
+                        if self.stuck_sessions.insert(session.session_id) {
+                            warn!(session.id = %session.session_id, error = %error, "could not remove the folder of a deleted session, retrying");
+                        }
+                    }
+                }
+            }
+            let Some(session) = sessions.last() else { break };
+            last = session.session_number;
         }
         Ok(())
     }

@@ -52,6 +52,8 @@ pub struct Preferences {
     pub wait: Option<u64>,
     /// `return=minimal`.
     pub minimal: bool,
+    /// `respond-async`.
+    pub respond_async: bool,
 }
 
 impl Preferences {
@@ -69,6 +71,7 @@ impl Preferences {
             let value = value.trim().trim_matches('"');
             match name.trim().to_ascii_lowercase().as_str() {
                 "wait" if preferences.wait.is_none() => preferences.wait = value.parse().ok(),
+                "respond-async" => preferences.respond_async = true,
                 "return" => preferences.minimal |= value.eq_ignore_ascii_case("minimal"),
                 _ => {}
             }
@@ -237,6 +240,7 @@ mod tests {
             one,
             Preferences {
                 wait: Some(10),
+                respond_async: false,
                 minimal: true
             }
         );

@@ -14,6 +14,7 @@ fn spec() -> RunSpec {
         max_cost: MicroUsd(1_250_000),
         system_prompt_file: None,
         json_schema: None,
+        no_tools: false,
         allowed_tools: Vec::new(),
         disallowed_tools: Vec::new(),
         prompt: "Say hi.".to_owned(),

@@ -52,17 +52,21 @@ pub enum ErrorCode {
     RequestTooLarge,
     /// No answer fits the schema that was asked for.
     SchemaMismatch,
+    /// The conversation of the job's session is lost, and the job was to fail then.
+    SessionLost,
     /// The Claude session to continue isn't there. The next attempt must not resume it.
     SessionNotFound,
     /// A deadline passed.
     Timeout,
     /// The account's plan is used up until a known time.
     UsageLimit,
+    /// The folder that the job's session works in is gone, or isn't approved any more.
+    WorkingDirectory,
 }
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 28] = [
         Self::ApiUnavailable,
         Self::AuthError,
         Self::BillingError,
@@ -86,9 +90,11 @@ impl ErrorCode {
         Self::Refusal,
         Self::RequestTooLarge,
         Self::SchemaMismatch,
+        Self::SessionLost,
         Self::SessionNotFound,
         Self::Timeout,
         Self::UsageLimit,
+        Self::WorkingDirectory,
     ];
 
     /// Whether a job that failed with this word needs the operator of the service: the credential, the account, the
@@ -133,9 +139,11 @@ impl ErrorCode {
             Self::Refusal => "refusal",
             Self::RequestTooLarge => "request_too_large",
             Self::SchemaMismatch => "schema_mismatch",
+            Self::SessionLost => "session_lost",
             Self::SessionNotFound => "session_not_found",
             Self::Timeout => "timeout",
             Self::UsageLimit => "usage_limit",
+            Self::WorkingDirectory => "working_directory",
         }
     }
 }
