@@ -121,7 +121,7 @@ async fn a_wrong_member_is_named() {
             "greater_than_equal",
         ),
         (
-            json!({ "timeout_seconds": 3601 }),
+            json!({ "timeout_seconds": 86_401 }),
             "body -> timeout_seconds",
             "less_than_equal",
         ),

@@ -255,6 +255,8 @@ async fn a_session_can_work_in_an_approved_folder_and_nowhere_else() {
     let root = tests::paths::folder('a');
     let project = root.join("project");
     std::fs::create_dir(&project).unwrap();
+    // The runs may be another user's.
+    std::fs::set_permissions(&project, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     std::os::unix::fs::symlink("/etc", root.join("out")).unwrap();
     let system = System::builder()
         .env("APPROVED_DIRECTORY", root.to_str().unwrap())
