@@ -50,7 +50,6 @@ pub async fn list(context: &Context, request: &Request, caller: &Caller) -> Resu
         caller.require(Scope::KeysAdmin)?;
         changes(context, request).await
     } else {
-        caller.require(Scope::UsageRead)?;
         messages(context, request, caller).await
     }
 }

@@ -182,7 +182,7 @@ fn table() -> Vec<Route> {
         route!(keyed "api" / "v1" / "usage" => usage::summary [GET UsageRead Read (user_id)]),
         route!(keyed "api" / "v1" / "usage" / "ledger" => usage::ledger
             [GET UsageRead Read (limit cursor group_by from to user_id)]),
-        route!(keyed "api" / "v1" / "audit" => audit::list [GET any Read (kind limit before user_id)]),
+        route!(keyed "api" / "v1" / "audit" => audit::list [GET UsageRead Read (kind limit before user_id)]),
         route!(keyed "api" / "v1" / "webhooks" / "secret" => webhooks::secret::show [GET WebhooksRead Read ()]),
         route!(keyed "api" / "v1" / "webhooks" / "secret" / "rotate" => webhooks::secret::rotate
             [POST WebhooksWrite Read ()]),

@@ -46,6 +46,7 @@ impl Settings {
 
     /// Changes the settings that a body names; null leaves one to others again.
     pub fn change(&mut self, body: &mut Fields, system: &str, config: &Config) {
+        #[expect(clippy::option_option, reason = "a member may be absent, null or a value")]
         fn put<T>(setting: &mut Option<T>, wanted: Option<Option<T>>) {
             if let Some(wanted) = wanted {
                 *setting = wanted;

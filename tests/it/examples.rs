@@ -66,13 +66,7 @@ async fn the_examples_submit_jobs_run_a_csv_file_and_carry_files() {
         .unwrap();
         for _ in 0..2 {
             // The second time it finds the jobs of the first.
-            example(
-                &system,
-                command("batch"),
-                &folder,
-                &[&prompts, "results.csv"],
-            )
-            .await;
+            example(&system, command("batch"), &folder, &[&prompts, "results.csv"]).await;
         }
         let results = fs::read_to_string(folder.join("results.csv")).unwrap();
         assert_eq!(results.lines().count(), 4, "{language}: {results}");

@@ -43,11 +43,10 @@ async fn raw(client: &Client, head: &str, body: &[u8]) -> (u16, String, String) 
 
 /// A form with these parts, and what it is announced as.
 fn form(parts: &[(&str, &str)]) -> Vec<u8> {
-    let mut body = String::new();
-    for (disposition, content) in parts {
-        body += &format!("--b\r\ncontent-disposition: form-data; {disposition}\r\n\r\n{content}\r\n");
-    }
-    (body + "--b--\r\n").into_bytes()
+    let part = |(disposition, content): &(&str, &str)| {
+        format!("--b\r\ncontent-disposition: form-data; {disposition}\r\n\r\n{content}\r\n")
+    };
+    (parts.iter().map(part).collect::<String>() + "--b--\r\n").into_bytes()
 }
 
 async fn upload(client: &Client, query: &str, parts: &[(&str, &str)]) -> Answer {

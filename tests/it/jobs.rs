@@ -234,8 +234,8 @@ async fn a_finished_job_shows_what_it_ran_with(db: Db) {
         json!("sonnet"),
         json!(null),
         json!("acceptEdits"),
-        json!(25),
-        json!(300),
+        json!(null),
+        json!(3600),
     ];
     assert_eq!(shown, defaults, "{job:#}");
 }

@@ -159,7 +159,10 @@ async fn what_the_document_names_is_read() {
             asked += 1;
             assert_eq!(answer.status, 422, "{path}: {}", answer.text);
             let unknown = answer.json["errors"].as_array().unwrap().iter();
-            let unknown = unknown.filter(|fault| fault["type"] == "extra_forbidden" && fault["field"].as_str().unwrap().matches("->").count() == 1);
+            let unknown = unknown.filter(|fault| {
+                fault["type"] == "extra_forbidden"
+                    && fault["field"].as_str().unwrap().matches("->").count() == 1
+            });
             let unknown = unknown
                 .map(|fault| fault["field"].as_str().unwrap())
                 .collect::<Vec<_>>();

@@ -68,6 +68,7 @@ impl ChatResult {
     }
 
     /// Without the members that the Python service doesn't have.
+    #[must_use]
     pub fn brief(mut self) -> Self {
         self.more.clear();
         self

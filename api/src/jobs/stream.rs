@@ -242,6 +242,7 @@ impl Live {
     }
 
     /// The same in other words, for a client that may leave.
+    #[must_use]
     pub fn in_words_of(self, frame: Frame, leaving: Leaving) -> Self {
         Self {
             frame,

@@ -134,8 +134,8 @@ impl Store {
                     options,
                     allowed_models,
                     reserved,
-                    resume,
                     working_dir,
+                    resume,
                     endpoints,
                 })))
             }
