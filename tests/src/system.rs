@@ -4,6 +4,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -143,7 +144,9 @@ impl Builder {
         let folder = paths::folder('s');
         let account = self.account;
         for name in ["data", "home", "run", "tmp"] {
-            fs::create_dir(folder.join(name)).expect("a new folder");
+            // As the service makes its own.
+            let made = fs::DirBuilder::new().mode(0o700).create(folder.join(name));
+            made.expect("a new folder");
             if let Some(account) = account {
                 account.own(&folder.join(name)).expect("the folder is ours");
             }

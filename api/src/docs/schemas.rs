@@ -344,6 +344,12 @@ requests {
         #[schema(min_length = 1, max_length = 200)]
         reason: String,
     }
+    /// How the signing secret of a key changes; the new one is made by the service.
+    KeySecretRotate {
+        /// How long the old secret signs too.
+        #[schema(minimum = 0, maximum = 604_800)]
+        grace_seconds: Option<i64>,
+    }
     /// The signing secret to use from now on.
     SecretRotate {
         #[schema(minimum = 0, maximum = 604_800)]
