@@ -11,6 +11,7 @@ use serde::Serialize;
 use shared::data_dir::DataDir;
 use shared::files::{self, Entry, EntryKind, FilePath, Owner, Workspace};
 use shared::job::Job;
+use shared::session::Session;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::{OnceCell, Semaphore};
@@ -59,6 +60,7 @@ pub async fn of_session(
     name: &Segment,
 ) -> Result<Response, Problem> {
     let session = sessions::find(context, caller, name.as_ref()).await?;
+    in_own_workspace(&session)?;
     let owner = Owner::Session(session.session_id);
     match request.method {
         Method::POST => upload::upload(context, request, owner, session.session_number).await,
@@ -75,6 +77,7 @@ pub async fn session_file(
     path: &Tail,
 ) -> Result<Response, Problem> {
     let session = sessions::find(context, caller, name.as_ref()).await?;
+    in_own_workspace(&session)?;
     let (owner, path) = (Owner::Session(session.session_id), file_path(path)?);
     if request.method != Method::DELETE {
         return download::download(context, request, owner, path).await;
@@ -119,6 +122,16 @@ pub async fn archive(
 ) -> Result<Response, Problem> {
     let job = find(context, caller, id).await?;
     archive::archive(context, owner(&job), &job.job_id.to_string()).await
+}
+
+/// A session that works in a directory of the operator's has no files of its own, and those aren't served.
+fn in_own_workspace(session: &Session) -> Result<(), Problem> {
+    match session.working_dir {
+        Some(_) => Err(Problem::InvalidPath(
+            "The session works in a directory of its own choice, whose files are not served".into(),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The job of this id, if it exists for the caller and its workspace wasn't removed.

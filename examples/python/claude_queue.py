@@ -110,6 +110,33 @@ class ClaudeQueue:
                     raise
             time.sleep(min(5, 0.2 * 2**failures))
 
+    def chat(self, session, message, **settings):
+        """Sends a message to a session, and gives the answer while it is written, as (type, data): `assistant`, `tool`, at
+        the end `done` or `error`. A lost connection is taken up again; the run goes on meanwhile."""
+        where = f"/api/v1/sessions/{urllib.parse.quote(session, safe='')}/chat/stream"
+        body = json.dumps({"message": message, **settings}).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream",
+            "Idempotency-Key": str(uuid.uuid4()),
+        }
+        seen, job_id = 0, None
+        try:
+            with self._open("POST", where, body, headers) as answer:
+                job_id = answer.headers["X-Job-Id"]
+                for seen, kind, data in _events(answer):
+                    yield kind, data
+                    if kind in ("done", "error"):
+                        return
+        except (OSError, urllib.error.URLError):
+            if job_id is None:
+                raise
+        for _, kind, data in self.events(job_id, seen):
+            if kind in ("assistant", "tool"):
+                yield kind, data
+            elif kind in FINAL:
+                yield ("done", data) if kind == "done" else ("error", {"error": data.get("error") or kind})
+
     # Files
 
     def files(self, job_id):

@@ -802,7 +802,7 @@ answers {
         meta: Meta,
         user_id: Option<String>,
     }
-    /// A change that somebody made.
+    /// A change that somebody made, or a message.
     AuditEntry {
         action: String,
         address: Option<String>,
@@ -813,6 +813,15 @@ answers {
         object_id: Option<String>,
         request_id: Option<String>,
         user_id: Option<String>,
+        /// From here on: of a message.
+        session_rowid: Option<i64>,
+        session_name: Option<String>,
+        job_id: Option<String>,
+        role: Option<String>,
+        content: Option<String>,
+        tools_used: Option<Vec<ToolUse>>,
+        cost: Option<Money>,
+        duration_ms: Option<i64>,
     }
     /// How things are.
     Health {

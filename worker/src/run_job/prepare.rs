@@ -103,6 +103,8 @@ impl<'a> Run<'a> {
         folders.create().await?;
         // All that is in the workspace of a job without a session comes from this job, also from an earlier attempt.
         let before = match job.session_id {
+            // Another directory than its workspace: what changes there isn't told.
+            Some(_) if lease.working_dir.is_some() => Before::default(),
             Some(session_id) => Before::of(&ctx.config.data_dir, Owner::Session(session_id)).await,
             None => Before::empty(),
         };
