@@ -165,7 +165,7 @@ impl Store {
                     .map_err(Error::during("begin a transaction"))?,
             )),
             Db::Postgres(pool) => {
-                let begun = self.liveness.in_time(pool.begin_with(postgres)).await;
+                let begun = self.liveness.begun(pool.begin_with(postgres)).await;
                 TxDb::Postgres(begun.map_err(Error::during("begin a transaction"))?)
             }
         };

@@ -3,14 +3,19 @@
 use std::fs;
 use std::path::Path;
 
+use tests::client::PATIENCE;
 use tests::script::{Step, steps};
 use tests::system::System;
 use tests::{once, paths};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Command;
 
 use crate::openapi::{compile, done, quiet, with_key};
 
-once!(the_examples_submit_jobs_run_a_csv_file_and_carry_files);
+once!(
+    the_examples_submit_jobs_run_a_csv_file_and_carry_files,
+    the_page_of_the_example_chats,
+);
 
 /// Runs an example in a folder.
 async fn example(system: &System, mut command: Command, folder: &Path, arguments: &[&str]) -> String {
@@ -90,4 +95,53 @@ async fn the_examples_submit_jobs_run_a_csv_file_and_carry_files() {
     // Each of the three prompts was run once in each language.
     let jobs = system.client().jobs("limit=100").await;
     assert_eq!(jobs.data(200).as_array().unwrap().len(), 3 * 5);
+}
+
+async fn the_page_of_the_example_chats() {
+    let system = System::builder().start().await;
+    let mut page = quiet("python3");
+    page.arg(paths::repository().join("examples/python/chat_page.py"))
+        .arg("0")
+        .stdout(std::process::Stdio::piped());
+    let mut page = with_key(page, &system).spawn().unwrap();
+    let mut lines = BufReader::new(page.stdout.take().unwrap()).lines();
+    let address = tokio::time::timeout(PATIENCE, lines.next_line()).await;
+    let address = address.expect("it says where it listens").unwrap().unwrap();
+    let ask = |arguments: &[&str]| {
+        let mut curl = quiet("curl");
+        curl.args(["--silent", "--show-error", "--no-buffer"])
+            .args(arguments);
+        done(curl)
+    };
+
+    assert!(ask(&[&address]).await.contains("<form"));
+    for _ in 0..2 {
+        let said = ask(&["--data", "Say hello.", &format!("{address}/chat")]).await;
+        assert_eq!(said, "Claude: Say hello.\n");
+    }
+    // Another page can't spend this one's money.
+    let elsewhere = ask(&[
+        "--header",
+        "Origin: http://elsewhere.example",
+        "--data",
+        "x",
+        "--output",
+        "/dev/null",
+        "--write-out",
+        "%{http_code}",
+        &format!("{address}/chat"),
+    ]);
+    assert_eq!(elsewhere.await, "403");
+    page.kill().await.unwrap();
+    assert_eq!(
+        system
+            .client()
+            .jobs("kind=chat")
+            .await
+            .data(200)
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
 }

@@ -168,5 +168,11 @@ async fn a_worker_stopped_in_its_claim_holds_up_the_others_for_seconds_only() {
     assert_eq!(lease.job.job_id, stored.job_id);
     let error = stopped.commit().await.unwrap_err();
     assert!(error.is_unavailable(), "{error:?}");
+    // No connection is still in a transaction that failed to begin for want of the lock.
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(world.store.begin().await.unwrap());
+    }
+    drop(held);
     assert_eq!(world.faults().await, [""; 0]);
 }

@@ -211,9 +211,10 @@ fn answer(status: u16, content: Content, rule: Option<&Rule>) -> Value {
                 .into()
         }
         Content::Text => json!({"text/plain": text}),
-        Content::Events => json!({"text/event-stream": text}),
+        // No version 3.1 of OpenAPI can say what an event has; readers differ in whether a schema is of one or of all.
+        Content::Events => json!({"text/event-stream": {}}),
         Content::EventsOrList => {
-            json!({"application/json": {"schema": events}, "text/event-stream": text})
+            json!({"application/json": {"schema": events}, "text/event-stream": {}})
         }
         Content::ResultOrText => {
             json!({"application/json": {"schema": reference("Result")}, "text/plain": text})

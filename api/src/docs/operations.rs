@@ -132,7 +132,7 @@ operations! {
     POST "/api/v1/budgets/{scope}/{id}/adjust" "adjustBudget" "Correct what was spent" Json("Adjustment"), [200 Data("Budget")] [400 409]
     GET "/api/v1/usage" "getUsage" "Read what a key has done and spent" NoBody, [200 Bare("UsageAnswer")] [404]
     GET "/api/v1/usage/ledger" "getLedger" "Read the ledger, or sums of it" NoBody, [200 Ledger] [400 404 406]
-    GET "/api/v1/audit" "listAudit" "Read who changed what" NoBody, [200 Bare("AuditAnswer")] [400]
+    GET "/api/v1/audit" "listAudit" "Read the messages of sessions, or who changed what" NoBody, [200 Bare("AuditAnswer")] [400 404]
     GET "/api/v1/webhooks/secret" "getWebhookSecret" "Read which secret signs the events of jobs" NoBody, [200 Data("WebhookSecret")] [409]
     POST "/api/v1/webhooks/secret/rotate" "rotateWebhookSecret" "Sign with a new secret" Optional("KeySecretRotate"), [200 Data("WebhookSecret")] [409 412]
     GET "/api/v1/webhooks/endpoints" "listEndpoints" "List endpoints" NoBody, [200 List("Endpoint", CURSOR)] [400 409]

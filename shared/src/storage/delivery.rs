@@ -362,7 +362,7 @@ impl Store {
         Ok(forgotten)
     }
 
-    /// Tells of keys that are about to expire.
+    /// Tells of keys that are about to expire. A key without an endpoint is told when it gets one.
     pub async fn tell_expiring(&self, now: Timestamp) -> Result<()> {
         // Hardly ever is there one, so a look comes first.
         let any = read!(
@@ -371,7 +371,8 @@ impl Store {
             fetch_optional => (i64,),
             "select cast(1 as bigint) from api_key
              where revoked_at is null and expires_at > $1 and expires_at < $2
-               and (expiry_told is null or expiry_told <> expires_at) limit 1",
+               and (expiry_told is null or expiry_told <> expires_at)
+               and exists (select 1 from endpoint where endpoint.key_id = api_key.key_id) limit 1",
             now,
             now.plus(EXPIRING)
         )?;
@@ -558,6 +559,7 @@ impl Tx {
             "update api_key set expiry_told = expires_at
              where revoked_at is null and expires_at > $1 and expires_at < $2
                and (expiry_told is null or expiry_told <> expires_at)
+               and exists (select 1 from endpoint where endpoint.key_id = api_key.key_id)
              returning key_id, name, expires_at",
             now,
             now.plus(EXPIRING)

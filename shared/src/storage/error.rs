@@ -157,11 +157,11 @@ fn is_unavailable(error: &sqlx::Error) -> bool {
     if code.len() == 5 { postgres } else { sqlite }
 }
 
-/// PostgreSQL's lock timeout, deadlock and serialization failure; and a prepared statement whose table was changed, which
-/// is prepared again when it is next used.
+/// PostgreSQL's lock timeout, deadlock and serialization failure; a connection in a transaction that failed, which isn't used
+/// again; and a prepared statement whose table was changed, which is prepared again when it is next used.
 fn is_collision(error: &dyn DatabaseError) -> bool {
     let code = error.code().unwrap_or_default();
-    ["55P03", "40P01", "40001"].contains(&&*code)
+    ["55P03", "40P01", "40001", "25P02"].contains(&&*code)
         || (code == "0A000"
             && error
                 .message()

@@ -24,12 +24,19 @@ const PING_IF_IDLE_FOR: Duration = Duration::from_millis(500);
 /// How long a connection that is given back may take to end its last statement.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long after that a connection on which no transaction began is back in the pool at the latest. If it takes longer, the
+/// next one fails to begin on it, too, and is tried again.
+const GIVING_BACK: Duration = Duration::from_secs(1);
+
 /// When a connection of this process last gave no answer.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionLiveness {
     last: watch::Sender<Option<Instant>>,
     /// When a statement was last abandoned before its answer, because nobody waited for it any more.
     abandoned: Mutex<Option<Instant>>,
+    /// When a transaction last failed to begin, or nobody waited for that any more. What is locked together with `begin` may
+    /// not be had in time, and then the library gives the connection back within the transaction, where all statements fail.
+    unbegun: Mutex<Option<Instant>>,
 }
 
 /// Notes a statement that is dropped before its answer.
@@ -42,6 +49,25 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         if !self.answered {
             *self.liveness.abandoned() = Some(Instant::now());
+        }
+    }
+}
+
+/// Notes a transaction that doesn't begin.
+struct Beginning<'a> {
+    liveness: &'a ConnectionLiveness,
+    begun: bool,
+}
+
+impl Drop for Beginning<'_> {
+    fn drop(&mut self) {
+        if !self.begun {
+            let mut unbegun = self
+                .liveness
+                .unbegun
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            *unbegun = Some(Instant::now());
         }
     }
 }
@@ -95,7 +121,7 @@ impl ConnectionLiveness {
             .before_acquire(move |connection, known| {
                 let liveness = taken.clone();
                 Box::pin(async move {
-                    if liveness.is_suspect(known.age) {
+                    if liveness.is_suspect(known.age) || liveness.may_be_in_transaction(known.idle_for) {
                         return Ok(false);
                     }
                     if known.idle_for < PING_IF_IDLE_FOR {
@@ -120,6 +146,27 @@ impl ConnectionLiveness {
                     Ok(true)
                 })
             })
+    }
+
+    /// Waits until a transaction has begun, as [`Self::in_time`] does.
+    pub(super) async fn begun<T, E: From<Error>>(
+        &self,
+        begin: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let mut beginning = Beginning {
+            liveness: self,
+            begun: false,
+        };
+        let answer = self.in_time(begin).await;
+        beginning.begun = answer.is_ok();
+        answer
+    }
+
+    /// Whether a connection of the pool may be in a transaction that failed to begin: it was given back before that was
+    /// noted, or just after.
+    fn may_be_in_transaction(&self, idle_for: Duration) -> bool {
+        let unbegun = *self.unbegun.lock().unwrap_or_else(PoisonError::into_inner);
+        unbegun.is_some_and(|at| idle_for + GIVING_BACK >= at.elapsed())
     }
 
     /// Whether a connection that is given back may still be in a statement.
