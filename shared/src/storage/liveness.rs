@@ -149,17 +149,20 @@ impl ConnectionLiveness {
     }
 
     /// Waits until a transaction has begun, as [`Self::in_time`] does.
-    pub(super) async fn begun<T, E: From<Error>>(
+    pub(super) fn begun<T, E: From<Error>>(
         &self,
         begin: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, E> {
-        let mut beginning = Beginning {
-            liveness: self,
-            begun: false,
-        };
-        let answer = self.in_time(begin).await;
-        beginning.begun = answer.is_ok();
-        answer
+    ) -> impl Future<Output = Result<T, E>> {
+        let answer = self.in_time(begin);
+        async move {
+            let mut beginning = Beginning {
+                liveness: self,
+                begun: false,
+            };
+            let answer = answer.await;
+            beginning.begun = answer.is_ok();
+            answer
+        }
     }
 
     /// Whether a connection of the pool may be in a transaction that failed to begin: it was given back before that was
