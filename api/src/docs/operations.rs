@@ -109,7 +109,7 @@ operations! {
     POST "/api/v1/sessions/{name}/chat/stream" "chatStream" "Send a message and follow the answer" Json("ChatRequest"), [200 Events] [400 406 409 502 504]
     GET "/api/v1/templates" "listTemplates" "List the templates" NoBody, [200 Data("Templates")] []
     GET "/api/v1/templates/{name}" "getTemplate" "Read a template" NoBody, [200 Data("Template")] []
-    POST "/api/v1/templates/reload" "reloadTemplates" "Read the file of templates again" NoBody, [200 Data("Reloaded")] []
+    POST "/api/v1/templates/reload" "reloadTemplates" "Read the file of templates again" NoBody, [200 Data("Reloaded")] [415]
     POST "/api/v1/tokens/count" "countTokens" "Estimate the tokens of a text" Json("CountRequest"), [200 Data("TokenCount")] []
     GET "/api/v1/sessions/{name}/jobs" "listSessionJobs" "List the jobs of a session" NoBody, [200 List("Job", CURSOR)] [400]
     POST "/api/v1/sessions/{name}/jobs" "submitSessionJob" "Submit a job in a session" Json("JobCreate"), [202 Data("Job"), 200 Data("Job")] [400 409]
